@@ -1,0 +1,201 @@
+"""Folders on disk that are written whole or not at all: one JSON file and one safetensors file."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from teal.foundation.errors import UserError
+
+
+def check_destination(folder: Path, *, force: bool = False) -> None:
+    """Fail early where `folder` could not be written at the end of a long job.
+
+    Raises:
+        UserError: It exists and `force` is not set, or its parent cannot be written.
+    """
+    _recover(folder)
+    if folder.exists() and not force:
+        raise UserError(
+            f"Output {str(folder)!r} already exists. Choose another, or replace it with --force."
+        )
+    parent = folder.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"Cannot write {str(folder)!r}: {str(parent)!r} is not a writable folder. "
+            "Choose another output."
+        )
+
+
+@contextmanager
+def replace_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder` when the block ends without an error.
+
+    A kill at any moment leaves the old content whole: either still in place, or in a backup next
+    to it that the next read or write puts back.
+
+    Raises:
+        UserError: As `check_destination`.
+    """
+    check_destination(folder, force=force)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        backup = _backup(folder)
+        if folder.exists():
+            folder.rename(backup)
+        temporary.rename(folder)
+        _remove(backup)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def save_artifact(
+    folder: Path,
+    kind: str,
+    payload: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    force: bool = False,
+) -> None:
+    """Write `{kind}.json` and, where there are tensors, `{kind}.safetensors` to `folder`.
+
+    Args:
+        folder: Destination; replaced whole when it exists and `force` is set.
+        kind: What the artifact is, such as "plan"; it names the files and is checked on loading.
+        payload: JSON content, with a "schema_version".
+        tensors: Named tensors, any dtype.
+        force: Replace an existing folder.
+
+    Raises:
+        UserError: The destination cannot be written.
+    """
+    with replace_folder(folder, force=force) as temporary:
+        content = {"kind": kind, **payload}
+        if tensors:
+            path = temporary / f"{kind}.safetensors"
+            save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+            content["tensors_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        (temporary / f"{kind}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def load_artifact(
+    folder: Path, kind: str, schema_version: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `save_artifact` wrote.
+
+    Args:
+        folder: The artifact.
+        kind: What it has to be.
+        schema_version: The newest version that the caller understands.
+
+    Returns:
+        JSON content and named tensors.
+
+    Raises:
+        UserError: Nothing there, another kind of artifact, damaged, or of a newer schema.
+    """
+    _recover(folder)
+    if not folder.is_dir():
+        raise UserError(f"{str(folder)!r} is not a folder. Give a folder that holds {kind}.json.")
+    payload = read_json(folder / f"{kind}.json")
+    if payload.get("kind") != kind or not isinstance(payload.get("schema_version"), int):
+        raise UserError(f"{str(folder / f'{kind}.json')!r} was not written by teal. Make it anew.")
+    if payload["schema_version"] > schema_version:
+        raise UserError(
+            f"{str(folder)!r} has schema version {payload['schema_version']}, this teal reads up "
+            f"to {schema_version}. Update teal."
+        )
+    return payload, _load_tensors(folder / f"{kind}.safetensors", payload.get("tensors_sha256"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: Missing, unreadable, damaged, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{str(path)!r} does not exist. Check the path.") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {str(path)!r}: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is damaged or not JSON ({error}). Make it anew.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} holds no JSON object. Make it anew.")
+    return content
+
+
+@contextmanager
+def well_formed(folder: Path) -> Iterator[None]:
+    """Turn the errors of taking apart a malformed artifact into one sentence.
+
+    Raises:
+        UserError: The block raised because a key is missing or a value has the wrong form.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{str(folder)!r} is damaged ({type(error).__name__}: {error}). Make it anew."
+        ) from error
+
+
+def _load_tensors(path: Path, sha256: str | None) -> dict[str, Tensor]:
+    if sha256 is None:
+        return {}
+    damaged = UserError(f"{str(path)!r} is missing or damaged. Make the artifact anew.")
+    try:
+        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise damaged
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise damaged from error
+    return tensors
+
+
+def _backup(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _recover(folder: Path) -> None:
+    backup = _backup(folder)
+    if backup.exists() and not folder.exists():
+        backup.rename(folder)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

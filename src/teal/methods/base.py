@@ -1,0 +1,65 @@
+"""What crosses from a method to the runtime, and what a method has to offer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from teal.foundation.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskRule:
+    """Drop an activation when `|x - shift| * scale <= threshold`.
+
+    Attributes:
+        threshold: Cut-off in score units, ≥ 0.
+        scale: Score weight per channel, (in_features,), or `None` for all ones.
+        shift: Centre per channel, (in_features,), or `None` for zero. Dropped entries take it.
+    """
+
+    threshold: float
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        # Written so that NaN fails too.
+        if not self.threshold >= 0.0:
+            raise UserError(f"Threshold {self.threshold!r} is not a number ≥ 0. Calibrate anew.")
+
+    @property
+    def vectors(self) -> Mapping[str, Tensor]:
+        """The per-channel tensors that are present, by name."""
+        named = {"scale": self.scale, "shift": self.shift}
+        return {name: vector for name, vector in named.items() if vector is not None}
+
+
+class ScoreQuantiles(Protocol):
+    """What calibration knows of one projection's input."""
+
+    def quantile(self, sparsity: float) -> float:
+        """Return the value that a fraction `sparsity` of all |x| does not exceed."""
+        ...
+
+
+class Method(Protocol):
+    """A published rule for choosing activations, named as its paper.
+
+    Every method has a row in the conformance suite (`tests/methods/test_conformance.py`) and a
+    page in `docs/methods/`.
+    """
+
+    name: ClassVar[str]
+
+    def rule(self, statistics: ScoreQuantiles, sparsity: float) -> MaskRule | None:
+        """Choose the rule that drops a fraction `sparsity` of one projection's input.
+
+        Args:
+            statistics: What calibration measured on this input.
+            sparsity: Target in [0, 1).
+
+        Returns:
+            The rule, or `None` for a projection that stays dense, as it must at sparsity 0.
+        """
+        ...

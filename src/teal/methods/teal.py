@@ -1,0 +1,17 @@
+"""TEAL (arXiv 2408.14690): drop activations of small magnitude, threshold by quantile of |x|."""
+
+from typing import ClassVar
+
+from teal.methods.base import MaskRule, ScoreQuantiles
+
+
+class Teal:
+    """Keep x_j when |x_j| > t, with t the sparsity-quantile of |x| on generic text (section 4.1)."""
+
+    name: ClassVar[str] = "teal"
+
+    def rule(self, statistics: ScoreQuantiles, sparsity: float) -> MaskRule | None:
+        """Take the threshold from the calibrated distribution; weights play no part."""
+        if sparsity == 0.0:
+            return None
+        return MaskRule(threshold=statistics.quantile(sparsity))
