@@ -14,7 +14,7 @@ def keep_mask(
 
     Args:
         x: Activations, (..., in_features), any float dtype.
-        threshold: Cut-off in score units, a float or a float32 scalar tensor.
+        threshold: Cut-off in score units, rounded to float32 where it is a Python float.
         scale: Score weight per channel, (in_features,). `None` means all ones.
         shift: Centre per channel, (in_features,). `None` means zero.
 
@@ -27,7 +27,7 @@ def keep_mask(
     score = score.abs()
     if scale is not None:
         score = score * scale.float()
-    return ~(score <= torch.as_tensor(threshold, dtype=torch.float32, device=x.device))
+    return ~(score <= threshold)
 
 
 def sparse_activation(

@@ -4,17 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from teal.foundation.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class MaskRule:
     """Drop an activation when `|x - shift| * scale <= threshold`.
 
     Attributes:
-        threshold: Cut-off in score units, ≥ 0.
+        threshold: Cut-off in score units, ≥ 0, rounded to the nearest float32.
         scale: Score weight per channel, (in_features,), or `None` for all ones.
         shift: Centre per channel, (in_features,), or `None` for zero. Dropped entries take it.
     """
@@ -27,6 +28,9 @@ class MaskRule:
         # Written so that NaN fails too.
         if not self.threshold >= 0.0:
             raise UserError(f"Threshold {self.threshold!r} is not a number ≥ 0. Calibrate anew.")
+        # Masks compare in float32; a rounded threshold means the same to every kernel.
+        rounded = torch.tensor(self.threshold, dtype=torch.float32).item()
+        object.__setattr__(self, "threshold", rounded)
 
     @property
     def vectors(self) -> Mapping[str, Tensor]:

@@ -6,7 +6,7 @@ from teal.methods.base import MaskRule, ScoreQuantiles
 
 
 class Teal:
-    """Keep x_j when |x_j| > t, with t the sparsity-quantile of |x| on generic text (section 4.1)."""
+    """Keep x_j when |x_j| > t, with t the sparsity-quantile of |x| on text (section 4.1)."""
 
     name: ClassVar[str] = "teal"
 

@@ -1,0 +1,78 @@
+"""Turning the sparsity of each projection into a plan, and choosing which projections count."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from teal.calibration.stats import CalibrationStats
+from teal.foundation.errors import UserError
+from teal.foundation.version import __version__
+from teal.methods import method_named
+from teal.plan import PlannedProjection, SparsityPlan
+
+
+def target_projections(
+    stats: CalibrationStats, target_modules: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Choose the projections to plan.
+
+    Args:
+        stats: Statistics, whose order is kept.
+        target_modules: Suffixes of dotted names such as "down_proj", or regular expressions that
+            match whole names; `None` is every projection.
+
+    Raises:
+        UserError: One of them matches nothing, or is not a regular expression.
+    """
+    names = tuple(stats.model.shapes)
+    if target_modules is None:
+        return names
+    chosen: set[str] = set()
+    for target in target_modules:
+        matching = {name for name in names if _matches(name, target)}
+        if not matching:
+            raise UserError(
+                f"No projection matches {target!r}. Known endings: "
+                f"{', '.join(sorted({name.rsplit('.', 1)[-1] for name in names}))}."
+            )
+        chosen |= matching
+    return tuple(name for name in names if name in chosen)
+
+
+def plan_from_sparsities(
+    stats: CalibrationStats,
+    sparsities: Mapping[str, float],
+    *,
+    method: str,
+    strategy: str,
+    target_sparsity: float,
+) -> SparsityPlan:
+    """Ask the method for the rule that reaches each projection's sparsity.
+
+    Args:
+        stats: What the thresholds come from.
+        sparsities: Target sparsity by projection.
+        method: Name of the method.
+        strategy: Name of the strategy that chose `sparsities`.
+        target_sparsity: Budget that was asked for.
+    """
+    rule = method_named(method).rule
+    return SparsityPlan(
+        model=stats.model,
+        projections={
+            name: PlannedProjection(target_sparsity=sparsity, rule=rule(stats.of(name), sparsity))
+            for name, sparsity in sparsities.items()
+        },
+        method=method,
+        strategy=strategy,
+        target_sparsity=target_sparsity,
+        calibration=stats.text,
+        dtype=stats.dtype,
+        library_version=__version__,
+    )
+
+
+def _matches(name: str, target: str) -> bool:
+    try:
+        return name == target or name.endswith(f".{target}") or bool(re.fullmatch(target, name))
+    except re.error as error:
+        raise UserError(f"{target!r} is not a regular expression: {error}.") from error

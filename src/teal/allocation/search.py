@@ -1,0 +1,58 @@
+"""The highest sparsity whose harm stays inside a bound."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from teal.foundation.errors import UserError
+
+
+@dataclass(frozen=True)
+class SearchStep:
+    """One trial of the bisection.
+
+    Attributes:
+        sparsity: Sparsity tried.
+        increase: Relative increase of perplexity over dense that it costs.
+        is_within: Whether that is allowed.
+    """
+
+    sparsity: float
+    increase: float
+    is_within: bool
+
+
+def search_sparsity(
+    increase_at: Callable[[float], float],
+    allowed: float,
+    *,
+    highest: float = 0.9,
+    resolution: float = 0.005,
+) -> Iterator[SearchStep]:
+    """Bisect for the highest sparsity that costs at most `allowed`.
+
+    Assumes that harm grows with sparsity. The answer is the highest sparsity among the yielded
+    steps that are within; there may be none.
+
+    Args:
+        increase_at: Relative increase of perplexity at a sparsity, such as 0.02 for 2 %.
+        allowed: The most it may be.
+        highest: Highest sparsity to try.
+        resolution: Stop when the answer is known to within this.
+
+    Yields:
+        Every trial, in order.
+
+    Raises:
+        UserError: `allowed` is not positive.
+    """
+    if not allowed > 0.0:
+        raise UserError(
+            f"Allowed perplexity increase {allowed!r} is not positive. Give 0.02 for 2 %."
+        )
+    low, high = 0.0, highest
+    while high - low > resolution:
+        middle = (low + high) / 2
+        increase = increase_at(middle)
+        is_within = increase <= allowed
+        low, high = (middle, high) if is_within else (low, middle)
+        yield SearchStep(middle, increase, is_within)

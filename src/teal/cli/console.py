@@ -1,0 +1,59 @@
+"""What the verbs share for talking to a person: tables, bars and quiet libraries."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+_REPORT_AFTER = 2.0
+
+
+def progress_bar(items: Sequence[Item], description: str) -> Iterator[Item]:
+    """Yield `items` behind a progress bar; none where stderr is not a terminal."""
+    return iter(tqdm(items, desc=description, disable=None, leave=False, delay=_REPORT_AFTER))
+
+
+def print_json(content: Any) -> None:
+    """Print `content` as JSON, alone on stdout."""
+    print(json.dumps(content, indent=2))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, its first column to the left and the others to the right."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def say(message: str) -> None:
+    """Print one line for a person."""
+    Console(highlight=False, soft_wrap=True).print(message, markup=False)
+
+
+def quiet_libraries() -> None:
+    """Keep the progress bars and advice of Hugging Face libraries off the terminal."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def percent(fraction: float) -> str:
+    """Show a fraction as a percentage with one decimal."""
+    return f"{100 * fraction:.1f} %"
+
+
+def with_error(value: float, error: float | None) -> str:
+    """Show a value with its standard error."""
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"

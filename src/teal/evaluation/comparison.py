@@ -1,0 +1,155 @@
+"""Dense and sparse models side by side on the same tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teal.data import TokenWindows
+from teal.evaluation.scores import AgreementSums, NllSums, Score, SparseScore, log_probabilities
+from teal.foundation.errors import UserError
+from teal.foundation.progress import Progress, silent
+from teal.linear import SparsityMeter, first_sparse
+from teal.plan import SparsityPlan
+from teal.sparsification import densify, measure_sparsity, sparsify
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Scores of a dense model and of its sparse versions on the same tokens.
+
+    Attributes:
+        dense: Score without a plan.
+        sparse: Score with each plan, in the order given.
+        tokens: Tokens scored.
+        sparse_from: Fraction of each window after which tokens are sparse and scored.
+        sequence_length: Tokens per window.
+    """
+
+    dense: Score
+    sparse: tuple[SparseScore, ...]
+    tokens: int
+    sparse_from: float
+    sequence_length: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON form; "sparse" is there only with exactly one plan."""
+        scores: dict[str, Any] = {"dense": self.dense.to_dict()}
+        if len(self.sparse) == 1:
+            scores["sparse"] = self.sparse[0].to_dict()
+        return scores | {
+            "tokens": self.tokens,
+            "sparse_from": self.sparse_from,
+            "sequence_length": self.sequence_length,
+        }
+
+
+def evaluate(
+    model: Any,
+    tokens: TokenWindows | Tensor,
+    plan: SparsityPlan | None = None,
+    *,
+    sparse_from: float = 0.5,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Score a model dense and, with a plan, sparse, in one pass over a text.
+
+    Args:
+        model: A Hugging Face causal language model; it is dense afterwards.
+        tokens: Token windows, or token ids, (windows, sequence_length), int64.
+        plan: What to drop.
+        sparse_from: The tokens at positions ≥ `sparse_from` · sequence length of each window are
+            sparse, and exactly the tokens predicted from these positions are scored.
+        progress: Shows how far it is.
+
+    Raises:
+        UserError: No token would be scored, the plan is for another model, or logits are NaN.
+    """
+    plans = [] if plan is None else [plan]
+    return compare(model, tokens, plans, sparse_from=sparse_from, progress=progress)
+
+
+@torch.no_grad()
+def compare(
+    model: Any,
+    tokens: TokenWindows | Tensor,
+    plans: Sequence[SparsityPlan],
+    *,
+    sparse_from: float = 0.5,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Score a model dense and with each of several plans; the dense pass is shared.
+
+    Args and errors are those of `evaluate`.
+    """
+    windows = tokens.tokens if isinstance(tokens, TokenWindows) else tokens
+    scored = _scored_positions(windows.shape[1], sparse_from)
+    dense_sums, contenders = NllSums(), [_Contender(plan) for plan in plans]
+    try:
+        for window in progress(windows.split(1), "evaluate"):
+            targets = window[0, scored + 1].to(model.device)
+            dense = log_probabilities(_logits(densify(model), window, scored))
+            dense_sums.add(dense, targets)
+            for contender in contenders:
+                sparsify(model, contender.plan, sparse_from=sparse_from)
+                with measure_sparsity(model, contender.meters):
+                    sparse = log_probabilities(_logits(model, window, scored))
+                contender.nll.add(sparse, targets)
+                contender.agreement.add(dense, sparse)
+    finally:
+        densify(model)
+    return Evaluation(
+        dense=Score(nll=dense_sums.mean, standard_error=dense_sums.standard_error),
+        sparse=tuple(contender.score() for contender in contenders),
+        tokens=dense_sums.tokens,
+        sparse_from=sparse_from,
+        sequence_length=windows.shape[1],
+    )
+
+
+@dataclass
+class _Contender:
+    """One plan and what has been gathered about it."""
+
+    plan: SparsityPlan
+    nll: NllSums = field(default_factory=NllSums)
+    agreement: AgreementSums = field(default_factory=AgreementSums)
+    meters: dict[str, SparsityMeter] = field(default_factory=dict)
+
+    def score(self) -> SparseScore:
+        # Projections that the plan keeps dense have no meter and count as 0.
+        dropped = {
+            name: self.meters[name].sparsity if name in self.meters else 0.0
+            for name in self.plan.projections
+        }
+        return SparseScore(
+            nll=self.nll.mean,
+            standard_error=self.nll.standard_error,
+            effective_sparsity=self.plan.model.mean_sparsity(dropped),
+            kl=self.agreement.kl / self.agreement.tokens,
+            top1_agreement=self.agreement.agreed / self.agreement.tokens,
+        )
+
+
+def _scored_positions(length: int, sparse_from: float) -> Tensor:
+    """Return the sparse positions of a window that have a next token."""
+    if not 0.0 <= sparse_from <= 1.0:
+        raise UserError(f"sparse_from {sparse_from!r} is outside [0, 1]. Give 0.5 for the paper's.")
+    positions = torch.arange(first_sparse(length, sparse_from), length - 1)
+    if not len(positions):
+        raise UserError(
+            f"With sparse_from={sparse_from} no token of a window of {length} is sparse, so there "
+            "is nothing to score. Give a smaller sparse_from."
+        )
+    return positions
+
+
+def _logits(model: Any, window: Tensor, positions: Tensor) -> Tensor:
+    kept = positions.to(model.device)
+    output = model(window.to(model.device), logits_to_keep=kept, use_cache=False)
+    logits: Tensor = output.logits[0]
+    if logits.isnan().any():
+        raise UserError("The logits are NaN. Try another dtype, such as --dtype bfloat16.")
+    return logits

@@ -1,0 +1,1 @@
+"""Where the projections of a model are, and how a model is opened."""

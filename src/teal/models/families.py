@@ -1,0 +1,164 @@
+"""Where the projections of each model family are: one table row per family."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from teal.foundation.errors import UserError
+from teal.foundation.identity import ModelIdentity
+
+SEVEN_PROJECTIONS: Mapping[str, tuple[str, ...]] = {
+    "attention_input": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o_input": ("self_attn.o_proj",),
+    "mlp_input": ("mlp.gate_proj", "mlp.up_proj"),
+    "down_input": ("mlp.down_proj",),
+}
+FUSED_PROJECTIONS: Mapping[str, tuple[str, ...]] = {
+    "attention_input": ("self_attn.qkv_proj",),
+    "o_input": ("self_attn.o_proj",),
+    "mlp_input": ("mlp.gate_up_proj",),
+    "down_input": ("mlp.down_proj",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How the models of one Hugging Face model type are laid out.
+
+    Attributes:
+        inputs: The distinct inputs of a block's projections, each with the projections that
+            share it, named relative to the block, in the order of the forward pass.
+        blocks: Dotted name of the list of blocks.
+        attention: Name of the attention module, relative to the block.
+    """
+
+    inputs: Mapping[str, tuple[str, ...]]
+    blocks: str = "model.layers"
+    attention: str = "self_attn"
+
+
+FAMILIES: dict[str, Family] = {
+    "gemma2": Family(inputs=SEVEN_PROJECTIONS),
+    "gemma3_text": Family(inputs=SEVEN_PROJECTIONS),
+    "granite": Family(inputs=SEVEN_PROJECTIONS),
+    "llama": Family(inputs=SEVEN_PROJECTIONS),
+    "mistral": Family(inputs=SEVEN_PROJECTIONS),
+    "olmo2": Family(inputs=SEVEN_PROJECTIONS),
+    "phi3": Family(inputs=FUSED_PROJECTIONS),
+    "qwen2": Family(inputs=SEVEN_PROJECTIONS),
+    "qwen3": Family(inputs=SEVEN_PROJECTIONS),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One decoder layer of a model.
+
+    Attributes:
+        name: Dotted module name, such as "model.layers.3".
+        module: The layer.
+        attention: Its attention module.
+        attention_name: Dotted name of that.
+        inputs: Full projection names by full input name, such as
+            "model.layers.3.mlp_input" → ("model.layers.3.mlp.gate_proj", …).
+    """
+
+    name: str
+    module: nn.Module
+    attention: nn.Module
+    attention_name: str
+    inputs: Mapping[str, tuple[str, ...]]
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Full names of all projections, in the order of the forward pass."""
+        return tuple(name for names in self.inputs.values() for name in names)
+
+    def in_attention(self, projection: str) -> bool:
+        """Tell whether a projection, by full name, belongs to the attention module."""
+        return projection.startswith(f"{self.attention_name}.")
+
+
+def family_named(model_type: str) -> Family:
+    """Return the row of `model_type`.
+
+    Raises:
+        UserError: The type is not in the table.
+    """
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"Model type {model_type!r} is not supported. Supported: {', '.join(FAMILIES)}. "
+            "To add one, see docs/extending.md."
+        )
+    return FAMILIES[model_type]
+
+
+def model_type_of(model: nn.Module) -> str:
+    """Return the Hugging Face model type of `model`.
+
+    Raises:
+        UserError: It has no Hugging Face configuration.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None:
+        raise UserError(
+            f"{type(model).__name__} is not a Hugging Face causal language model. "
+            "Open one with AutoModelForCausalLM.from_pretrained."
+        )
+    return str(model_type)
+
+
+def blocks_of(model: nn.Module) -> list[Block]:
+    """List the decoder layers of `model` in order.
+
+    Raises:
+        UserError: The model type is not supported.
+    """
+    return list(_blocks(model, family_named(model_type_of(model))))
+
+
+def projections_of(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return every projection by its dotted module name, in the order of the forward pass.
+
+    Raises:
+        UserError: The model type is not supported, or a projection is not a linear layer.
+    """
+    return {name: _linear(model, name) for block in blocks_of(model) for name in block.projections}
+
+
+def identity_of(model: nn.Module) -> ModelIdentity:
+    """Return what plans and statistics of `model` must agree with."""
+    return ModelIdentity(
+        model_type=model_type_of(model),
+        shapes={
+            name: (linear.in_features, linear.out_features)
+            for name, linear in projections_of(model).items()
+        },
+    )
+
+
+def _blocks(model: nn.Module, family: Family) -> Iterator[Block]:
+    modules: Iterator[tuple[str, nn.Module]] = model.get_submodule(family.blocks).named_children()
+    for index, module in modules:
+        name = f"{family.blocks}.{index}"
+        yield Block(
+            name=name,
+            module=module,
+            attention=module.get_submodule(family.attention),
+            attention_name=f"{name}.{family.attention}",
+            inputs={
+                f"{name}.{key}": tuple(f"{name}.{projection}" for projection in projections)
+                for key, projections in family.inputs.items()
+            },
+        )
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise UserError(
+            f"{name} is a {type(module).__name__}, not a linear layer. "
+            "Load the model without quantization."
+        )
+    return module
