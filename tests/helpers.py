@@ -1,0 +1,130 @@
+"""What tests share: the table of tolerances, tiny models of every family, plans and tokens."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from teal.foundation.identity import ModelIdentity
+from teal.foundation.provenance import TextProvenance
+from teal.methods import MaskRule
+from teal.models.families import identity_of
+from teal.plan import PlannedProjection, SparsityPlan
+
+# How far results may be apart that are equal on paper; what is not listed has to be bit-equal.
+TOLERANCES: Mapping[str, float] = {
+    # Effective against target sparsity on the calibration text itself.
+    "sparsity": 1e-3,
+    # Logits of float32 models whose attention sums in another order, such as with padding.
+    "logits": 1e-5,
+    # A product may err this many times as much as torch's in the same dtype ...
+    "product_factor": 2.0,
+    # ... plus this fraction of the dtype's eps.
+    "product_eps": 0.125,
+}
+
+VOCABULARY = 97
+
+_SHARED: Mapping[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_ALTERNATING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+_OWN: Mapping[str, Mapping[str, Any]] = {
+    "gemma2": {"head_dim": 8, **_ALTERNATING},
+    "gemma3_text": {"head_dim": 8, **_ALTERNATING},
+    "mistral": {"sliding_window": 5},
+    "phi3": {"sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, **_ALTERNATING},
+    "qwen3": {"head_dim": 8, "use_sliding_window": True, **_ALTERNATING},
+}
+
+
+def tiny_model(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
+    """Build a random float32 model of two layers in evaluation mode.
+
+    The weights are large enough that every token, position and projection moves the logits.
+
+    Args:
+        model_type: One of `teal.models.families.FAMILIES`.
+        seed: The same seed gives the same weights.
+        changes: Fields of the configuration to set otherwise.
+    """
+    fields = {**_SHARED, **_OWN.get(model_type, {}), **changes}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * noise
+        else:
+            parameter.data = noise * parameter.shape[-1] ** -0.5
+    return model.eval()
+
+
+def tiny_tokens(windows: int, length: int, *, seed: int = 0) -> Tensor:
+    """Draw ordinary token ids, (windows, length), int64: none pads, begins or ends a text."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (windows, length), generator=generator)
+
+
+def plan_for(model: nn.Module, threshold: float | None) -> SparsityPlan:
+    """Plan one threshold for every projection of `model`, or none at all."""
+    rule = None if threshold is None else MaskRule(threshold=threshold)
+    identity = identity_of(model)
+    return plan_of(
+        identity,
+        {name: PlannedProjection(target_sparsity=0.5, rule=rule) for name in identity.shapes},
+    )
+
+
+def plan_of(identity: ModelIdentity, projections: Mapping[str, PlannedProjection]) -> SparsityPlan:
+    """Fill in everything about a plan that its projections do not say."""
+    return SparsityPlan(
+        model=identity,
+        projections=projections,
+        method="teal",
+        strategy="uniform",
+        target_sparsity=0.5,
+        calibration=TextProvenance(
+            source="text",
+            sha256="0" * 64,
+            offset=0,
+            num_tokens=64,
+            sequence_length=32,
+            fingerprints=torch.tensor([-3, 5], dtype=torch.int64),
+        ),
+        dtype="float32",
+        library_version="0",
+    )
+
+
+def logits_of(model: Any, tokens: Tensor, **arguments: Any) -> Tensor:
+    """Run one forward pass without a cache: logits, (windows, length, vocabulary)."""
+    with torch.no_grad():
+        logits: Tensor = model(tokens, use_cache=False, **arguments).logits
+    return logits
+
+
+def relative_error(product: Tensor, exact: Tensor) -> float:
+    """Return rms(product - exact) / rms(exact), summed in float64."""
+    exact = exact.double()
+    return float((product.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+def assert_as_precise_as_torch(product: Tensor, by_torch: Tensor, exact: Tensor) -> None:
+    """Require that `product` errs about as little as torch's product in the same dtype."""
+    allowed = TOLERANCES["product_factor"] * relative_error(by_torch, exact)
+    allowed += TOLERANCES["product_eps"] * torch.finfo(product.dtype).eps
+    assert product.dtype == by_torch.dtype
+    assert relative_error(product, exact) <= allowed
