@@ -1,0 +1,263 @@
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_as_precise_as_torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from teal.foundation.errors import UserError
+from teal.kernels import reference
+
+pytest.importorskip("numba")
+
+from teal.kernels.cpu_compiled import list_kept
+from teal.kernels.cpu_gemv import ELEMENTS, sparse_gemv
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN, so that unwritten results show."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def _draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _exact(x: Tensor, weight: Tensor, threshold: float, **vectors: Tensor) -> Tensor:
+    bias = vectors.pop("bias", None)
+    shift = vectors.get("shift")
+    centred = x if shift is None else (x.float() - shift).to(x.dtype)
+    keep = reference.keep_mask(x, threshold, **vectors)
+    product = torch.where(keep, centred, 0).double() @ weight.double()
+    return product if bias is None else product + bias.double()
+
+
+def _kept(x: Tensor, threshold: float, scale: Tensor | None, shift: Tensor | None) -> list[int]:
+    integers = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+    rows = x.reshape(-1, x.shape[-1]).view(integers.get(x.dtype, x.dtype)).numpy()
+    channels = np.empty(rows.shape[1], np.int64)
+    values = np.empty((rows.shape[1], rows.shape[0]), np.float32)
+    addresses = [0 if vector is None else vector.data_ptr() for vector in (scale, shift)]
+    kept = list_kept(rows, *addresses, np.float32(threshold), channels, values)
+    return channels[:kept].tolist()
+
+
+@dtypes
+@pytest.mark.parametrize("vectors", ["plain", "scale", "shift", "scale and shift"])
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 2.0**-24, 0.3, 0.1 + 0.2, 1.0, INF])
+def test_kept_channels_equal_those_of_the_reference(
+    dtype: torch.dtype, vectors: str, threshold: float
+) -> None:
+    edges = [0.0, -0.0, 0.3, -0.3, 1.0, -1.0, INF, -INF, NAN, 2.0**-24, 1e-40, -1e-40, 65504.0]
+    x = torch.cat([torch.tensor(edges), _draw(200)]).to(dtype)
+    x[20] = threshold
+    scale = _draw(len(x), seed=1).abs() if "scale" in vectors else None
+    shift = _draw(len(x), seed=2) if "shift" in vectors else None
+    expected = reference.keep_mask(x, threshold, scale, shift).nonzero().flatten().tolist()
+    assert _kept(x, threshold, scale, shift) == expected
+
+
+@dtypes
+def test_a_strip_is_read_when_any_row_keeps_it(dtype: torch.dtype) -> None:
+    x = _draw(8, 300, dtype=dtype)
+    expected = reference.keep_mask(x, 1.9).any(dim=0).nonzero().flatten().tolist()
+    assert 0 < len(expected) < 300
+    assert _kept(x, 1.9, None, None) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("half_ulps", [0, 1, -1])
+def test_every_16_bit_number_is_read_exactly_and_rounded_to_nearest_even(
+    dtype: torch.dtype, half_ulps: int
+) -> None:
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    neighbour = (every.view(torch.int16) + 1).view(dtype)
+    difference = (neighbour.float() - every.float()).to(dtype)
+    difference = torch.where(difference.isfinite(), difference, 0)
+    expected = (every.float() + 0.5 * half_ulps * difference.float()).to(dtype)
+    x = torch.tensor([1.0, 0.5 * half_ulps], dtype=dtype)
+    product = sparse_gemv(x, torch.stack([every, difference]), 0.0)
+    torch.testing.assert_close(product, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [(), (1,), (2, 1), (8,)], ids=str)
+@pytest.mark.parametrize("in_features, out_features", [(63, 129), (129, 63), (700, 257), (4097, 9)])
+def test_product_is_as_precise_as_torch(
+    dtype: torch.dtype, rows: tuple[int, ...], in_features: int, out_features: int
+) -> None:
+    x = _draw(*rows, in_features, dtype=dtype)
+    weight = _draw(in_features, out_features, dtype=dtype, seed=1)
+    bias = _draw(out_features, dtype=dtype, seed=2)
+    vectors = {"scale": _draw(in_features, seed=3).abs(), "shift": 0.1 * _draw(in_features, seed=4)}
+    for given_vectors in ({}, vectors, {"bias": bias, **vectors}):
+        by_torch = reference.sparse_gemv(x, weight, 0.4, **given_vectors)
+        exact = _exact(x, weight, 0.4, **given_vectors)
+        product = sparse_gemv(x, weight, 0.4, **given_vectors)
+        assert product.shape == (*rows, out_features)
+        assert_as_precise_as_torch(product, by_torch, exact)
+
+
+@dtypes
+def test_product_of_two_threads_is_as_precise_as_torch(
+    dtype: torch.dtype, two_threads: None
+) -> None:
+    x, weight = _draw(4096, dtype=dtype), _draw(4096, 321, dtype=dtype, seed=1)
+    exact = _exact(x, weight, 0.6)
+    assert_as_precise_as_torch(
+        sparse_gemv(x, weight, 0.6), reference.sparse_gemv(x, weight, 0.6), exact
+    )
+
+
+@dtypes
+def test_negative_threshold_is_dense(dtype: torch.dtype) -> None:
+    x, weight = _draw(130, dtype=dtype), _draw(130, 70, dtype=dtype, seed=1)
+    exact = x.double() @ weight.double()
+    assert_as_precise_as_torch(sparse_gemv(x, weight, -1.0), x @ weight, exact)
+
+
+@dtypes
+def test_zero_input_gives_the_bias(dtype: torch.dtype) -> None:
+    bias = _draw(70, dtype=dtype)
+    product = sparse_gemv(
+        torch.zeros(2, 130, dtype=dtype), _draw(130, 70, dtype=dtype), 0.0, bias=bias
+    )
+    assert torch.equal(product, bias.expand(2, 70))
+
+
+@dtypes
+def test_everything_dropped_gives_zero(dtype: torch.dtype) -> None:
+    product = sparse_gemv(_draw(130, dtype=dtype), _draw(130, 70, dtype=dtype), 1e9)
+    assert torch.equal(product, torch.zeros(70, dtype=dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("visible", [NAN, INF])
+def test_nan_and_inf_in_one_row_stay_visible_there_and_only_there(
+    dtype: torch.dtype, visible: float
+) -> None:
+    x = _draw(3, 130, dtype=dtype)
+    x[1, 77] = visible
+    product = sparse_gemv(x, _draw(130, 70, dtype=dtype, seed=1), 0.5)
+    assert not product[1].isfinite().any()
+    assert product[[0, 2]].isfinite().all()
+
+
+def test_residual_is_added_before_rounding() -> None:
+    x, weight = _draw(2, 130, dtype=torch.bfloat16), _draw(130, 70, dtype=torch.bfloat16, seed=1)
+    residual = 100 * _draw(2, 70, dtype=torch.bfloat16, seed=2)
+    exact = _exact(x, weight, 0.5) + residual.double()
+    by_torch = reference.sparse_gemv(x, weight, 0.5) + residual
+    assert_as_precise_as_torch(sparse_gemv(x, weight, 0.5, residual=residual), by_torch, exact)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads_or_the_call(two_threads: None) -> None:
+    x, weight = _draw(4, 300, dtype=torch.bfloat16), _draw(300, 1031, dtype=torch.bfloat16, seed=1)
+    by_two = [sparse_gemv(x, weight, 0.5) for _ in range(5)]
+    torch.set_num_threads(1)
+    by_one = sparse_gemv(x, weight, 0.5)
+    assert all(torch.equal(product, by_one) for product in by_two)
+
+
+@dtypes
+def test_rows_give_the_bits_of_their_products_alone_when_all_channels_are_kept(
+    dtype: torch.dtype,
+) -> None:
+    x, weight = _draw(5, 130, dtype=dtype), _draw(130, 70, dtype=dtype, seed=1)
+    alone = torch.stack([sparse_gemv(row, weight, -1.0) for row in x])
+    assert torch.equal(sparse_gemv(x, weight, -1.0), alone)
+
+
+@dtypes
+def test_layout_of_the_inputs_does_not_change_the_bits(dtype: torch.dtype) -> None:
+    x, weight = _draw(3, 130, dtype=dtype), _draw(130, 200, dtype=dtype, seed=1)
+    part = slice(64, 135)
+    expected = sparse_gemv(x, weight[:, part].contiguous(), 0.5)
+    assert torch.equal(sparse_gemv(x, weight[:, part], 0.5), expected)
+    assert torch.equal(sparse_gemv(x.T.contiguous().T, weight[:, part], 0.5), expected)
+
+
+def test_products_of_two_python_threads_do_not_disturb_each_other(two_threads: None) -> None:
+    weight = _draw(300, 1031, dtype=torch.bfloat16)
+    inputs = [_draw(300, dtype=torch.bfloat16, seed=seed) for seed in range(40)]
+    expected = [sparse_gemv(x, weight, 0.5) for x in inputs]
+    with ThreadPoolExecutor(2) as pool:
+        products = list(pool.map(lambda x: sparse_gemv(x, weight, 0.5), inputs))
+    assert all(map(torch.equal, products, expected))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)], ids=str)
+def test_empty_sizes_give_what_an_empty_sum_is(shape: tuple[int, int]) -> None:
+    product = sparse_gemv(torch.ones(2, shape[0]), torch.ones(shape), 0.0)
+    assert torch.equal(product, torch.zeros(2, shape[1]))
+    assert sparse_gemv(torch.ones(0, 4), torch.ones(4, 3), 0.0).shape == (0, 3)
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    rows=st.integers(1, 8),
+    in_features=st.integers(1, 70),
+    out_features=st.integers(1, 90),
+    dtype=st.sampled_from(DTYPES),
+    channel=st.integers(0, 69),
+)
+@settings(deadline=None, max_examples=60)
+def test_any_shape_and_a_threshold_equal_to_an_entry_match_the_exact_product(
+    seed: int, rows: int, in_features: int, out_features: int, dtype: torch.dtype, channel: int
+) -> None:
+    x = _draw(rows, in_features, dtype=dtype, seed=seed)
+    weight = _draw(in_features, out_features, dtype=dtype, seed=seed + 1)
+    threshold = float(x[0, channel % in_features].abs())
+    exact = _exact(x, weight, threshold)
+    magnitude = x.abs().double() @ weight.abs().double()
+    allowed = torch.finfo(dtype).eps * exact.abs() + 1e-6 * magnitude
+    assert ((sparse_gemv(x, weight, threshold).double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"x": torch.ones(4, dtype=torch.float64)}, "Give both as one of"),
+        ({"x": torch.ones(4, dtype=torch.bfloat16)}, "Give both as one of"),
+        ({"x": torch.ones(5)}, "channel-major weight"),
+        ({"x": torch.ones(())}, "channel-major weight"),
+        ({"weight": torch.ones(3, 4).T}, "weight.contiguous"),
+        ({"scale": torch.ones(5)}, "scale is"),
+        ({"shift": torch.ones(3)}, "shift is"),
+        ({"bias": torch.ones(4)}, "bias is"),
+        ({"bias": torch.ones(3, dtype=torch.bfloat16)}, "bias is"),
+        ({"residual": torch.ones(1, 3)}, "residual is"),
+        ({"weight": torch.ones(4, 3, device="meta")}, "Move both to the CPU"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_what_does_not_fit_is_refused_before_any_memory_is_read(
+    changes: dict[str, Tensor], message: str
+) -> None:
+    arguments = {"x": torch.ones(4), "weight": torch.ones(4, 3), "threshold": 0.0, **changes}
+    with pytest.raises(UserError, match=message):
+        sparse_gemv(**arguments)
+
+
+def test_every_element_type_is_its_own_numba_type() -> None:
+    assert len({type(element) for element in ELEMENTS.values()}) == len(ELEMENTS)
