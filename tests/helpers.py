@@ -1,6 +1,9 @@
 """What tests share: the table of tolerances, tiny models of every family, plans and tokens."""
 
-from collections.abc import Mapping
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +29,8 @@ TOLERANCES: Mapping[str, float] = {
 }
 
 VOCABULARY = 97
+
+_FILE_EVENTS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir")
 
 _SHARED: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -128,3 +133,37 @@ def assert_as_precise_as_torch(product: Tensor, by_torch: Tensor, exact: Tensor)
     allowed += TOLERANCES["product_eps"] * torch.finfo(product.dtype).eps
     assert product.dtype == by_torch.dtype
     assert relative_error(product, exact) <= allowed
+
+
+def kill_before_file_event(moment: int, action: Callable[[], object]) -> bool:
+    """Run `action` in another process and kill that before it opens, renames or removes a file.
+
+    Args:
+        moment: How many such events the process lives to see.
+        action: What to do there.
+
+    Returns:
+        Whether it was killed; if not, it came to its end before.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            sys.addaudithook(_Killer(moment))
+            action()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+class _Killer:
+    def __init__(self, moment: int) -> None:
+        self.left = moment
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in _FILE_EVENTS:
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.left -= 1

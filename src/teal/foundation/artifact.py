@@ -3,15 +3,15 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from teal.foundation.errors import UserError
@@ -24,12 +24,13 @@ def check_destination(folder: Path, *, force: bool = False) -> None:
         UserError: It exists and `force` is not set, or its parent cannot be written.
     """
     _recover(folder)
-    if folder.exists() and not force:
+    if os.path.lexists(folder) and not force:
         raise UserError(
             f"Output {str(folder)!r} already exists. Choose another, or replace it with --force."
         )
     parent = folder.parent
-    while not parent.exists():
+    # Not Path.exists, which raises where a folder may not be searched or a name is too long.
+    while not os.path.exists(parent):
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(
@@ -49,16 +50,17 @@ def replace_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
         UserError: As `check_destination`.
     """
     check_destination(folder, force=force)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    # Behind a link, what the link points to is replaced.
+    folder = folder.resolve()
+    temporary = _temporary(folder)
     try:
-        temporary.chmod(0o755)
+        temporary.mkdir(parents=True)
         yield temporary
-        backup = _backup(folder)
-        if folder.exists():
-            folder.rename(backup)
-        temporary.rename(folder)
-        _remove(backup)
+        _exchange(folder, temporary)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write {str(folder)!r}: {error.strerror}. Make room or choose another output."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -66,14 +68,12 @@ def replace_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = _temporary(path)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def save_artifact(
@@ -99,9 +99,10 @@ def save_artifact(
     with replace_folder(folder, force=force) as temporary:
         content = {"kind": kind, **payload}
         if tensors:
-            path = temporary / f"{kind}.safetensors"
-            save_file({name: t.contiguous() for name, t in tensors.items()}, path)
-            content["tensors_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            # Not save_file: it hides the file from other users, whatever the umask.
+            data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+            (temporary / f"{kind}.safetensors").write_bytes(data)
+            content["tensors_sha256"] = hashlib.sha256(data).hexdigest()
         (temporary / f"{kind}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -122,7 +123,7 @@ def load_artifact(
         UserError: Nothing there, another kind of artifact, damaged, or of a newer schema.
     """
     _recover(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{str(folder)!r} is not a folder. Give a folder that holds {kind}.json.")
     payload = read_json(folder / f"{kind}.json")
     if payload.get("kind") != kind or not isinstance(payload.get("schema_version"), int):
@@ -147,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{str(path)!r} does not exist. Check the path.") from None
     except OSError as error:
         raise UserError(f"Cannot read {str(path)!r}: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is damaged or not JSON ({error}). Make it anew.") from error
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} holds no JSON object. Make it anew.")
@@ -165,7 +166,7 @@ def well_formed(folder: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{str(folder)!r} is damaged ({type(error).__name__}: {error}). Make it anew."
         ) from error
@@ -184,13 +185,28 @@ def _load_tensors(path: Path, sha256: str | None) -> dict[str, Tensor]:
     return tensors
 
 
+def _exchange(folder: Path, new: Path) -> None:
+    backup = _backup(folder)
+    if folder.exists():
+        # A kill may have left an older backup, of which nothing is needed any more.
+        _remove(backup)
+        folder.rename(backup)
+    new.rename(folder)
+    _remove(backup)
+
+
+def _temporary(path: Path) -> Path:
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+
+
 def _backup(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
+    return folder.parent / f".{folder.name}.old"
 
 
 def _recover(folder: Path) -> None:
+    folder = folder.resolve()
     backup = _backup(folder)
-    if backup.exists() and not folder.exists():
+    if os.path.exists(backup) and not os.path.exists(folder):
         backup.rename(folder)
 
 
