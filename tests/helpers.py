@@ -93,14 +93,19 @@ def plan_for(model: nn.Module, threshold: float | None) -> SparsityPlan:
     )
 
 
-def plan_of(identity: ModelIdentity, projections: Mapping[str, PlannedProjection]) -> SparsityPlan:
+def plan_of(
+    identity: ModelIdentity,
+    projections: Mapping[str, PlannedProjection],
+    *,
+    target_sparsity: float = 0.5,
+) -> SparsityPlan:
     """Fill in everything about a plan that its projections do not say."""
     return SparsityPlan(
         model=identity,
         projections=projections,
         method="teal",
         strategy="uniform",
-        target_sparsity=0.5,
+        target_sparsity=target_sparsity,
         calibration=TextProvenance(
             source="text",
             sha256="0" * 64,

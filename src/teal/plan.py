@@ -63,7 +63,9 @@ class SparsityPlan:
         check_sparsity(self.target_sparsity, "Target sparsity")
         unknown = [name for name in self.projections if name not in self.model.shapes]
         if unknown:
-            raise UserError(f"The plan names {unknown[0]!r}, which its model does not have.")
+            raise UserError(
+                f"The plan names {unknown[0]!r}, which its model does not have. Make it anew."
+            )
         for name, projection in self.projections.items():
             self._check_vectors(name, projection.rule)
 
