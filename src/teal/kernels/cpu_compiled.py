@@ -75,31 +75,57 @@ def product(
 def list_kept(
     x: Array, scale_address: int, shift_address: int, threshold: np.float32, *lists: Array
 ) -> int:
-    """List the channels that any row keeps, with 0 for the rows that drop them."""
+    """List the channels that any row keeps, with 0 for the rows that drop them.
+
+    Args:
+        x: Activations, (T, K).
+        scale_address: Where scale (K,) begins, float32; 0 for none.
+        shift_address: Where shift (K,) begins, float32; 0 for none.
+        threshold: Cut-off in score units.
+        *lists: Room for channels (K,) int64, and for their activations (K, T) float32.
+
+    Returns:
+        How many channels are kept; the lists mean nothing from there on.
+    """
     channels, values = lists
     rows, in_features = x.shape
-    scale = _array(np.float32(0), scale_address, in_features)
-    shift = _array(np.float32(0), shift_address, in_features)
+    scale = _array(np.float32(0), scale_address, in_features * (scale_address != 0))
+    shift = _array(np.float32(0), shift_address, in_features * (shift_address != 0))
     kept = 0
+    # Entries are written before it is decided whether they stay: there is no branch to mispredict.
+    if rows == 1:
+        for channel in range(in_features):
+            value, score = _score(x[0, channel], channel, scale, shift)
+            channels[kept] = channel
+            values[kept, 0] = value
+            kept += not (score <= threshold)
+        return kept
     for channel in range(in_features):
-        # Written before it is decided: no branch to mispredict, and the next kept one overwrites.
         channels[kept] = channel
         keep_any = False
         for row in range(rows):
-            value = _widen(x[row, channel])
-            score = value
-            if shift_address != 0:
-                score = value - shift[channel]
-                value = _widen(_narrow(x[row, channel], score))
-            score = abs(score)
-            if scale_address != 0:
-                score = score * scale[channel]
-            # Dropped when ≤, so that NaN is kept.
+            value, score = _score(x[row, channel], channel, scale, shift)
             keep = not (score <= threshold)
             values[kept, row] = value if keep else np.float32(0)
             keep_any |= keep
         kept += keep_any
     return kept
+
+
+@compiled()
+def _score(
+    bits: np.generic, channel: int, scale: Array, shift: Array
+) -> tuple[np.float32, np.float32]:
+    """Return an activation less its shift, and its score. Compared as not ≤, NaN is kept."""
+    value = _widen(bits)
+    score = value
+    if len(shift) > 0:
+        score = value - shift[channel]
+        value = _widen(_narrow(bits, score))
+    score = abs(score)
+    if len(scale) > 0:
+        score = score * scale[channel]
+    return value, score
 
 
 @compiled(fuse=True)
