@@ -128,8 +128,8 @@ def logits_of(model: Any, tokens: Tensor, **arguments: Any) -> Tensor:
 
 def relative_error(product: Tensor, exact: Tensor) -> float:
     """Return rms(product - exact) / rms(exact), summed in float64."""
-    exact = exact.double()
-    return float((product.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+    product, exact = product.detach().double(), exact.detach().double()
+    return float((product - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
 def assert_as_precise_as_torch(product: Tensor, by_torch: Tensor, exact: Tensor) -> None:
