@@ -208,14 +208,16 @@ def _dataset_rows(source: str) -> Iterator[str]:
         from datasets import load_dataset  # noqa: PLC0415  (an optional package)
     except ImportError as error:
         raise MissingExtraError(f"Text {source!r}", "datasets", "data") from error
-    name, *config, split = source.removeprefix(DATASET_PREFIX).split(":")
-    if not name or len(config) > 1 or not split or not source.count(":") > 1:
+    parts = source.removeprefix(DATASET_PREFIX).split(":")
+    if len(parts) not in (2, 3) or not all(parts):
         raise UserError(
             f"Data set {source!r} is not of the form hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT."
         )
+    *name, split = parts
     try:
-        rows = load_dataset(name, *config, split=split)
-        return iter(rows[_DATASET_COLUMN])
+        rows = load_dataset(*name, split=split)
+        # A row may hold None, which is no text.
+        return (row or "" for row in rows[_DATASET_COLUMN])
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(

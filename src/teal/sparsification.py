@@ -1,5 +1,6 @@
 """How a model becomes sparse and dense again, in place."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -123,7 +124,8 @@ def sparse_tokens(padding: Tensor, sparse_from: float) -> Tensor:
     real = padding.bool()
     length = real.sum(-1, keepdim=True)
     position = real.cumsum(-1) - 1
-    return real & (position >= torch.ceil(sparse_from * length))
+    # In float64, as Python computes `first_sparse`.
+    return real & (position >= torch.ceil(sparse_from * length.double()))
 
 
 def _follow_padding(model: nn.Module, selection: TokenSelection) -> None:
@@ -132,11 +134,12 @@ def _follow_padding(model: nn.Module, selection: TokenSelection) -> None:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not 0.0 < selection.sparse_from < 1.0:
             return
-        tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        tokens = given.get("input_ids", given.get("inputs_embeds"))
         if tokens is None or tokens.shape[:2].numel() <= DECODE_ROWS:
             return
-        _refuse_continuation(kwargs.get("past_key_values"), selection.sparse_from)
-        padding = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        _refuse_continuation(given.get("past_key_values"), selection.sparse_from)
+        padding = given.get("attention_mask")
         if padding is not None and padding.dim() == 2:
             selection.mask = sparse_tokens(padding, selection.sparse_from)
 

@@ -15,9 +15,9 @@ from teal.foundation.identity import ModelIdentity
 from teal.foundation.progress import Progress, silent
 from teal.foundation.provenance import TextProvenance, fingerprint
 from teal.foundation.version import __version__
+from teal.linear import SparseLinear
 from teal.models.blocks import Batch, first_batches, resident, run_block
 from teal.models.families import Block, blocks_of, identity_of
-from teal.sparsification import sparse_linears
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def calibrate(
     Raises:
         UserError: NaN or inf in the activations, no tokens, a sparse or an unsupported model.
     """
-    if sparse_linears(model):
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
         raise UserError("The model is sparse. Calibrate it dense: call densify(model) first.")
     windows = tokens if isinstance(tokens, TokenWindows) else _unnamed(tokens)
     batches = first_batches(model, windows.tokens, padding=padding, batch_size=batch_size)

@@ -103,9 +103,7 @@ def command(
     modules = None if target_modules is None else tuple(target_modules.split(","))
     run = _open_run(loaded_stats, model, text, sequence_length, tokens, device, dtype)
     if strategy == "greedy" and run is not None:
-        settings = GreedySettings(
-            step=greedy_step, until=greedy_until, propagate=greedy_propagate
-        )
+        settings = GreedySettings(step=greedy_step, until=greedy_until, propagate=greedy_propagate)
         loaded_stats.paths["greedy"] = greedy_path(
             run.model,
             loaded_stats,

@@ -36,7 +36,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def say(message: str) -> None:
     """Print one line for a person."""
-    Console(highlight=False, soft_wrap=True).print(message, markup=False)
+    Console(highlight=False, soft_wrap=True, emoji=False).print(message, markup=False)
 
 
 def quiet_libraries() -> None:

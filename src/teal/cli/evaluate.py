@@ -82,9 +82,7 @@ def command(
         check_no_overlap(windows, loaded_plan.calibration)
     if sparse_from is None:
         sparse_from = PAPER_SPARSE_FROM if loaded_plan else 0.0
-    result = evaluate(
-        loaded, windows, loaded_plan, sparse_from=sparse_from, progress=progress_bar
-    )
+    result = evaluate(loaded, windows, loaded_plan, sparse_from=sparse_from, progress=progress_bar)
     if json:
         print_json(result.to_dict())
     else:

@@ -88,7 +88,7 @@ def compare(
     scored = _scored_positions(windows.shape[1], sparse_from)
     dense_sums, contenders = NllSums(), [_Contender(plan) for plan in plans]
     try:
-        for window in progress(windows.split(1), "evaluate"):
+        for window in progress(torch.split(windows, 1), "evaluate"):
             targets = window[0, scored + 1].to(model.device)
             dense = log_probabilities(_logits(densify(model), window, scored))
             dense_sums.add(dense, targets)

@@ -75,7 +75,8 @@ def fingerprint(tokens: Tensor) -> Tensor:
     hashes = (tokens.cpu().unfold(0, _GRAM, 1) * powers).sum(-1)
     hashes = (hashes ^ (hashes >> 29)) * _MIX
     hashes = hashes ^ (hashes >> 32)
-    return torch.unique(hashes[hashes % _ONE_IN == 0])
+    kept: Tensor = torch.unique(hashes[hashes % _ONE_IN == 0])
+    return kept
 
 
 def shared_windows(windows: Tensor, text: TextProvenance) -> int:

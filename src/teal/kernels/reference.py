@@ -7,7 +7,7 @@ from torch import Tensor
 def keep_mask(
     x: Tensor, threshold: float | Tensor, scale: Tensor | None = None, shift: Tensor | None = None
 ) -> Tensor:
-    """Decide which activations are kept: those whose score `|x - shift| * scale` is not ≤ threshold.
+    """Decide which activations are kept: those with a score `|x - shift| * scale` > threshold.
 
     The comparison is written as "dropped when ≤", so NaN and inf are kept and stay visible. All
     arithmetic is in float32, whatever the dtype of `x`.

@@ -41,9 +41,10 @@ def first_batches(
     Returns:
         Batches on the device of the model's embedding.
     """
-    paddings = [None] * len(tokens) if padding is None else padding.split(batch_size)
-    pairs = zip(tokens.split(batch_size), paddings, strict=False)
-    return [_first_batch(model, windows, mask) for windows, mask in pairs]
+    windows = torch.split(tokens, batch_size)
+    masks = [None] * len(windows) if padding is None else torch.split(padding, batch_size)
+    pairs = zip(windows, masks, strict=True)
+    return [_first_batch(model, window, mask) for window, mask in pairs]
 
 
 @torch.no_grad()

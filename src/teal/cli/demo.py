@@ -1,0 +1,220 @@
+"""`teal demo`: the whole pipeline on a small model, with a report."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from teal.allocation import GreedySettings, allocate, greedy_path
+from teal.calibration import CalibrationStats, calibrate
+from teal.cli.console import (
+    percent,
+    print_table,
+    progress_bar,
+    quiet_libraries,
+    say,
+    with_error,
+)
+from teal.cli.generate import continuation, encode_prompt
+from teal.cli.options import DeviceOption, DtypeOption, resolve_sequence_length
+from teal.cli.stdlib_text import calibration_text, held_out_text
+from teal.data import check_no_overlap, token_windows
+from teal.evaluation import Evaluation, compare
+from teal.foundation.artifact import check_destination
+from teal.models.loading import context_length, load_model, load_tokenizer
+from teal.plan import SparsityPlan
+from teal.report import DenseRow, Sample, SparseRow, figures, write_report
+from teal.sparsification import densify, sparsify
+
+app = typer.Typer(add_completion=False)
+
+EXAMPLES = """Examples:
+
+teal demo
+
+teal demo models/py-16m --out demo-out --force
+"""
+
+SPARSITIES = (0.25, 0.4, 0.5, 0.65)
+SHOWN_SPARSITY = 0.5
+SPARSE_FROM = 0.5
+PROMPT = "import os\n\ndef read_json(path):"
+NEW_TOKENS = 60
+
+# Coarser than the defaults of `teal calibrate` and `teal allocate`, to be done in three minutes
+# on two cores.
+CALIBRATION_TOKENS = 20480
+EVALUATION_TOKENS = 10240
+GREEDY_TOKENS = 1024
+GREEDY = GreedySettings(step=0.0125, until=0.65)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The model under test and how its text is cut."""
+
+    model: Any
+    tokenizer: Any
+    sequence_length: int
+
+
+@app.command(epilog=EXAMPLES)
+def command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model folder, or a name on the hub.")
+    ] = "models/py-16m",
+    out: Annotated[Path, typer.Option("--out", help="Folder for report and plots.")] = Path(
+        "demo-out"
+    ),
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+) -> None:
+    """Run the whole pipeline on a small model and write a report.
+
+    Calibrates on the source of Python's standard library, plans uniformly and greedily, evaluates
+    on packages that models/py-16m has never seen, and continues a prompt dense and sparse.
+    """
+    started = time.perf_counter()
+    quiet_libraries()
+    check_destination(out, force=force)
+    tokenizer = load_tokenizer(model)
+    loaded = load_model(model, dtype=dtype, device=device)
+    length = resolve_sequence_length(None, context_length(loaded.config))
+    subject = _Subject(loaded, tokenizer, length)
+    stats = _calibrate(subject)
+    plans = _allocate(subject, stats)
+    result = _evaluate(subject, plans)
+    samples = _continue(subject, plans)
+    dense, rows = _rows(result, plans)
+    _print(dense, rows, samples, result)
+    page = write_report(
+        out,
+        title=f"Activation sparsity on {Path(model).name}",
+        summary=_summary(stats, result),
+        dense=dense,
+        rows=rows,
+        figures=figures(dense, rows, stats, _shown(plans, "greedy")),
+        samples=samples,
+    )
+    say(f"Report: {page}  ({time.perf_counter() - started:.0f} s)")
+
+
+def _calibrate(subject: _Subject) -> CalibrationStats:
+    windows = token_windows(
+        calibration_text(),
+        subject.tokenizer,
+        sequence_length=subject.sequence_length,
+        num_tokens=CALIBRATION_TOKENS,
+    )
+    return calibrate(subject.model, windows, progress=progress_bar)
+
+
+def _allocate(subject: _Subject, stats: CalibrationStats) -> list[SparsityPlan]:
+    windows = token_windows(
+        calibration_text(),
+        subject.tokenizer,
+        sequence_length=min(subject.sequence_length, GREEDY_TOKENS),
+        num_tokens=GREEDY_TOKENS,
+        offset=CALIBRATION_TOKENS,
+    )
+    say(
+        f"Greedy on {GREEDY_TOKENS} tokens in steps of {percent(GREEDY.step)} "
+        f"(teal allocate: {percent(GreedySettings().step)} by default)."
+    )
+    stats.paths["greedy"] = greedy_path(
+        subject.model, stats, windows, settings=GREEDY, progress=progress_bar
+    )
+    return [
+        allocate(stats, sparsity=sparsity, strategy=strategy)
+        for strategy in ("uniform", "greedy")
+        for sparsity in SPARSITIES
+    ]
+
+
+def _evaluate(subject: _Subject, plans: Sequence[SparsityPlan]) -> Evaluation:
+    windows = token_windows(
+        held_out_text(),
+        subject.tokenizer,
+        sequence_length=subject.sequence_length,
+        max_tokens=EVALUATION_TOKENS,
+    )
+    check_no_overlap(windows, plans[0].calibration)
+    return compare(subject.model, windows, plans, sparse_from=SPARSE_FROM, progress=progress_bar)
+
+
+def _continue(subject: _Subject, plans: Sequence[SparsityPlan]) -> list[Sample]:
+    ids = encode_prompt(PROMPT, subject.tokenizer, subject.model, NEW_TOKENS)
+
+    def sample(title: str) -> Sample:
+        output = continuation(subject.model, ids, max_new_tokens=NEW_TOKENS)
+        text = subject.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        return Sample(title=title, prompt=PROMPT, continuation=text)
+
+    dense = sample("dense")
+    sparsify(subject.model, _shown(plans, "greedy"))
+    sparse = sample(f"greedy at {percent(SHOWN_SPARSITY)}")
+    densify(subject.model)
+    return [dense, sparse]
+
+
+def _shown(plans: Sequence[SparsityPlan], strategy: str) -> SparsityPlan:
+    return next(
+        plan
+        for plan in plans
+        if (plan.strategy, plan.target_sparsity) == (strategy, SHOWN_SPARSITY)
+    )
+
+
+def _rows(result: Evaluation, plans: Sequence[SparsityPlan]) -> tuple[DenseRow, list[SparseRow]]:
+    dense = DenseRow(
+        perplexity=result.dense.perplexity, perplexity_error=result.dense.perplexity_error
+    )
+    rows = [
+        SparseRow(
+            strategy=plan.strategy,
+            target_sparsity=plan.target_sparsity,
+            effective_sparsity=score.effective_sparsity,
+            perplexity=score.perplexity,
+            perplexity_error=score.perplexity_error,
+            kl=score.kl,
+            top1_agreement=score.top1_agreement,
+        )
+        for plan, score in zip(plans, result.sparse, strict=True)
+    ]
+    return dense, rows
+
+
+def _summary(stats: CalibrationStats, result: Evaluation) -> dict[str, str]:
+    return {
+        "Model": f"{stats.model.model_type}, {len(stats.model.shapes)} projections, {stats.dtype}",
+        "Calibration": f"{stats.text.num_tokens} tokens: {stats.text.source}",
+        "Greedy": f"{GREEDY_TOKENS} tokens, steps of {percent(GREEDY.step)}",
+        "Evaluation": f"{result.tokens} scored tokens: {held_out_text().source}",
+        "Protocol": f"windows of {result.sequence_length}, sparse from {SPARSE_FROM:g} on",
+    }
+
+
+def _print(
+    dense: DenseRow, rows: Sequence[SparseRow], samples: Sequence[Sample], result: Evaluation
+) -> None:
+    table = [["dense", "–", "0.0 %", with_error(dense.perplexity, dense.perplexity_error), "", ""]]
+    table += [
+        [
+            row.strategy,
+            percent(row.target_sparsity),
+            percent(row.effective_sparsity),
+            with_error(row.perplexity, row.perplexity_error),
+            f"{row.kl:.4f}",
+            percent(row.top1_agreement),
+        ]
+        for row in rows
+    ]
+    title = f"{result.tokens} held-out tokens, windows of {result.sequence_length}"
+    columns = ["strategy", "target", "effective", "perplexity", "KL", "top-1 agreement"]
+    print_table(title, columns, table)
+    for sample in samples:
+        say(f"\n── {sample.title} ──\n{sample.prompt}{sample.continuation}")

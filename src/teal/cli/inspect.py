@@ -1,0 +1,122 @@
+"""`teal inspect`: show what statistics or a plan hold."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from teal.calibration import CalibrationStats
+from teal.calibration.statistics import InputStatistics
+from teal.cli.console import percent, print_json, print_table, say
+from teal.cli.options import JsonOption
+from teal.foundation.errors import UserError
+from teal.foundation.provenance import TextProvenance
+from teal.plan import PlannedProjection, SparsityPlan
+
+app = typer.Typer(add_completion=False)
+
+EXAMPLES = """Examples:
+
+teal inspect plan
+
+teal inspect stats --json
+"""
+
+QUANTILES = (0.25, 0.5, 0.75, 0.9)
+
+
+@app.command(epilog=EXAMPLES)
+def command(
+    artifact: Annotated[
+        Path, typer.Argument(metavar="STATS|PLAN", help="Folder of statistics or of a plan.")
+    ],
+    json: JsonOption = False,
+) -> None:
+    """Show what statistics or a plan hold."""
+    if (artifact / "plan.json").exists():
+        _show_plan(SparsityPlan.load(artifact), json)
+    elif (artifact / "stats.json").exists():
+        _show_stats(CalibrationStats.load(artifact), json)
+    else:
+        raise UserError(
+            f"{str(artifact)!r} holds neither plan.json nor stats.json. "
+            "Give a folder that teal allocate or teal calibrate wrote."
+        )
+
+
+def _show_plan(plan: SparsityPlan, json: bool) -> None:
+    header = {
+        "model_type": plan.model.model_type,
+        "method": plan.method,
+        "strategy": plan.strategy,
+        "target_sparsity": plan.target_sparsity,
+        "sparsity_budget": plan.sparsity_budget,
+        "dtype": plan.dtype,
+        "calibration": plan.calibration.to_dict(),
+        "library_version": plan.library_version,
+    }
+    if json:
+        projections = {
+            name: {
+                "target_sparsity": planned.target_sparsity,
+                "threshold": planned.rule.threshold if planned.rule else None,
+                "weight_size": plan.model.weight_size(name),
+            }
+            for name, planned in plan.projections.items()
+        }
+        print_json(header | {"projections": projections})
+        return
+    say(
+        f"{plan.method} plan for a {plan.model.model_type} model, {plan.strategy}, target sparsity "
+        f"{percent(plan.target_sparsity)}, budget {percent(plan.sparsity_budget)}"
+    )
+    say(_describe(plan.calibration, plan.dtype))
+    rows = [_plan_row(name, planned) for name, planned in plan.projections.items()]
+    print_table("", ["projection", "target sparsity", "threshold"], rows)
+
+
+def _plan_row(name: str, planned: PlannedProjection) -> list[str]:
+    threshold = f"{planned.rule.threshold:.5g}" if planned.rule else "dense"
+    return [name, percent(planned.target_sparsity), threshold]
+
+
+def _show_stats(stats: CalibrationStats, json: bool) -> None:
+    if json:
+        print_json(
+            {
+                "model_type": stats.model.model_type,
+                "dtype": stats.dtype,
+                "text": stats.text.to_dict(),
+                "library_version": stats.library_version,
+                "paths": {name: path.settings for name, path in stats.paths.items()},
+                "inputs": {name: _input_content(entry) for name, entry in stats.inputs.items()},
+            }
+        )
+        return
+    say(f"statistics of a {stats.model.model_type} model, {len(stats.model.shapes)} projections")
+    say(_describe(stats.text, stats.dtype))
+    for name, path in stats.paths.items():
+        say(f"path {name}: {path.settings}")
+    rows = [
+        [name, str(entry.in_features), str(entry.count)]
+        + [f"{entry.quantile(sparsity):.4g}" for sparsity in QUANTILES]
+        for name, entry in stats.inputs.items()
+    ]
+    columns = ["input", "channels", "tokens", *(f"|x| at {percent(s)}" for s in QUANTILES)]
+    print_table("", columns, rows)
+
+
+def _input_content(entry: InputStatistics) -> dict[str, Any]:
+    return {
+        "projections": list(entry.projections),
+        "in_features": entry.in_features,
+        "count": entry.count,
+        "quantiles": {str(sparsity): entry.quantile(sparsity) for sparsity in QUANTILES},
+    }
+
+
+def _describe(text: TextProvenance, dtype: str) -> str:
+    return (
+        f"calibrated in {dtype} on {text.num_tokens} tokens from {text.offset} on, windows of "
+        f"{text.sequence_length}: {text.source}"
+    )

@@ -1,0 +1,51 @@
+"""Python source of the running interpreter's standard library, as text that is always there."""
+
+import hashlib
+import platform
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from teal.data import Text, text_of
+
+# Packages that models/py-16m was never trained on.
+HELD_OUT = ("argparse", "asyncio", "email", "json", "statistics", "textwrap", "unittest")
+
+_SKIPPED = {
+    "__pycache__", "encodings", "idlelib", "lib2to3", "pydoc_data", "site-packages",
+    "dist-packages", "test", "tests", "turtledemo",
+}  # fmt: skip
+_SHORTEST = 200
+
+
+def calibration_text() -> Text:
+    """Return the standard library without the held-out packages."""
+    return text_of(_documents(held_out=False), f"{_library()} without {', '.join(HELD_OUT)}")
+
+
+def held_out_text() -> Text:
+    """Return the held-out packages of the standard library."""
+    return text_of(_documents(held_out=True), f"{_library()}: {', '.join(HELD_OUT)}")
+
+
+def _library() -> str:
+    return f"Python {platform.python_version()} standard library"
+
+
+def _documents(*, held_out: bool) -> Iterator[str]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = [
+        path
+        for path in root.rglob("*.py")
+        if not _SKIPPED.intersection(path.relative_to(root).parts)
+        and (path.relative_to(root).parts[0].removesuffix(".py") in HELD_OUT) == held_out
+    ]
+    # In an order that mixes packages and is the same everywhere.
+    for path in sorted(paths, key=lambda path: _shuffled(path.relative_to(root))):
+        source = path.read_text(encoding="utf-8", errors="ignore")
+        if len(source) >= _SHORTEST:
+            yield source
+
+
+def _shuffled(path: Path) -> str:
+    return hashlib.sha256(path.as_posix().encode()).hexdigest()
