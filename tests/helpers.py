@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,14 @@ def tiny_tokens(windows: int, length: int, *, seed: int = 0) -> Tensor:
     """Draw ordinary token ids, (windows, length), int64: none pads, begins or ends a text."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (windows, length), generator=generator)
+
+
+def padding_of(lengths: Sequence[int], length: int, side: str) -> Tensor:
+    """Return 1 for a token, 0 for padding on the "left" or "right", (len(lengths), length)."""
+    sizes = torch.tensor(lengths)[:, None]
+    starts = length - sizes if side == "left" else torch.zeros_like(sizes)
+    positions = torch.arange(length)
+    return ((positions >= starts) & (positions < starts + sizes)).long()
 
 
 def plan_for(model: nn.Module, threshold: float | None) -> SparsityPlan:
