@@ -91,9 +91,7 @@ def test_families_are_sorted() -> None:
 
 
 def test_unsupported_model_type_is_refused_with_all_supported() -> None:
-    with pytest.raises(
-        UserError, match=r"'gpt2' is not supported\. Supported: gemma2, .*docs"
-    ):
+    with pytest.raises(UserError, match=r"'gpt2' is not supported\. Supported: gemma2, .*docs"):
         family_named("gpt2")
 
 
@@ -105,7 +103,5 @@ def test_module_that_is_no_language_model_is_refused() -> None:
 def test_projection_that_is_no_linear_layer_is_refused() -> None:
     model = tiny_model("llama")
     model.set_submodule("model.layers.1.mlp.up_proj", nn.Identity())
-    with pytest.raises(
-        UserError, match=r"layers\.1\.mlp\.up_proj is a Identity, .* Load the"
-    ):
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj is a Identity, .* Load the"):
         identity_of(model)

@@ -35,9 +35,16 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Any
     family_named(load_config(source).model_type)
     weights = resolve_dtype(dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=weights)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=weights, output_loading_info=True
+        )
     except Exception as error:
         raise _unreadable("model", source, error) from error
+    # transformers fills these with random numbers and a warning.
+    if missing := report["missing_keys"]:
+        raise UserError(
+            f"The weights of {source!r} lack {min(missing)}. Use a complete checkpoint of the model."
+        )
     return _require_module(model).to(target).eval()
 
 
