@@ -43,7 +43,7 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Any
     # transformers fills these with random numbers and a warning.
     if missing := report["missing_keys"]:
         raise UserError(
-            f"The weights of {source!r} lack {min(missing)}. Use a complete checkpoint of the model."
+            f"The weights of {source!r} lack {min(missing)}. Use a complete checkpoint."
         )
     return _require_module(model).to(target).eval()
 
