@@ -1,0 +1,147 @@
+"""What holds for the repository as a whole: where files are, how large, and what they may say."""
+
+import ast
+import importlib
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "src/teal"
+TESTS = ROOT / "tests"
+
+FILE_LINES = 300
+KERNEL_LINES = 400
+FUNCTION_LINES = 50
+FILE_BYTES = 1024 * 1024
+
+TRAINED_MODEL = "models/py-16m/model.safetensors"
+# Tests of more than one module.
+UNMIRRORED = {
+    "evaluation/test_published_figures.py",
+    "methods/test_conformance.py",
+    "test_docs.py",
+    "test_layout.py",
+}
+# Tested through what calls them.
+INDIRECTLY_TESTED_PACKAGES = {"cli", "kernels", "methods"}
+INDIRECTLY_TESTED_FILES = {"foundation/progress.py", "foundation/version.py", "report/rows.py"}
+# Folders of one machine; a path inside the repository is relative.
+MACHINE_PATH = re.compile(r"(?<![\w.:/*-])/(home|Users|root|work|mnt|scratch|tmp)/\w")
+
+
+def tracked(pattern: str = "*") -> list[Path]:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout")
+    names = subprocess.run(
+        ["git", "ls-files", "-z", pattern], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    paths = [ROOT / name for name in names.split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def is_kernel(path: Path) -> bool:
+    return path.is_relative_to(SOURCES / "kernels")
+
+
+def packages() -> list[Path]:
+    return [path.parent for path in SOURCES.rglob("__init__.py")]
+
+
+def lines_of_body(function: ast.FunctionDef) -> int:
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def test_every_test_file_mirrors_a_source() -> None:
+    names = {path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
+    homeless = [
+        name
+        for name in sorted(names - UNMIRRORED)
+        if not (SOURCES / name.replace("test_", "", 1)).is_file()
+    ]
+    assert not homeless
+
+
+def test_every_source_has_a_test_file() -> None:
+    names = {path.relative_to(SOURCES).as_posix() for path in SOURCES.rglob("[!_]*.py")}
+    untested = [
+        name
+        for name in sorted(names - INDIRECTLY_TESTED_FILES)
+        if Path(name).parts[0] not in INDIRECTLY_TESTED_PACKAGES
+        and not (TESTS / name).with_name(f"test_{Path(name).name}").is_file()
+    ]
+    assert not untested
+
+
+@pytest.mark.parametrize("package", packages(), ids=lambda path: path.name)
+def test_no_module_carries_the_name_of_what_its_package_exports(package: Path) -> None:
+    dotted = ".".join(package.relative_to(SOURCES.parent).parts)
+    exported = set(getattr(importlib.import_module(dotted), "__all__", ()))
+    modules = {path.stem for path in package.iterdir()}
+    assert not exported & modules
+
+
+def test_every_public_name_can_be_imported() -> None:
+    teal = importlib.import_module("teal")
+    assert all(hasattr(teal, name) for name in teal.__all__)
+    assert set(dir(teal)) == set(teal.__all__)
+    assert not hasattr(teal, "nothing_of_this_name")
+
+
+def test_files_are_small() -> None:
+    too_long = {
+        name_of(path): lines
+        for path in tracked("*.py")
+        if (lines := len(path.read_text().splitlines()))
+        > (KERNEL_LINES if is_kernel(path) else FILE_LINES)
+    }
+    assert not too_long
+
+
+def test_functions_are_small() -> None:
+    too_long = {
+        f"{name_of(path)}:{node.name}": lines
+        for path in tracked("*.py")
+        if not is_kernel(path)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and (lines := lines_of_body(node)) > FUNCTION_LINES
+    }
+    assert not too_long
+
+
+def test_packages_have_two_levels_at_most() -> None:
+    assert all(len(package.relative_to(SOURCES).parts) <= 1 for package in packages())
+
+
+def test_no_tracked_file_is_large_but_the_trained_model() -> None:
+    large = {name_of(path) for path in tracked() if path.stat().st_size > FILE_BYTES}
+    assert large <= {TRAINED_MODEL}
+
+
+def test_no_tracked_file_names_a_path_of_a_machine() -> None:
+    found = [
+        f"{name_of(path)}: {line.strip()[:80]}"
+        for path in tracked()
+        if path.suffix != ".safetensors"
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if MACHINE_PATH.search(line)
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("text", ["/home/a", "see /work/a", "'/tmp/a'", "(/root/a)", "=/Users/a"])
+def test_path_of_a_machine_is_recognised(text: str) -> None:
+    assert MACHINE_PATH.search(text)
+
+
+@pytest.mark.parametrize("text", ["src/work/a", "https://x.org/home/a", "./tmp/x", "/homely/a"])
+def test_path_of_the_repository_or_the_web_is_no_path_of_a_machine(text: str) -> None:
+    assert not MACHINE_PATH.search(text)
