@@ -1,7 +1,22 @@
 """The definition of every mask and product, in plain PyTorch; also the fallback on any device."""
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# What `sparse_gemv` and its counterpart of another device have in common.
+Product = Callable[
+    [Tensor, Tensor, float, Tensor | None, Tensor | None, Tensor | None],
+    Tensor,
+]
+
+GATES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 def keep_mask(
@@ -91,3 +106,66 @@ def fold_shift(weight: Tensor, shift: Tensor, bias: Tensor | None = None) -> Ten
     """
     constant = shift.float() @ weight.float()
     return (constant if bias is None else constant + bias.float()).to(weight.dtype)
+
+
+def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """Divide `x` by its root mean square and multiply with `gain`, as LlamaRMSNorm does.
+
+    Args:
+        x: Hidden states, (..., in_features).
+        gain: Weight of the norm, (in_features,).
+        epsilon: Added to the mean square.
+
+    Returns:
+        (..., in_features), in the dtype of `x`; computed in float32, rounded before and after the
+        multiplication with `gain`.
+    """
+    mean_square = x.float().square().mean(-1, keepdim=True)
+    normed = (x.float() * torch.rsqrt(mean_square + epsilon)).to(x.dtype)
+    return (gain.float() * normed.float()).to(x.dtype)
+
+
+def sparse_parts(
+    x: Tensor,
+    weight: Tensor,
+    thresholds: Sequence[float],
+    widths: Sequence[int],
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    product: Product = sparse_gemv,
+) -> Tensor:
+    """Multiply `x` with weights that lie beside each other, each with a mask of its own.
+
+    Args:
+        x: Activations, (..., in_features).
+        weight: Channel-major weights of all parts, (in_features, out_features).
+        thresholds: One per part.
+        widths: Columns of each part, summing to out_features.
+        scale: As in `keep_mask`, a row per part, (parts, in_features).
+        shift: As in `keep_mask`, shared by the parts.
+        bias: Added to the product, (out_features,).
+        product: Computes one part; has the arguments of `sparse_gemv`.
+
+    Returns:
+        The products beside each other, (..., out_features), in the dtype of `x`.
+    """
+    columns = torch.split(weight, list(widths), dim=1)
+    biases = [None] * len(widths) if bias is None else torch.split(bias, list(widths))
+    scales = [None] * len(widths) if scale is None else scale.unbind()
+    parts = zip(columns, thresholds, scales, biases, strict=True)
+    return torch.cat([product(x, w, t, s, shift, b) for w, t, s, b in parts], dim=-1)
+
+
+def gate_and_up(both: Tensor, activation: str) -> Tensor:
+    """Return `activation(gate) · up`.
+
+    Args:
+        both: Gate and up beside each other, (..., 2 · intermediate_size).
+        activation: "silu" or "gelu_pytorch_tanh", as in Hugging Face configurations.
+
+    Returns:
+        (..., intermediate_size), in the dtype of `both`.
+    """
+    gate, up = both.chunk(2, dim=-1)
+    return GATES[activation](gate) * up

@@ -1,0 +1,1 @@
+"""Measures speed, always beside dense, in one process, and only of what was found correct."""

@@ -1,0 +1,147 @@
+"""The only door to the kernels: what the operations are, what they accept, who computes them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from teal.kernels import dispatch
+
+_VECTORS = "Tensor? scale=None, Tensor? shift=None, Tensor? bias=None"
+_NORM = "Tensor? gain=None, float epsilon=0.0"
+_SCHEMAS = (
+    f"sparse_gemv(Tensor x, Tensor weight, float threshold, {_VECTORS}) -> Tensor",
+    f"sparse_parts(Tensor x, Tensor weight, float[] thresholds, SymInt[] widths, {_VECTORS}, "
+    f"Tensor? residual=None, {_NORM}) -> Tensor",
+    f"sparse_gated(Tensor x, Tensor weight, float[] thresholds, str activation, {_VECTORS}, "
+    f"{_NORM}) -> Tensor",
+)
+
+
+def sparse_gemv(
+    x: Tensor,
+    weight: Tensor,
+    threshold: float,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Multiply the kept activations with `weight`; see `reference.sparse_gemv`.
+
+    Args:
+        x: Activations, (..., in_features), any float dtype.
+        weight: Channel-major weight, (in_features, out_features), in the dtype of `x`.
+        threshold: Cut-off in score units.
+        scale: Score weight per channel, (in_features,).
+        shift: Centre per channel, (in_features,).
+        bias: Added to the product, (out_features,).
+
+    Returns:
+        Product, (..., out_features), in the dtype of `x`; float32 accumulation.
+
+    Raises:
+        UserError: Shapes or dtypes do not fit together.
+    """
+    result: Tensor = torch.ops.teal.sparse_gemv(x, weight, threshold, scale, shift, bias)
+    return result
+
+
+def sparse_parts(
+    x: Tensor,
+    weight: Tensor,
+    thresholds: Sequence[float],
+    widths: Sequence[int],
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gain: Tensor | None = None,
+    epsilon: float = 0.0,
+) -> Tensor:
+    """Compute up to three products of one input, such as q, k and v, in one launch.
+
+    Args:
+        x: Activations, (..., in_features); hidden states before the norm where `gain` is given.
+        weight: Channel-major weights beside each other, (in_features, out_features).
+        thresholds: One per part.
+        widths: Columns of each part, summing to out_features.
+        scale: Score weights, (parts, in_features).
+        shift: Centre per channel, (in_features,).
+        bias: Added to the product, (out_features,).
+        residual: Added to the result, (..., out_features).
+        gain: Weight of an RMSNorm that `x` goes through first, (in_features,).
+        epsilon: Of that norm.
+
+    Returns:
+        Products beside each other, (..., out_features), in the dtype of `x`.
+
+    Raises:
+        UserError: Shapes or dtypes do not fit together.
+    """
+    result: Tensor = torch.ops.teal.sparse_parts(
+        x, weight, thresholds, widths, scale, shift, bias, residual, gain, epsilon
+    )
+    return result
+
+
+def sparse_gated(
+    x: Tensor,
+    weight: Tensor,
+    thresholds: Sequence[float],
+    activation: str,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    epsilon: float = 0.0,
+) -> Tensor:
+    """Compute `activation(x · gate) · (x · up)` in one launch, gate and up beside each other.
+
+    Args:
+        x: Activations, (..., in_features); hidden states before the norm where `gain` is given.
+        weight: Channel-major gate and up, (in_features, 2 · intermediate_size).
+        thresholds: Of gate and of up.
+        activation: "silu" or "gelu_pytorch_tanh".
+        scale: Score weights, (2, in_features).
+        shift: Centre per channel, (in_features,).
+        bias: Added to the products, (2 · intermediate_size,).
+        gain: Weight of an RMSNorm that `x` goes through first, (in_features,).
+        epsilon: Of that norm.
+
+    Returns:
+        (..., intermediate_size), in the dtype of `x`.
+
+    Raises:
+        UserError: Shapes or dtypes do not fit together, or the activation is unknown.
+    """
+    result: Tensor = torch.ops.teal.sparse_gated(
+        x, weight, thresholds, activation, scale, shift, bias, gain, epsilon
+    )
+    return result
+
+
+def _fake_gemv(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+    del rest
+    return x.new_empty((*x.shape[:-1], weight.shape[1]))
+
+
+def _fake_gated(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+    del rest
+    return x.new_empty((*x.shape[:-1], weight.shape[1] // 2))
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("teal", "DEF")  # type: ignore[no-untyped-call]
+    for schema in _SCHEMAS:
+        library.define(schema)  # type: ignore[no-untyped-call]
+    for key, implementations in dispatch.IMPLEMENTATIONS.items():
+        for name, implementation in implementations.items():
+            library.impl(name, implementation, key)  # type: ignore[no-untyped-call]
+    for name in ("sparse_gemv", "sparse_parts"):
+        torch.library.register_fake(f"teal::{name}", _fake_gemv, lib=library)
+    torch.library.register_fake("teal::sparse_gated", _fake_gated, lib=library)
+    return library
+
+
+# The registration lives as long as this object.
+_LIBRARY = _register()

@@ -1,0 +1,126 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import relative_error
+from torch import Tensor
+
+from teal.foundation.errors import UserError
+from teal.kernels import dispatch, ops, reference
+
+TINY = 2e-6
+
+
+def _draw(*shape: int, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def _calls(device: torch.device | str) -> dict[str, tuple[Any, ...]]:
+    x, weight = _draw(2, 1, 70, device=device), _draw(70, 96, device=device, seed=1)
+    scale, shift, bias = (
+        _draw(70, device=device, seed=2).abs(),
+        _draw(70, device=device, seed=3),
+        _draw(96, device=device, seed=4),
+    )
+    residual, gain = _draw(2, 1, 96, device=device, seed=5), _draw(70, device=device, seed=6)
+    scales = torch.stack([scale, 2 * scale])
+    return {
+        "sparse_gemv": (x, weight, 0.5, scale, shift, bias),
+        "sparse_parts": (
+            *(x, weight, [0.5, 0.7], [32, 64], scales, shift, bias, residual, gain, 1e-5),
+        ),
+        "sparse_gated": (x, weight, [0.5, 0.7], "silu", scales, shift, bias, gain, 1e-5),
+    }
+
+
+operations = pytest.mark.parametrize("name", sorted(_calls("cpu")))
+
+
+@operations
+def test_operations_keep_their_contract_with_torch(name: str, device: torch.device) -> None:
+    torch.library.opcheck(getattr(torch.ops.teal, name).default, _calls(device)[name])
+
+
+@operations
+def test_operations_equal_the_reference(name: str, device: torch.device) -> None:
+    arguments = _calls(device)[name]
+    expected = dispatch.IMPLEMENTATIONS["CompositeExplicitAutograd"][name](*arguments)
+    result = getattr(ops, name)(*arguments)
+    assert result.shape == expected.shape
+    assert relative_error(result, expected) < TINY
+
+
+@operations
+def test_operations_compile_into_one_graph(name: str, device: torch.device) -> None:
+    arguments = _calls(device)[name]
+
+    def doubled(x: Tensor) -> Tensor:
+        return 2 * getattr(ops, name)(x, *arguments[1:])
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(arguments[0]), doubled(arguments[0]), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@operations
+def test_operations_are_captured_in_a_cuda_graph(name: str) -> None:
+    arguments = _calls("cuda")[name]
+    x = arguments[0]
+    expected = getattr(ops, name)(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = getattr(ops, name)(*arguments)
+    for factor in (1.0, 0.25):
+        x.mul_(factor)
+        expected = getattr(ops, name)(*arguments)
+        graph.replay()
+        assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9])
+def test_any_number_of_rows_has_one_mask_each(rows: int, device: torch.device) -> None:
+    x, weight = _draw(rows, 130, device=device), _draw(130, 64, device=device, seed=1)
+    expected = reference.sparse_gemv(x.double(), weight.double(), 0.6)
+    assert relative_error(ops.sparse_gemv(x, weight, 0.6), expected) < TINY
+
+
+def test_x_need_not_be_contiguous(device: torch.device) -> None:
+    x, weight = _draw(130, 2, device=device).t(), _draw(130, 64, device=device, seed=1)
+    expected = reference.sparse_gemv(x.contiguous(), weight, 0.6)
+    assert relative_error(ops.sparse_gemv(x, weight, 0.6), expected) < TINY
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_every_float_dtype_has_an_implementation(dtype: torch.dtype, device: torch.device) -> None:
+    x, weight = _draw(1, 130, device=device).to(dtype), _draw(130, 64, device=device).to(dtype)
+    assert ops.sparse_gemv(x, weight, 0.6).dtype == dtype
+
+
+def test_a_threshold_of_infinity_leaves_the_bias(device: torch.device) -> None:
+    x, weight, bias = (_draw(*s, device=device) for s in ((1, 64), (64, 32), (32,)))
+    assert torch.equal(ops.sparse_gemv(x, weight, math.inf, bias=bias), bias[None])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": _draw(1, 71)}, "Give x"),
+        ({"weight": _draw(70, 96).half()}, "one dtype"),
+        ({"shift": _draw(71)}, r"shift has shape \(71,\)"),
+        ({"bias": _draw(95)}, r"bias has shape \(95,\)"),
+        ({"thresholds": [0.5]}, "one of each per part"),
+        ({"widths": [32, 32]}, "do not sum to the 96 columns"),
+        ({"residual": _draw(3, 96)}, "residual has shape"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_operands_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    fitting = {"x": _draw(1, 70), "weight": _draw(70, 96), "thresholds": [0.5, 0.5]}
+    with pytest.raises(UserError, match=message):
+        ops.sparse_parts(**{**fitting, "widths": [32, 64], **change})
+
+
+def test_an_unknown_activation_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match="Known: gelu_pytorch_tanh, silu"):
+        ops.sparse_gated(_draw(1, 70), _draw(70, 96), [0.5, 0.5], "relu")

@@ -1,0 +1,76 @@
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from teal.kernels.triton_gemv import sparse_gemv_kernel
+from teal.kernels.triton_launch import groups
+from teal.kernels.triton_tiles import read_table
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+pytestmark = pytest.mark.skipif(not CUOBJDUMP.exists(), reason="needs the tools in triton's wheel")
+
+ROWS = sorted(read_table(), key=lambda row: (row.form, row.in_features))
+ELEMENT_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def _compile(row: Any, dtype: str, arch: int) -> Any:
+    tile = row.tile
+    flags = dict.fromkeys(("HAS_SCALE", "HAS_SHIFT", "HAS_BIAS", "HAS_RESIDUAL", "HAS_NORM"), False)
+    constants = {
+        "PARTS": 3 if row.form == "parts" else 1,
+        "ACTIVATION": "silu" if row.form == "gated" else None,
+        **flags,
+        "ROWS": 1,
+        "BLOCK_N": tile.block_n,
+        "GROUPS": groups(tile, ELEMENT_SIZES[dtype]),
+        "BLOCK_K": tile.block_k,
+        "UNROLL": tile.unroll,
+        "CHUNKS": triton.next_power_of_2(-(-row.in_features // tile.block_k)),
+        "EVEN": True,
+    }
+    special = {"scale_ptr": "*fp32", "shift_ptr": "*fp32", "partial_ptr": "*fp32"}
+    special |= {"list_ptr": "*i32", "arrived_ptr": "*i32", "epsilon": "fp32"}
+    special |= {f"threshold_{part}": "fp32" for part in range(3)}
+    signature, aligned = {}, {}
+    for index, name in enumerate(sparse_gemv_kernel.arg_names):
+        kind = special.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
+        signature[name] = "constexpr" if name in constants else kind
+        if name not in constants and kind != "fp32":
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    places = {(sparse_gemv_kernel.arg_names.index(name),): v for name, v in constants.items()}
+    source = ASTSource(sparse_gemv_kernel, signature, places, aligned)
+    options = {"num_warps": tile.warps, "num_stages": 1, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _resources(cubin: bytes, folder: Path) -> dict[str, int]:
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    command = [CUOBJDUMP, "--dump-resource-usage", file]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+@pytest.mark.parametrize(
+    "arch, dtype", [(80, "bf16"), (90, "bf16"), (100, "bf16"), (90, "fp16"), (90, "fp32")]
+)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.form} {row.in_features}")
+def test_tiles_of_the_table_compile_to_wide_loads_without_spills(
+    row: Any, arch: int, dtype: str, tmp_path: Path
+) -> None:
+    compiled = _compile(row, dtype, arch)
+    resources = _resources(compiled.asm["cubin"], tmp_path)
+    assert resources["STACK"] == resources["LOCAL"] == 0
+    strips = row.tile.unroll * (2 if row.form == "gated" else 1)
+    wide = re.findall(r"ld\.global\S*evict_first\S*\.v4\.b32", compiled.asm["ptx"])
+    assert len(wide) == strips
