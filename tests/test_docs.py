@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -120,6 +121,13 @@ def test_docs_name_everything_public(name: str) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_docs_name_every_verb(verb: str) -> None:
     assert any(f"teal {verb}" in page.read_text() for page in DOCS)
+
+
+def test_architecture_shows_the_floors_of_the_import_contracts() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    layers = next(c["layers"] for c in tools["importlinter"]["contracts"] if "layers" in c)
+    floors = [f"{len(layers) - index}  {layer}" for index, layer in enumerate(layers)]
+    assert "\n".join(floors) in (ROOT / "docs/architecture.md").read_text()
 
 
 def test_training_example_builds_the_model_of_the_repository(
