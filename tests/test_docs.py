@@ -123,6 +123,11 @@ def test_docs_name_every_verb(verb: str) -> None:
     assert any(f"teal {verb}" in page.read_text() for page in DOCS)
 
 
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_index_names_every_supported_family(family: str) -> None:
+    assert f"`{family}`" in (ROOT / "docs/index.md").read_text()
+
+
 def test_architecture_shows_the_floors_of_the_import_contracts() -> None:
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     layers = next(c["layers"] for c in tools["importlinter"]["contracts"] if "layers" in c)
