@@ -1,0 +1,187 @@
+"""Times sparse products beside dense ones, on weights that no cache holds."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teal.benchmark.shapes import Shape
+from teal.benchmark.timer import Call, Timing, time_call
+from teal.foundation.errors import UserError
+from teal.kernels import ops, reference
+
+ACTIVATION = "silu"
+
+# Several times the largest last-level cache of the device.
+_ROTATION_BYTES = {"cuda": 1_100_000_000, "cpu": 550_000_000}
+# As in the tests of the kernels.
+_ERROR_FACTOR = 2.0
+_ERROR_EPS = 0.125
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemvResult:
+    """One product at one sparsity, beside dense.
+
+    Attributes:
+        shape: What was multiplied.
+        dtype: Of activations and weight.
+        rows: Token rows.
+        sparsity: Target, per row.
+        read: Fraction of the strips that some row keeps.
+        error: Of the sparse product against float64, rms over rms.
+        dense: Fastest dense product, on either layout of the weight.
+        sparse: Ours.
+        peer: TEAL's own kernel, where asked for.
+        limit: Microseconds to read the kept strips at full bandwidth.
+        bandwidth: Bytes per second that the sparse product read.
+    """
+
+    shape: Shape
+    dtype: str
+    rows: int
+    sparsity: float
+    read: float
+    error: float
+    dense: Timing
+    sparse: Timing
+    peer: Timing | None
+    limit: float
+    bandwidth: float
+
+    @property
+    def speed_up(self) -> float:
+        """Dense time over sparse time."""
+        return self.dense.median / self.sparse.median
+
+    @property
+    def share_of_limit(self) -> float:
+        """Limit over sparse time."""
+        return self.limit / self.sparse.median
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON form."""
+        return {**asdict(self), "speed_up": self.speed_up, "share_of_limit": self.share_of_limit}
+
+
+class Product:
+    """One shape with its inputs: weights in rotation and activations.
+
+    Attributes:
+        shape: What is multiplied.
+        weights: Channel-major weights, each (in_features, out_features).
+        x: Activations, (rows, in_features).
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, rows: int) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        size = (shape.in_features, shape.out_features)
+        number = max(
+            2, math.ceil(_ROTATION_BYTES[device.type] / (math.prod(size) * dtype.itemsize))
+        )
+        self.shape = shape
+        weight = torch.randn(size, dtype=dtype, device=device, generator=generator)
+        self.weights = [weight, *(weight.clone() for _ in range(number - 1))]
+        self.x = torch.randn(
+            rows, shape.in_features, dtype=dtype, device=device, generator=generator
+        )
+
+    def threshold(self, sparsity: float) -> float:
+        """Return the threshold that drops a fraction `sparsity` of x; below 0 drops nothing."""
+        scores = self.x.float().abs().flatten().sort().values
+        index = round(sparsity * len(scores)) - 1
+        return float(scores[index]) if index >= 0 else -1.0
+
+    def sparse(self, weight: Tensor, threshold: float) -> Tensor:
+        """Compute the product through the operation that decode uses."""
+        widths = self.shape.widths
+        if self.shape.form == "gated":
+            return ops.sparse_gated(self.x, weight, [threshold] * 2, ACTIVATION)
+        if self.shape.form == "parts":
+            return ops.sparse_parts(self.x, weight, [threshold] * len(widths), widths)
+        return ops.sparse_gemv(self.x, weight, threshold)
+
+    def check(self, threshold: float) -> float:
+        """Return the error of the sparse product against float64.
+
+        Raises:
+            UserError: It is larger than rounding explains.
+        """
+        weight = self.weights[0]
+        kept = reference.sparse_activation(self.x, threshold)
+        exact = self._finish(kept.double() @ weight.double())
+        by_torch = _error(self._finish(kept @ weight), exact)
+        error = _error(self.sparse(weight, threshold), exact)
+        if not error <= _ERROR_FACTOR * by_torch + _ERROR_EPS * torch.finfo(weight.dtype).eps:
+            raise UserError(
+                f"The product {self.shape.name} errs by {error:.1e}, torch's by {by_torch:.1e}. "
+                "Times of a wrong product are not shown; please report this."
+            )
+        return error
+
+    def time(self, call: Call) -> Timing:
+        """Measure `call(i)`, which uses weight number i modulo their number."""
+        return time_call(call, self.x.device, least_calls=len(self.weights))
+
+    def time_sparse(self, threshold: float) -> Timing:
+        """Measure the sparse product."""
+        return self.time(lambda i: self.sparse(self.weights[i % len(self.weights)], threshold))
+
+    def time_dense(self) -> Timing:
+        """Measure the fastest dense product on either layout of the weight, no activation."""
+        number = len(self.weights)
+        channel_major = self.time(lambda i: self.x @ self.weights[i % number])
+        rows = self.weights[0].t().contiguous()
+        turned = [rows, *(rows.clone() for _ in range(number - 1))]
+        usual = self.time(lambda i: F.linear(self.x, turned[i % number]))
+        return min(channel_major, usual, key=lambda timing: timing.median)
+
+    def _finish(self, product: Tensor) -> Tensor:
+        if self.shape.form == "gated":
+            return reference.gate_and_up(product, ACTIVATION)
+        return product
+
+
+def measure(
+    product: Product, sparsities: Sequence[float], bandwidth: float, peer: Any = None
+) -> Iterator[GemvResult]:
+    """Measure one product at several sparsities, each after its check.
+
+    Args:
+        product: Shape and inputs.
+        sparsities: Targets in [0, 1).
+        bandwidth: Bytes per second that memory can deliver.
+        peer: TEAL's kernels, or `None`.
+
+    Yields:
+        One result per sparsity.
+    """
+    dense = product.time_dense()
+    weight = product.weights[0]
+    for sparsity in sparsities:
+        threshold = product.threshold(sparsity)
+        error = product.check(threshold)
+        sparse = product.time_sparse(threshold)
+        read = float(reference.keep_mask(product.x, threshold).any(dim=0).float().mean())
+        yield GemvResult(
+            shape=product.shape,
+            dtype=str(weight.dtype).removeprefix("torch."),
+            rows=len(product.x),
+            sparsity=sparsity,
+            read=read,
+            error=error,
+            dense=dense,
+            sparse=sparse,
+            peer=None if peer is None else peer.time(product, threshold, sparsity),
+            limit=read * weight.nbytes / bandwidth * 1e6,
+            bandwidth=read * weight.nbytes / (sparse.median * 1e-6),
+        )
+
+
+def _error(product: Tensor, exact: Tensor) -> float:
+    difference = product.double() - exact
+    return float(difference.square().mean().sqrt() / exact.square().mean().sqrt())

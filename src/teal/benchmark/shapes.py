@@ -1,0 +1,93 @@
+"""The products of a decode step, by model name or by size."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from teal.foundation.errors import UserError, unknown_name
+
+_SIZE = re.compile(r"(\d+)x(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One product.
+
+    Attributes:
+        form: "plain", "parts" (q, k and v) or "gated" (gate and up).
+        in_features: Size of the input.
+        widths: Columns of every part.
+    """
+
+    form: str
+    in_features: int
+    widths: tuple[int, ...]
+
+    @property
+    def out_features(self) -> int:
+        """Columns of the weight."""
+        return sum(self.widths)
+
+    @property
+    def name(self) -> str:
+        """For tables, such as "4096 → 2×14336"."""
+        out = f"2×{self.widths[0]}" if self.form == "gated" else str(self.out_features)
+        return f"{self.in_features} → {out}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Sizes of a model's decoder layer.
+
+    Attributes:
+        hidden: hidden_size.
+        intermediate: intermediate_size.
+        queries: Columns of q_proj.
+        keys: Columns of k_proj, and of v_proj.
+    """
+
+    hidden: int
+    intermediate: int
+    queries: int
+    keys: int
+
+    def shapes(self) -> list[Shape]:
+        """Return the layer's products in the order of the forward pass, each once."""
+        hidden, intermediate = self.hidden, self.intermediate
+        qkv = (self.queries, self.keys, self.keys)
+        return [
+            Shape(form="parts", in_features=hidden, widths=qkv),
+            Shape(form="plain", in_features=self.queries, widths=(hidden,)),
+            Shape(form="gated", in_features=hidden, widths=(intermediate, intermediate)),
+            Shape(form="plain", in_features=intermediate, widths=(hidden,)),
+        ]
+
+
+# From the config.json of each model.
+MODELS: Mapping[str, Geometry] = {
+    "llama-2-7b": Geometry(hidden=4096, intermediate=11008, queries=4096, keys=4096),
+    "llama-3-70b": Geometry(hidden=8192, intermediate=28672, queries=8192, keys=1024),
+    "llama-3-8b": Geometry(hidden=4096, intermediate=14336, queries=4096, keys=1024),
+    "mistral-7b": Geometry(hidden=4096, intermediate=14336, queries=4096, keys=1024),
+    "qwen3-8b": Geometry(hidden=4096, intermediate=12288, queries=4096, keys=1024),
+}
+
+
+def shapes_of(name: str) -> list[Shape]:
+    """Return the products that `name` stands for.
+
+    Args:
+        name: A key of `MODELS`, or in_features x out_features such as "4096x11008".
+
+    Raises:
+        UserError: It is neither.
+    """
+    size = _SIZE.fullmatch(name)
+    if size:
+        in_features, out_features = (int(number) for number in size.groups())
+        if not in_features or not out_features:
+            raise UserError(f"Size {name!r} has a zero. Give sizes such as 4096x11008.")
+        return [Shape(form="plain", in_features=in_features, widths=(out_features,))]
+    if name not in MODELS:
+        raise unknown_name("model or size", name, [*MODELS, "4096x11008"])
+    return MODELS[name].shapes()

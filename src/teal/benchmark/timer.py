@@ -1,0 +1,85 @@
+"""How long a call takes: on the GPU inside a CUDA graph, on the CPU by the clock."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[int], object]
+
+_REPEATS = {"cuda": 15, "cpu": 5}
+_REPLAY_SECONDS = 2e-3
+_MOST_CALLS = 200
+_WARM_UP = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Time of one call over repeats, in microseconds.
+
+    Attributes:
+        median: Half of the repeats were faster.
+        low: One in ten was faster.
+        high: One in ten was slower.
+    """
+
+    median: float
+    low: float
+    high: float
+
+
+def time_call(call: Call, device: torch.device, *, least_calls: int) -> Timing:
+    """Measure `call(i)` for i = 0, 1, 2, …, one after the other.
+
+    Args:
+        call: Enqueues the work on inputs number i, modulo as many as there are.
+        device: Where it runs.
+        least_calls: A repeat makes at least this many calls, so that it uses all inputs.
+
+    Returns:
+        Time per call over repeats of many calls each.
+    """
+    for i in range(_WARM_UP):
+        call(i)
+    if device.type != "cuda":
+        return _summary([_clocked(call, least_calls) for _ in range(_REPEATS["cpu"])])
+    calls = max(least_calls, min(_MOST_CALLS, int(_REPLAY_SECONDS * 1e6 / _guess(call))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i)
+    graph.replay()
+    replays = [_between_events(graph.replay) for _ in range(_REPEATS["cuda"])]
+    return _summary([milliseconds * 1e3 / calls for milliseconds in replays])
+
+
+def _guess(call: Call) -> float:
+    return max(1.0, min(_between_events(lambda: call(0)) for _ in range(_WARM_UP)) * 1e3)
+
+
+def _between_events(work: Callable[[], object]) -> float:
+    begin, end = _event(), _event()
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    milliseconds: float = begin.elapsed_time(end)
+    return milliseconds
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _clocked(call: Call, calls: int) -> float:
+    begin = time.perf_counter()
+    for i in range(calls):
+        call(i)
+    return (time.perf_counter() - begin) * 1e6 / calls
+
+
+def _summary(times: list[float]) -> Timing:
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return Timing(median=statistics.median(times), low=deciles[0], high=deciles[-1])

@@ -1,0 +1,172 @@
+"""`teal bench`: how fast is it, beside dense?"""
+
+import json as json_text
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from teal.cli.console import percent, print_json, print_table, progress_bar, say
+from teal.cli.options import JsonOption
+
+if TYPE_CHECKING:
+    import torch
+
+    from teal.benchmark.gemv import GemvResult
+    from teal.benchmark.shapes import Shape
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+EXAMPLES = """Examples:
+
+teal bench gemv llama-3-8b --sparsity 0.4,0.5 --plot gemv.png
+
+teal bench gemv 4096x11008 --dtype float32 --rows 2 --json
+"""
+
+SPARSITIES = "0,0.25,0.4,0.5,0.65,0.8"
+
+
+@app.callback()
+def bench() -> None:
+    """Measure speed, always beside dense and only of what was found correct."""
+
+
+@app.command(epilog=EXAMPLES)
+def gemv(
+    shapes: Annotated[
+        list[str],
+        typer.Argument(metavar="SHAPE...", help="Model names, or sizes such as 4096x11008."),
+    ],
+    sparsity: Annotated[
+        str, typer.Option("--sparsity", help="Fractions, separated by commas.")
+    ] = SPARSITIES,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Token rows.")] = 1,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="bfloat16, float16 or float32.")
+    ] = "bfloat16",
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu or cuda; auto is CUDA where present.")
+    ] = "auto",
+    peer_teal: Annotated[
+        Path | None,
+        typer.Option("--peer-teal", help="Checkout of FasterDecoding/TEAL to measure beside."),
+    ] = None,
+    tune: Annotated[
+        Path | None,
+        typer.Option("--tune", help="Measure tiles instead and write the table to this file."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw time against sparsity to this file.")
+    ] = None,
+    commit: Annotated[
+        str | None, typer.Option("--commit", help="Commit to record where git does not know it.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Time sparse products beside dense ones, on weights that no cache holds."""
+    from teal.benchmark.gemv import Product, measure
+    from teal.benchmark.machine import describe_machine
+    from teal.benchmark.peer import Peer
+    from teal.benchmark.roofline import read_bandwidth
+
+    place, number = _device(device), _dtype(dtype)
+    fractions = _fractions(sparsity)
+    wanted = _unique(shapes)
+    if tune:
+        _write_table(tune, wanted, number, place)
+        return
+    peer = Peer(peer_teal) if peer_teal else None
+    bandwidth = read_bandwidth(place)
+    results: list[GemvResult] = []
+    for shape in progress_bar(wanted, "Products"):
+        results += measure(Product(shape, number, place, rows), fractions, bandwidth, peer)
+    if plot:
+        from teal.benchmark.plot import save_plot
+
+        save_plot(results, plot)
+    if json:
+        machine = describe_machine(place, commit)
+        records = [result.to_dict() for result in results]
+        print_json({"machine": machine, "bandwidth": bandwidth, "results": records})
+    else:
+        _print(results, bandwidth)
+
+
+def _print(results: "list[GemvResult]", bandwidth: float) -> None:
+    columns = ["product", "sparsity", "dense µs", "sparse µs", "10–90 %", "limit µs", "GB/s"]
+    columns += ["of limit", "speed-up", "peer µs"]
+    rows = [
+        [
+            result.shape.name,
+            percent(result.sparsity),
+            f"{result.dense.median:.1f}",
+            f"{result.sparse.median:.1f}",
+            f"{result.sparse.low:.1f}–{result.sparse.high:.1f}",
+            f"{result.limit:.1f}",
+            f"{result.bandwidth / 1e9:.0f}",
+            percent(result.share_of_limit),
+            f"{result.speed_up:.2f}×",
+            f"{result.peer.median:.1f}" if result.peer else "–",
+        ]
+        for result in results
+    ]
+    title = f"{results[0].dtype}, {results[0].rows} row(s); memory reads {bandwidth / 1e9:.0f} GB/s"
+    print_table(title, columns, rows)
+
+
+def _write_table(
+    path: Path, shapes: "list[Shape]", dtype: "torch.dtype", device: "torch.device"
+) -> None:
+    from teal.benchmark.gemv import Product
+    from teal.benchmark.machine import describe_machine
+    from teal.benchmark.tune import tune
+    from teal.foundation.artifact import write_text
+    from teal.kernels.triton_tiles import read_table, table_text
+
+    rows = {(row.form, row.in_features, row.out_features): row for row in read_table()}
+    for shape in shapes:
+        row = tune(Product(shape, dtype, device, 1), progress_bar)
+        rows[(row.form, row.in_features, row.out_features)] = row
+        say(json_text.dumps(row.to_dict()))
+    write_text(path, table_text(list(rows.values()), describe_machine(device)["device"]))
+
+
+def _unique(names: list[str]) -> "list[Shape]":
+    from teal.benchmark.shapes import shapes_of
+
+    return list(dict.fromkeys(shape for name in names for shape in shapes_of(name)))
+
+
+def _fractions(text: str) -> list[float]:
+    from teal.foundation.errors import UserError, check_sparsity
+
+    try:
+        return [check_sparsity(float(part)) for part in text.split(",")]
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"Sparsity {text!r} is no list of fractions. Give 0.4,0.5.") from None
+
+
+def _device(name: str) -> "torch.device":
+    import torch
+
+    from teal.foundation.errors import UserError, unknown_name
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise unknown_name("device", name, ("auto", "cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("There is no CUDA device. Give --device cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _dtype(name: str) -> "torch.dtype":
+    import torch
+
+    from teal.foundation.errors import unknown_name
+
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in dtypes:
+        raise unknown_name("dtype", name, dtypes)
+    return dtypes[name]
