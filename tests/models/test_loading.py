@@ -129,9 +129,7 @@ def test_weights_that_lack_a_projection_are_refused(folder: Path) -> None:
     weights = load_file(path)
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(
-        UserError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight\. Use a"
-    ):
+    with pytest.raises(UserError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight\. Use a"):
         load_model(str(folder))
 
 
