@@ -153,7 +153,8 @@ def sparsities_at(path: AllocationPath, sparsity: float) -> dict[str, float]:
         if sparsity > end + 1e-9:
             raise UserError(
                 f"The greedy path ends at sparsity {end:.3f}, {sparsity} was asked for. "
-                "Ask for less, or run it anew with a higher --greedy-until."
+                "Ask for less, or run it anew with a smaller --greedy-step or a higher "
+                "--greedy-until."
             )
         low = min(int(position), len(column) - 2)
         weight = position - low

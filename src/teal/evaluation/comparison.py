@@ -137,13 +137,13 @@ def _scored_positions(length: int, sparse_from: float) -> Tensor:
     """Return the sparse positions of a window that have a next token."""
     if not 0.0 <= sparse_from <= 1.0:
         raise UserError(f"sparse_from {sparse_from!r} is outside [0, 1]. Give 0.5 for the paper's.")
-    positions = torch.arange(first_sparse(length, sparse_from), length - 1)
-    if not len(positions):
+    start = first_sparse(length, sparse_from)
+    if start >= length - 1:
         raise UserError(
-            f"With sparse_from={sparse_from} no token of a window of {length} is sparse, so there "
-            "is nothing to score. Give a smaller sparse_from."
+            f"With sparse_from={sparse_from} no token of a window of {length} is predicted from a "
+            "sparse position, so there is nothing to score. Give a smaller sparse_from."
         )
-    return positions
+    return torch.arange(start, length - 1)
 
 
 def _logits(model: Any, window: Tensor, positions: Tensor) -> Tensor:
