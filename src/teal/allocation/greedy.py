@@ -1,5 +1,6 @@
 """Block-wise greedy allocation (arXiv 2408.14690, section 4.2, algorithm 1)."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from teal.methods import MaskRule, method_named
 from teal.models.blocks import first_batches
 from teal.models.families import blocks_of, identity_of
 from teal.sparsification import densify, insert_sparse_linears
+
+logger = logging.getLogger(__name__)
 
 # Thresholds beyond this quantile rest on too few activations.
 _HIGHEST = 0.99
@@ -199,6 +202,13 @@ class _BlockSearch:
         """Yield the dense state and the state after each round."""
         total = sum(self._sizes.values())
         steps = {name: settings.step * total / size for name, size in self._sizes.items()}
+        stuck = [name for name, step in steps.items() if step > _HIGHEST]
+        if stuck:
+            logger.warning(
+                "A greedy step of %s is too coarse for %s, which stay dense. Use a smaller step.",
+                settings.step,
+                ", ".join(stuck),
+            )
         state = _Round(dict.fromkeys(self._sizes, 0.0), 0.0, self._error.dense_attention)
         yield state
         for _ in range(round(settings.until / settings.step)):

@@ -8,7 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from teal.allocation import GreedySettings, allocate, greedy_path, search_sparsity, strategy_named
+from teal.allocation import (
+    STRATEGIES,
+    GreedySettings,
+    allocate,
+    greedy_path,
+    search_sparsity,
+    strategy_named,
+)
 from teal.calibration import CalibrationStats
 from teal.cli.console import percent, progress_bar, quiet_libraries, say
 from teal.cli.evaluate import PAPER_SPARSE_FROM
@@ -24,6 +31,7 @@ from teal.data import TokenWindows, check_no_overlap, token_windows
 from teal.evaluation import evaluate
 from teal.foundation.artifact import check_destination
 from teal.foundation.errors import UserError
+from teal.methods import METHODS, method_named
 from teal.models.families import identity_of
 from teal.plan import SparsityPlan
 
@@ -57,8 +65,10 @@ def command(
             "most this fraction.",
         ),
     ] = None,
-    strategy: Annotated[str, typer.Option("--strategy", help="uniform or greedy.")] = "uniform",
-    method: Annotated[str, typer.Option("--method", help="Rule that drops activations.")] = "teal",
+    strategy: Annotated[
+        str, typer.Option("--strategy", help=f"One of {', '.join(STRATEGIES)}.")
+    ] = "uniform",
+    method: Annotated[str, typer.Option("--method", help=f"One of {', '.join(METHODS)}.")] = "teal",
     target_modules: Annotated[
         str | None,
         typer.Option(
@@ -99,11 +109,13 @@ def command(
         raise UserError("Give exactly one of --sparsity and --max-perplexity-increase.")
     check_destination(out, force=force)
     strategy_named(strategy)
+    method_named(method)
     loaded_stats = CalibrationStats.load(stats)
     modules = None if target_modules is None else tuple(target_modules.split(","))
+    settings = GreedySettings(step=greedy_step, until=greedy_until, propagate=greedy_propagate)
     run = _open_run(loaded_stats, model, text, sequence_length, tokens, device, dtype)
     if strategy == "greedy" and run is not None:
-        settings = GreedySettings(step=greedy_step, until=greedy_until, propagate=greedy_propagate)
+        # Here rather than inside allocate, for the sake of the progress bar.
         loaded_stats.paths["greedy"] = greedy_path(
             run.model,
             loaded_stats,
@@ -115,7 +127,14 @@ def command(
         )
         loaded_stats.save(stats, force=True)
     plan_at = partial(
-        _plan_at, loaded_stats, strategy=strategy, method=method, target_modules=modules
+        _plan_at,
+        loaded_stats,
+        strategy=strategy,
+        method=method,
+        target_modules=modules,
+        model=run.model if run else None,
+        tokens=run.windows if run else None,
+        settings=settings,
     )
     if max_perplexity_increase is not None:
         sparsity = _highest_sparsity(run, plan_at, max_perplexity_increase)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 _REPORT_AFTER = 2.0
+# Columns of a table that goes to a file or another program.
+_FILE_WIDTH = 120
 
 
 def progress_bar(items: Sequence[Item], description: str) -> Iterator[Item]:
@@ -28,10 +31,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """Print a table, its first column to the left and the others to the right."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else _FILE_WIDTH).print(table)
 
 
 def say(message: str) -> None:

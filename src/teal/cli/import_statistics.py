@@ -25,6 +25,10 @@ def command(
     ],
     config: Annotated[Path, typer.Option("--config", help="The model's config.json.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the statistics.")],
+    allow_missing: Annotated[
+        bool,
+        typer.Option("--allow-missing", help="Import the layers that are there, if not all are."),
+    ] = False,
     force: ForceOption = False,
 ) -> None:
     """Import activation histograms in the format of github.com/FasterDecoding/TEAL."""
@@ -32,6 +36,6 @@ def command(
     from teal.foundation.artifact import check_destination
 
     check_destination(out, force=force)
-    stats = import_teal(folder, config)
+    stats = import_teal(folder, config, allow_missing=allow_missing)
     stats.save(out, force=force)
     say(f"Imported {len(stats.inputs)} inputs of {len(stats.model.shapes)} projections: {out}")

@@ -84,7 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except OSError as error:
         _fail(f"{error.filename or 'The system'}: {error.strerror or error}.")
     except (KeyboardInterrupt, typer.Abort):
-        _fail("Interrupted; nothing was written.", _INTERRUPTED)
+        code = _INTERRUPTED
+    # Some versions of typer turn an interrupt into this code themselves.
+    if code == _INTERRUPTED:
+        _fail("Interrupted; nothing half-written is left.", _INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

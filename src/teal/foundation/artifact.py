@@ -16,17 +16,26 @@ from torch import Tensor
 
 from teal.foundation.errors import UserError
 
+# One of these files in a folder says that it may be replaced.
+_MARKS = ("plan.json", "stats.json", "report.html")
+
 
 def check_destination(folder: Path, *, force: bool = False) -> None:
     """Fail early where `folder` could not be written at the end of a long job.
 
     Raises:
-        UserError: It exists and `force` is not set, or its parent cannot be written.
+        UserError: It exists and `force` is not set or it is not an output of this library, or its
+            parent cannot be written.
     """
     _recover(folder)
     if os.path.lexists(folder) and not force:
         raise UserError(
             f"Output {str(folder)!r} already exists. Choose another, or replace it with --force."
+        )
+    if os.path.lexists(folder) and not _is_output(folder):
+        raise UserError(
+            f"{str(folder)!r} holds something that teal did not write, which --force would delete. "
+            "Choose another output."
         )
     parent = folder.parent
     # Not Path.exists, which raises where a folder may not be searched or a name is too long.
@@ -175,6 +184,14 @@ def well_formed(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{str(folder)!r} is damaged ({type(error).__name__}: {error}). Make it anew."
         ) from error
+
+
+def _is_output(folder: Path) -> bool:
+    """Tell whether `folder` is empty or holds an artifact or a report."""
+    if not folder.is_dir():
+        return False
+    names = {entry.name for entry in folder.iterdir()}
+    return not names or bool(names & set(_MARKS))
 
 
 def _load_tensors(path: Path, sha256: str | None) -> dict[str, Tensor]:

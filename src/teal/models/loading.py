@@ -112,7 +112,8 @@ def _check_source(source: str) -> None:
                 f"{source!r} is not a model folder: it has no config.json. "
                 "Give a folder that save_pretrained wrote."
             )
-    elif folder.exists() or not _HUB_NAME.fullmatch(source):
+    # A path below a folder that is here is a misspelt one, not a name on the hub.
+    elif folder.exists() or folder.parent.is_dir() or not _HUB_NAME.fullmatch(source):
         raise UserError(
             f"{source!r} is not a model folder. Give a folder with config.json, weights and "
             "tokenizer, or a name on the Hugging Face hub such as 'meta-llama/Llama-3.1-8B'."

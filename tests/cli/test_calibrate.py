@@ -1,0 +1,89 @@
+import pytest
+
+from teal.calibration import CalibrationStats
+from tests.cli.conftest import MODEL, WINDOW
+
+
+def test_statistics_tell_model_and_text(workspace):
+    stats = CalibrationStats.load(workspace / "stats")
+    assert (len(stats.inputs), len(stats.model.shapes)) == (32, 56)
+    assert stats.text.num_tokens == 1024
+    assert stats.text.source.endswith("calibration.txt")
+    assert stats.dtype == "bfloat16"
+
+
+def calibrate(teal, folder, **changed):
+    options = {
+        "text": folder / "calibration.txt",
+        "tokens": "256",
+        "sequence-length": WINDOW,
+        "out": folder / "new-stats",
+        **changed,
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    return teal("calibrate", MODEL, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        pytest.param({"text": "missing.txt"}, ["missing.txt", "does not exist"], id="missing text"),
+        pytest.param({"tokens": "9999999"}, ["9999999", "longer text"], id="too few tokens"),
+        pytest.param({"tokens": "32"}, ["less than one window"], id="less than a window"),
+        pytest.param({"sequence-length": "4096"}, ["context of 1024"], id="beyond the context"),
+        pytest.param({"device": "tpu"}, ["Unknown device", "cuda"], id="unknown device"),
+        pytest.param({"dtype": "int8"}, ["Unknown dtype", "bfloat16"], id="unknown dtype"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(teal, workspace, changed, words):
+    assert calibrate(teal, workspace, **changed).is_error(*words)
+    assert not (workspace / "new-stats").exists()
+
+
+def test_empty_text_is_refused(teal, workspace):
+    (workspace / "empty.txt").write_text(" \n")
+    outcome = calibrate(teal, workspace, text=workspace / "empty.txt")
+    assert outcome.is_error("is empty")
+
+
+def test_an_existing_output_is_kept_without_force(teal, workspace):
+    before = (workspace / "stats/stats.json").read_bytes()
+    assert calibrate(teal, workspace, out=workspace / "stats").is_error("--force")
+    assert (workspace / "stats/stats.json").read_bytes() == before
+
+
+def test_force_does_not_delete_what_teal_did_not_write(teal, tmp_path, workspace):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    outcome = teal(
+        "allocate", workspace / "stats", "--sparsity", "0.5", "--out", tmp_path, "--force"
+    )
+    assert outcome.is_error("did not write")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "words"),
+    [
+        pytest.param("nothing", None, ["not a model folder"], id="missing folder"),
+        pytest.param("empty", "", ["no config.json"], id="no config"),
+        pytest.param(
+            "mamba", '{"model_type": "mamba"}', ["'mamba' is not supported", "llama"], id="family"
+        ),
+    ],
+)
+def test_what_is_not_a_model_is_refused(teal, tmp_path, workspace, name, config, words):
+    if config is not None:
+        (tmp_path / name).mkdir()
+    if config:
+        (tmp_path / name / "config.json").write_text(config)
+        (tmp_path / name / "tokenizer.json").write_text(
+            (workspace.parent / "none").name and open(f"{MODEL}/tokenizer.json").read()
+        )
+        (tmp_path / name / "tokenizer_config.json").write_text(
+            open(f"{MODEL}/tokenizer_config.json").read()
+        )
+    outcome = teal(
+        "calibrate", tmp_path / name, "--text", workspace / "calibration.txt",
+        "--out", tmp_path / "stats",
+    )  # fmt: skip
+    assert outcome.is_error(*words)

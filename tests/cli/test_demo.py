@@ -1,0 +1,36 @@
+import re
+
+import pytest
+
+from teal.allocation import GreedySettings
+from teal.cli import demo
+from tests.cli.conftest import MODEL
+
+
+@pytest.fixture
+def short_demo(monkeypatch):
+    """The demo on a fraction of its text."""
+    monkeypatch.setattr(demo, "CALIBRATION_TOKENS", 1024)
+    monkeypatch.setattr(demo, "EVALUATION_TOKENS", 2048)
+    monkeypatch.setattr(demo, "GREEDY_TOKENS", 64)
+    monkeypatch.setattr(demo, "GREEDY", GreedySettings(step=0.025, until=0.05))
+    monkeypatch.setattr(demo, "SPARSITIES", (0.05,))
+    monkeypatch.setattr(demo, "SHOWN_SPARSITY", 0.05)
+    monkeypatch.setattr(demo, "NEW_TOKENS", 4)
+
+
+def test_demo_prints_the_table_and_leaves_a_report_with_plots(teal, short_demo, tmp_path):
+    outcome = teal("demo", MODEL, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"uniform.*5\.0 %", outcome.out)
+    assert re.search(r"greedy.*5\.0 %", outcome.out)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "report.html" in names
+    assert sum(name.endswith(".png") for name in names) == 3
+    assert demo.PROMPT in outcome.out
+
+
+def test_an_existing_report_is_kept_without_force(teal, tmp_path):
+    (tmp_path / "report.html").write_text("old")
+    assert teal("demo", MODEL, "--out", tmp_path).is_error("--force")
+    assert (tmp_path / "report.html").read_text() == "old"

@@ -1,0 +1,31 @@
+import pytest
+
+from teal.plan import SparsityPlan
+
+
+def test_plan_as_json_equals_the_plan(teal, workspace):
+    shown = teal("inspect", workspace / "plan", "--json").json
+    plan = SparsityPlan.load(workspace / "plan")
+    assert shown["sparsity_budget"] == pytest.approx(0.5)
+    assert {name: entry["threshold"] for name, entry in shown["projections"].items()} == {
+        name: planned.rule.threshold for name, planned in plan.projections.items()
+    }
+
+
+def test_plan_table_has_a_row_for_every_projection(teal, workspace):
+    out = teal("inspect", workspace / "plan").out
+    assert all(name in out for name in SparsityPlan.load(workspace / "plan").projections)
+
+
+def test_statistics_show_rising_quantiles(teal, workspace):
+    inputs = teal("inspect", workspace / "stats", "--json").json["inputs"]
+    assert len(inputs) == 32
+    for entry in inputs.values():
+        quantiles = list(entry["quantiles"].values())
+        assert quantiles == sorted(quantiles)
+        assert entry["count"] == 1024
+    assert "model.layers.7.down_input" in teal("inspect", workspace / "stats").out
+
+
+def test_a_folder_without_an_artifact_is_refused(teal, tmp_path):
+    assert teal("inspect", tmp_path).is_error("neither plan.json nor stats.json")
