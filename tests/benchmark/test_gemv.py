@@ -6,8 +6,6 @@ import torch
 
 from teal.benchmark import gemv
 from teal.benchmark.gemv import Product, measure
-from teal.benchmark.machine import describe_machine
-from teal.benchmark.roofline import read_bandwidth
 from teal.benchmark.shapes import Shape
 from teal.foundation.errors import UserError
 from teal.kernels import ops
@@ -49,15 +47,3 @@ def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "sparse_gemv", lambda *given: 1.001 * right(*given))
     with pytest.raises(UserError, match="wrong product"):
         next(measure(_product(SHAPES[0], torch.device("cpu")), [0.5], bandwidth=1e9))
-
-
-def test_the_machine_is_described_by_device_versions_and_commit(device: torch.device) -> None:
-    machine = describe_machine(device, "abc")
-    assert machine["device"]
-    assert machine["commit"] == "abc"
-    assert machine["versions"]["torch"] == torch.__version__
-
-
-@pytest.mark.slow
-def test_memory_is_read_at_a_believable_speed(device: torch.device) -> None:
-    assert 1e9 < read_bandwidth(device) < 2e13

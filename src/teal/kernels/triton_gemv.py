@@ -103,8 +103,18 @@ def _list_kept(
 
 
 @triton.jit
+def _next_channels(list_ptr, entry, count, GROUPS: tl.constexpr, UNROLL: tl.constexpr):
+    """Load UNROLL listed channels for every group of threads, the first at `entry`."""
+    channels = ()
+    for u in tl.static_range(UNROLL):
+        here = entry + u * GROUPS
+        channels = channels + (tl.load(list_ptr + here, mask=here < count, other=0),)
+    return channels
+
+
+@triton.jit
 def _load_strips(
-    list_ptr,
+    channels,
     entry,
     count,
     column,
@@ -129,10 +139,6 @@ def _load_strips(
     """Load weight strips and activations of UNROLL kept channels for every group of threads."""
     strips = ()
     values = ()
-    channels = ()
-    for u in tl.static_range(UNROLL):
-        here = entry + u * GROUPS
-        channels = channels + (tl.load(list_ptr + here, mask=here < count, other=0),)
     for u in tl.static_range(UNROLL):
         channel = channels[u]
         live = entry + u * GROUPS < count
@@ -190,13 +196,19 @@ def _reduce(sums, ROWS: tl.constexpr):
 @triton.jit
 def _sum_chunks(partial_ptrs, SIZE: tl.constexpr, CHUNKS: tl.constexpr):
     """Add the partial sums of all chunks in one fixed order; CHUNKS is a power of two."""
-    chunk = tl.arange(0, CHUNKS)[:, None]
-    inside = chunk < tl.num_programs(1)
-    # From the L2 cache: other programs wrote them during this launch.
-    partial = tl.load(
-        partial_ptrs[None, :] + chunk * SIZE, mask=inside, other=0.0, cache_modifier=".cg"
-    )
-    return tl.sum(partial, axis=0)
+    # More rows at once would not fit into registers.
+    ROUND: tl.constexpr = min(CHUNKS, 16)
+    sums = tl.zeros([ROUND, partial_ptrs.shape[0]], tl.float32)
+    for first in tl.static_range(0, CHUNKS, ROUND):
+        chunk = first + tl.arange(0, ROUND)[:, None]
+        # From the L2 cache: other programs wrote them during this launch.
+        sums += tl.load(
+            partial_ptrs[None, :] + chunk * SIZE,
+            mask=chunk < tl.num_programs(1),
+            other=0.0,
+            cache_modifier=".cg",
+        )
+    return tl.sum(sums, axis=0)
 
 
 @triton.jit
@@ -281,19 +293,26 @@ def sparse_gemv_kernel(
     count = count & 65535
     longest = tl.maximum(count, count_up)
     tl.debug_barrier()
-    for first in range(0, longest, GROUPS * UNROLL):
+    # The channels of the next round are loaded while the strips of this one are under way.
+    STEP: tl.constexpr = GROUPS * UNROLL
+    channels = _next_channels(list_ptr, group, count, GROUPS, UNROLL)
+    if PAIR:
+        channels_up = _next_channels(list_ptr + BLOCK_K, group, count_up, GROUPS, UNROLL)
+    for first in range(0, longest, STEP):
         entry = first + group
         strips, values = _load_strips(
-            list_ptr, entry, count, column, inside_column, x_ptr, weight_ptr, gain_ptr,
-            scale_ptr, shift_ptr, inverse_rms, threshold, K, N,
+            channels, entry, count, column, inside_column, x_ptr, weight_ptr, gain_ptr, scale_ptr,
+            shift_ptr, inverse_rms, threshold, K, N,
             EVEN, HAS_NORM, HAS_SCALE, HAS_SHIFT, ROWS, GROUPS, UNROLL,
         )  # fmt: skip
+        channels = _next_channels(list_ptr, entry + STEP, count, GROUPS, UNROLL)
         if PAIR:
             strips_up, values_up = _load_strips(
-                list_ptr + BLOCK_K, entry, count_up, column + start_1, inside_column, x_ptr,
-                weight_ptr, gain_ptr, scale_ptr + K, shift_ptr, inverse_rms, threshold_1, K, N,
+                channels_up, entry, count_up, column + start_1, inside_column, x_ptr, weight_ptr,
+                gain_ptr, scale_ptr + K, shift_ptr, inverse_rms, threshold_1, K, N,
                 EVEN, HAS_NORM, HAS_SCALE, HAS_SHIFT, ROWS, GROUPS, UNROLL,
             )  # fmt: skip
+            channels_up = _next_channels(list_ptr + BLOCK_K, entry + STEP, count_up, GROUPS, UNROLL)
         sums = _add_strips(sums, strips, values, ROWS, UNROLL)
         if PAIR:
             sums_up = _add_strips(sums_up, strips_up, values_up, ROWS, UNROLL)

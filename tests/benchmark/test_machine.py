@@ -1,0 +1,11 @@
+import torch
+
+from teal.benchmark.machine import describe_machine
+
+
+def test_the_machine_is_described_by_device_versions_and_commit(device: torch.device) -> None:
+    machine = describe_machine(device, "abc")
+    assert machine["device"]
+    assert machine["commit"] == "abc"
+    assert machine["versions"]["torch"] == torch.__version__
+    assert (machine["driver"] is None) == (device.type == "cpu")
