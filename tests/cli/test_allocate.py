@@ -74,9 +74,7 @@ def test_the_highest_sparsity_within_a_perplexity_bound_is_found(teal, workspace
             ["--sparsity", "0.5", "--strategy", "greedy"], ["--model", "--text"], id="no path"
         ),
         pytest.param(["--sparsity", "0.5", "--model", MODEL], ["belong together"], id="no text"),
-        pytest.param(
-            ["--max-perplexity-increase", "0.1"], ["needs --model"], id="search, no model"
-        ),
+        pytest.param(["--max-perplexity-increase", "0.1"], ["needs --model"], id="search"),
         pytest.param(
             ["--sparsity", "0.5", "--greedy-step", "2"], ["step", "outside"], id="step too large"
         ),

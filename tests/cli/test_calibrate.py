@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from teal.calibration import CalibrationStats
@@ -76,12 +78,8 @@ def test_what_is_not_a_model_is_refused(teal, tmp_path, workspace, name, config,
         (tmp_path / name).mkdir()
     if config:
         (tmp_path / name / "config.json").write_text(config)
-        (tmp_path / name / "tokenizer.json").write_text(
-            (workspace.parent / "none").name and open(f"{MODEL}/tokenizer.json").read()
-        )
-        (tmp_path / name / "tokenizer_config.json").write_text(
-            open(f"{MODEL}/tokenizer_config.json").read()
-        )
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(f"{MODEL}/{file}", tmp_path / name)
     outcome = teal(
         "calibrate", tmp_path / name, "--text", workspace / "calibration.txt",
         "--out", tmp_path / "stats",
