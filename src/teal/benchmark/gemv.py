@@ -18,9 +18,9 @@ ACTIVATION = "silu"
 
 # Several times the largest last-level cache of the device.
 _ROTATION_BYTES = {"cuda": 1_100_000_000, "cpu": 550_000_000}
-# As in the tests of the kernels.
+# As in the tests of the kernels; the exponential of an activation is good to one eps.
 _ERROR_FACTOR = 2.0
-_ERROR_EPS = 0.125
+_ERROR_EPS = {"plain": 0.125, "parts": 0.125, "gated": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,8 @@ class Product:
         exact = self._finish(kept.double() @ weight.double())
         by_torch = _error(self._finish(kept @ weight), exact)
         error = _error(self.sparse(weight, threshold), exact)
-        if not error <= _ERROR_FACTOR * by_torch + _ERROR_EPS * torch.finfo(weight.dtype).eps:
+        eps = _ERROR_EPS[self.shape.form] * torch.finfo(weight.dtype).eps
+        if not error <= _ERROR_FACTOR * by_torch + eps:
             raise UserError(
                 f"The product {self.shape.name} errs by {error:.1e}, torch's by {by_torch:.1e}. "
                 "Times of a wrong product are not shown; please report this."

@@ -1,0 +1,45 @@
+import json
+
+import pytest
+
+from teal.benchmark import gemv
+from teal.cli import bench
+from teal.foundation.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(gemv, "_ROTATION_BYTES", {"cpu": 1 << 16})
+    monkeypatch.setattr("teal.benchmark.roofline.read_bandwidth", lambda device: 1e10)
+
+
+def run(*arguments):
+    bench.app(args=["gemv", *arguments, "--device", "cpu"], standalone_mode=False)
+
+
+def test_json_stands_alone_on_stdout(capsys):
+    run("64x48", "--sparsity", "0.5", "--dtype", "float32", "--json")
+    content = json.loads(capsys.readouterr().out)
+    assert [result["sparsity"] for result in content["results"]] == [0.5]
+    assert content["machine"]["versions"]["torch"]
+
+
+def test_a_table_names_the_product(capsys):
+    run("64x48", "--sparsity", "0,0.5")
+    assert "memory reads 10 GB/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["llama-9"], "Unknown model or size"),
+        (["64x48", "--sparsity", "half"], "is no list of fractions"),
+        (["64x48", "--sparsity", "1.5"], r"outside \[0, 1\)"),
+        (["64x48", "--dtype", "int8"], "Unknown dtype"),
+        (["64x48", "--tune", "tiles.json"], "on a GPU"),
+        (["64x48", "--peer-teal", "nowhere"], "Give a checkout"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, message):
+    with pytest.raises(UserError, match=message):
+        run(*arguments)
