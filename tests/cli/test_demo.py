@@ -25,7 +25,7 @@ def test_demo_prints_the_table_and_leaves_a_report_with_plots(teal, short_demo, 
     assert re.search(r"uniform.*5\.0 %", outcome.out)
     assert re.search(r"greedy.*5\.0 %", outcome.out)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert "report.html" in names
+    assert {"report.html", "results.json"} <= names
     assert sum(name.endswith(".png") for name in names) == 3
     assert demo.PROMPT in outcome.out
 

@@ -1,11 +1,13 @@
 """`teal demo`: the whole pipeline on a small model, with a report."""
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from teal.allocation import GreedySettings, allocate, greedy_path
@@ -23,7 +25,7 @@ from teal.cli.options import DeviceOption, DtypeOption, resolve_sequence_length
 from teal.cli.stdlib_text import calibration_text, held_out_text
 from teal.data import check_no_overlap, token_windows
 from teal.evaluation import Evaluation, compare
-from teal.foundation.artifact import check_destination
+from teal.foundation.artifact import check_destination, write_text
 from teal.models.loading import context_length, load_model, load_tokenizer
 from teal.plan import SparsityPlan
 from teal.report import DenseRow, Sample, SparseRow, figures, write_report
@@ -47,7 +49,7 @@ NEW_TOKENS = 60
 # Coarser than the defaults of `teal calibrate` and `teal allocate`, to be done in three minutes
 # on two cores.
 CALIBRATION_TOKENS = 20480
-EVALUATION_TOKENS = 10240
+EVALUATION_TOKENS = 20480
 GREEDY_TOKENS = 1024
 GREEDY = GreedySettings(step=0.0125, until=0.65)
 
@@ -100,6 +102,7 @@ def command(
         figures=figures(dense, rows, stats, _shown(plans, "greedy")),
         samples=samples,
     )
+    write_text(out / "results.json", json.dumps(_results(result, plans, stats), indent=2) + "\n")
     say(f"Report: {page}  ({time.perf_counter() - started:.0f} s)")
 
 
@@ -122,8 +125,8 @@ def _allocate(subject: _Subject, stats: CalibrationStats) -> list[SparsityPlan]:
         offset=CALIBRATION_TOKENS,
     )
     say(
-        f"Greedy on {GREEDY_TOKENS} tokens in steps of {percent(GREEDY.step)} "
-        f"(teal allocate: {percent(GreedySettings().step)} by default)."
+        f"Greedy on {GREEDY_TOKENS} tokens in steps of {GREEDY.step:g} "
+        f"(teal allocate: {GreedySettings().step:g} by default)."
     )
     stats.paths["greedy"] = greedy_path(
         subject.model, stats, windows, settings=GREEDY, progress=progress_bar
@@ -188,11 +191,26 @@ def _rows(result: Evaluation, plans: Sequence[SparsityPlan]) -> tuple[DenseRow, 
     return dense, rows
 
 
+def _results(
+    result: Evaluation, plans: Sequence[SparsityPlan], stats: CalibrationStats
+) -> dict[str, Any]:
+    return {
+        "summary": _summary(stats, result),
+        "torch": torch.__version__,
+        "teal": stats.library_version,
+        "dense": result.dense.to_dict(),
+        "sparse": [
+            {"strategy": plan.strategy, "target_sparsity": plan.target_sparsity, **score.to_dict()}
+            for plan, score in zip(plans, result.sparse, strict=True)
+        ],
+    }
+
+
 def _summary(stats: CalibrationStats, result: Evaluation) -> dict[str, str]:
     return {
         "Model": f"{stats.model.model_type}, {len(stats.model.shapes)} projections, {stats.dtype}",
         "Calibration": f"{stats.text.num_tokens} tokens: {stats.text.source}",
-        "Greedy": f"{GREEDY_TOKENS} tokens, steps of {percent(GREEDY.step)}",
+        "Greedy": f"{GREEDY_TOKENS} tokens, steps of {GREEDY.step:g}",
         "Evaluation": f"{result.tokens} scored tokens: {held_out_text().source}",
         "Protocol": f"windows of {result.sequence_length}, sparse from {SPARSE_FROM:g} on",
     }
