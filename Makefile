@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 	$(RUN)/teal demo models/py-16m --out demo-out --force
 
 test: check size $(VENV)/.dev
-	$(PYTEST) -n 2
+	$(PYTEST) -n 2 -m "not gpu"
 
 check: $(VENV)/.dev
 	$(RUN)/ruff check

@@ -1,4 +1,4 @@
-"""Report the largest files and functions of the package; fail above the ceilings."""
+"""Report the largest files and functions; fail above the ceilings."""
 
 import ast
 import sys
@@ -9,22 +9,23 @@ KERNEL_LINES = 400
 FUNCTION_LINES = 50
 SHOWN = 5
 
-ROOT = Path(__file__).parents[1] / "src" / "teal"
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("src", "tests", "examples", "tools")
 
 
-def file_ceiling(path: Path) -> int:
-    """Return how many lines a file may have."""
-    return KERNEL_LINES if path.parent.name == "kernels" else FILE_LINES
+def is_kernel(path: Path) -> bool:
+    """Tell whether a file holds kernels, which may be longer."""
+    return "kernels" in path.parts
 
 
 def body_lines(function: ast.FunctionDef) -> int:
     """Return the lines of a function's body, without its docstring."""
     code = function.body[1:] if ast.get_docstring(function) else function.body
-    return code[-1].end_lineno - code[0].lineno + 1 if code else 0
+    return (code[-1].end_lineno or 0) - code[0].lineno + 1 if code else 0
 
 
 def functions(path: Path) -> list[tuple[int, str]]:
-    """Return size of the body in lines and name of every function of a file."""
+    """Return lines and name of every function in a file."""
     nodes = ast.walk(ast.parse(path.read_text()))
     return [
         (body_lines(node), f"{path.relative_to(ROOT)}:{node.name}")
@@ -34,24 +35,27 @@ def functions(path: Path) -> list[tuple[int, str]]:
 
 
 def main() -> int:
-    """Print the tables and return the exit code."""
-    paths = sorted(ROOT.rglob("*.py"))
-    sizes = {path: len(path.read_text().splitlines()) for path in paths}
-    is_kernel = {path: path.parent.name == "kernels" for path in paths}
-    every = sorted((f for path in paths for f in functions(path)), reverse=True)
-    largest = sorted(sizes.items(), key=lambda item: -item[1])[:SHOWN]
-    print(f"{len(paths)} files, {sum(sizes.values())} lines")
-    for path, lines in largest:
-        print(f"{lines:5} {path.relative_to(ROOT)}")
-    for lines, name in every[:SHOWN]:
-        print(f"{lines:5} {name}")
-    kernels = {str(path.relative_to(ROOT)) for path in paths if is_kernel[path]}
-    too_long = [str(path.relative_to(ROOT)) for path in paths if sizes[path] > file_ceiling(path)]
+    """Print the largest of both and return the exit code."""
+    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    files = {path: len(path.read_text().splitlines()) for path in paths}
+    bodies = {path: functions(path) for path in paths}
+    too_long = [
+        str(path.relative_to(ROOT))
+        for path, lines in files.items()
+        if lines > (KERNEL_LINES if is_kernel(path) else FILE_LINES)
+    ]
     too_long += [
         name
-        for lines, name in every
-        if lines > FUNCTION_LINES and name.split(":")[0] not in kernels
+        for path, entries in bodies.items()
+        for lines, name in entries
+        if lines > FUNCTION_LINES and not is_kernel(path)
     ]
+    print(f"{len(files)} files, {sum(files.values())} lines")
+    for path, lines in sorted(files.items(), key=lambda entry: -entry[1])[:SHOWN]:
+        print(f"{lines:5} {path.relative_to(ROOT)}")
+    every = [entry for entries in bodies.values() for entry in entries]
+    for lines, name in sorted(every, reverse=True)[:SHOWN]:
+        print(f"{lines:5} {name}")
     for name in too_long:
         print(f"error: {name} is above its ceiling. Split it.", file=sys.stderr)
     return 1 if too_long else 0

@@ -19,6 +19,7 @@ VERBS = {
     "inspect": ("teal.cli.inspect", "Show what statistics or a plan hold."),
     "evaluate": ("teal.cli.evaluate", "Score a model, dense and sparse, on a text."),
     "generate": ("teal.cli.generate", "Continue a prompt, dense or sparse."),
+    "bench": ("teal.cli.bench", "Time the kernels beside dense products and the memory limit."),
     "demo": ("teal.cli.demo", "Run the whole pipeline on a small model and write a report."),
 }
 
