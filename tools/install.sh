@@ -41,3 +41,9 @@ if ! has_torch "$venv/bin/python"; then
 fi
 
 pip install --constraint requirements/constraints.txt --editable ".[$extra]"
+
+# CUDA builds of torch bring the Triton that they were made for. Without one, any will do to run the
+# GPU kernels' tests in the interpreter and to compile them ahead.
+if [ "$extra" = dev ] && ! "$venv/bin/python" -c 'import triton' > /dev/null 2>&1; then
+  pip install "triton==3.9.0"
+fi
