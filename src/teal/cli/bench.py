@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from teal.benchmark.gemv import GemvResult
     from teal.benchmark.shapes import Shape
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
-
 EXAMPLES = """Examples:
 
 teal bench gemv llama-3-8b --sparsity 0.4,0.5 --plot gemv.png
 
 teal bench gemv 4096x11008 --dtype float32 --rows 2 --json
 """
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, epilog=EXAMPLES)
 
 SPARSITIES = "0,0.25,0.4,0.5,0.65,0.8"
 
