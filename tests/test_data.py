@@ -3,7 +3,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 
@@ -12,6 +11,12 @@ from teal.foundation.errors import MissingExtraError, UserError
 from teal.foundation.provenance import fingerprint
 
 END = 256
+
+
+@pytest.fixture
+def datasets() -> Any:
+    """The optional package of Hugging Face data sets."""
+    return pytest.importorskip("datasets")
 
 
 class Bytes:
@@ -164,10 +169,12 @@ def test_hash_of_documents_tells_where_they_end() -> None:
 
 
 @pytest.mark.parametrize("name", ["hf:some/name:train", "hf:some/name:config:train"])
-def test_rows_of_a_data_set_are_documents(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_data_set_are_documents(
+    name: str, datasets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
-    def load_dataset(*arguments: str, split: str) -> datasets.Dataset:
+    def load_dataset(*arguments: str, split: str) -> Any:
         asked.append(":".join(["hf", *arguments, split]))
         return datasets.Dataset.from_dict({"text": ["ab", "", "cd"]})
 
@@ -178,7 +185,7 @@ def test_rows_of_a_data_set_are_documents(name: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:name", "hf::train", "hf:name:", "hf:a:b:c:d"])
-def test_data_set_without_name_and_split_is_refused(name: str) -> None:
+def test_data_set_without_name_and_split_is_refused(name: str, datasets: Any) -> None:
     with pytest.raises(UserError, match="is not of the form hf:NAME:SPLIT or hf:NAME:CONFIG:SPL"):
         read_text(name)
 
@@ -189,9 +196,12 @@ def test_data_set_without_name_and_split_is_refused(name: str) -> None:
     ids=["no text column", "missing", "rows without text"],
 )
 def test_data_set_that_cannot_be_read_is_refused(
-    columns: dict[str, list[str]] | None, reason: str, monkeypatch: pytest.MonkeyPatch
+    columns: dict[str, list[str]] | None,
+    reason: str,
+    datasets: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def load_dataset(name: str, *, split: str) -> datasets.Dataset:
+    def load_dataset(name: str, *, split: str) -> Any:
         if columns is None:
             raise FileNotFoundError("no such set\nin detail")
         return datasets.Dataset.from_dict(columns)
