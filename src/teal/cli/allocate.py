@@ -31,6 +31,7 @@ from teal.data import TokenWindows, check_no_overlap, token_windows
 from teal.evaluation import evaluate
 from teal.foundation.artifact import check_destination
 from teal.foundation.errors import UserError
+from teal.foundation.provenance import TextProvenance
 from teal.methods import METHODS, method_named
 from teal.models.families import identity_of
 from teal.plan import SparsityPlan
@@ -137,7 +138,7 @@ def command(
         settings=settings,
     )
     if max_perplexity_increase is not None:
-        sparsity = _highest_sparsity(run, plan_at, max_perplexity_increase)
+        sparsity = _highest_sparsity(run, plan_at, loaded_stats.text, max_perplexity_increase)
     assert sparsity is not None
     plan = plan_at(sparsity)
     plan.save(out, force=force)
@@ -184,11 +185,14 @@ def _open_run(
 
 
 def _highest_sparsity(
-    run: _Run | None, plan_at: Callable[[float], SparsityPlan], allowed: float
+    run: _Run | None,
+    plan_at: Callable[[float], SparsityPlan],
+    calibration: TextProvenance,
+    allowed: float,
 ) -> float:
     if run is None:
         raise UserError("--max-perplexity-increase needs --model and --text to measure on.")
-    check_no_overlap(run.windows, plan_at(0.0).calibration)
+    check_no_overlap(run.windows, calibration)
 
     def increase_at(sparsity: float) -> float:
         result = evaluate(

@@ -23,9 +23,10 @@ from teal.cli.console import (
 from teal.cli.generate import continuation, encode_prompt
 from teal.cli.options import DeviceOption, DtypeOption, resolve_sequence_length
 from teal.cli.stdlib_text import calibration_text, held_out_text
-from teal.data import check_no_overlap, token_windows
+from teal.data import Text, check_no_overlap, token_windows
 from teal.evaluation import Evaluation, compare
 from teal.foundation.artifact import check_destination, write_text
+from teal.foundation.version import __version__
 from teal.models.loading import context_length, load_model, load_tokenizer
 from teal.plan import SparsityPlan
 from teal.report import DenseRow, Sample, SparseRow, figures, write_report
@@ -87,28 +88,30 @@ def command(
     loaded = load_model(model, dtype=dtype, device=device)
     length = resolve_sequence_length(None, context_length(loaded.config))
     subject = _Subject(loaded, tokenizer, length)
-    stats = _calibrate(subject)
-    plans = _allocate(subject, stats)
-    result = _evaluate(subject, plans)
+    calibration, held_out = calibration_text(), held_out_text()
+    stats = _calibrate(subject, calibration)
+    plans = _allocate(subject, stats, calibration)
+    result = _evaluate(subject, plans, held_out)
     samples = _continue(subject, plans)
     dense, rows = _rows(result, plans)
     _print(dense, rows, samples, result)
+    summary = _summary(stats, result, held_out)
     page = write_report(
         out,
         title=f"Activation sparsity on {Path(model).name}",
-        summary=_summary(stats, result),
+        summary=summary,
         dense=dense,
         rows=rows,
         figures=figures(dense, rows, stats, _shown(plans, "greedy")),
         samples=samples,
     )
-    write_text(out / "results.json", json.dumps(_results(result, plans, stats), indent=2) + "\n")
+    write_text(out / "results.json", json.dumps(_results(result, plans, summary), indent=2) + "\n")
     say(f"Report: {page}  ({time.perf_counter() - started:.0f} s)")
 
 
-def _calibrate(subject: _Subject) -> CalibrationStats:
+def _calibrate(subject: _Subject, text: Text) -> CalibrationStats:
     windows = token_windows(
-        calibration_text(),
+        text,
         subject.tokenizer,
         sequence_length=subject.sequence_length,
         num_tokens=CALIBRATION_TOKENS,
@@ -116,9 +119,9 @@ def _calibrate(subject: _Subject) -> CalibrationStats:
     return calibrate(subject.model, windows, progress=progress_bar)
 
 
-def _allocate(subject: _Subject, stats: CalibrationStats) -> list[SparsityPlan]:
+def _allocate(subject: _Subject, stats: CalibrationStats, text: Text) -> list[SparsityPlan]:
     windows = token_windows(
-        calibration_text(),
+        text,
         subject.tokenizer,
         sequence_length=min(subject.sequence_length, GREEDY_TOKENS),
         num_tokens=GREEDY_TOKENS,
@@ -138,9 +141,9 @@ def _allocate(subject: _Subject, stats: CalibrationStats) -> list[SparsityPlan]:
     ]
 
 
-def _evaluate(subject: _Subject, plans: Sequence[SparsityPlan]) -> Evaluation:
+def _evaluate(subject: _Subject, plans: Sequence[SparsityPlan], text: Text) -> Evaluation:
     windows = token_windows(
-        held_out_text(),
+        text,
         subject.tokenizer,
         sequence_length=subject.sequence_length,
         max_tokens=EVALUATION_TOKENS,
@@ -192,12 +195,12 @@ def _rows(result: Evaluation, plans: Sequence[SparsityPlan]) -> tuple[DenseRow, 
 
 
 def _results(
-    result: Evaluation, plans: Sequence[SparsityPlan], stats: CalibrationStats
+    result: Evaluation, plans: Sequence[SparsityPlan], summary: dict[str, str]
 ) -> dict[str, Any]:
     return {
-        "summary": _summary(stats, result),
+        "summary": summary,
         "torch": torch.__version__,
-        "teal": stats.library_version,
+        "teal": __version__,
         "dense": result.dense.to_dict(),
         "sparse": [
             {"strategy": plan.strategy, "target_sparsity": plan.target_sparsity, **score.to_dict()}
@@ -206,12 +209,12 @@ def _results(
     }
 
 
-def _summary(stats: CalibrationStats, result: Evaluation) -> dict[str, str]:
+def _summary(stats: CalibrationStats, result: Evaluation, held_out: Text) -> dict[str, str]:
     return {
         "Model": f"{stats.model.model_type}, {len(stats.model.shapes)} projections, {stats.dtype}",
         "Calibration": f"{stats.text.num_tokens} tokens: {stats.text.source}",
         "Greedy": f"{GREEDY_TOKENS} tokens, steps of {GREEDY.step:g}",
-        "Evaluation": f"{result.tokens} scored tokens: {held_out_text().source}",
+        "Evaluation": f"{result.tokens} scored tokens: {held_out.source}",
         "Protocol": f"windows of {result.sequence_length}, sparse from {SPARSE_FROM:g} on",
     }
 
