@@ -1,7 +1,8 @@
 """Where the projections of each model family are: one table row per family."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import nn
 
@@ -23,6 +24,33 @@ FUSED_PROJECTIONS: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerForm:
+    """What a decoder layer computes around its projections, as far as the type alone decides.
+
+    Norms are named relative to the layer; `None` stands for no norm at that place.
+
+    Attributes:
+        attention_norm: RMSNorm of what attention reads.
+        mlp_norm: RMSNorm of what the MLP reads.
+        attention_post_norm: RMSNorm of what attention adds to the hidden states.
+        mlp_post_norm: RMSNorm of what the MLP adds to the hidden states.
+        norm_offset: Added to the weight of every RMSNorm.
+        qk_norm: Whether q and k are normed per "head", as a whole "vector", or not: "none".
+        qkv_bias: Whether q, k and v have a bias whatever the configuration says.
+        embedding_scaled: Whether embeddings are multiplied with the root of their size.
+    """
+
+    attention_norm: str | None = "input_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
+    attention_post_norm: str | None = None
+    mlp_post_norm: str | None = None
+    norm_offset: float = 0.0
+    qk_norm: Literal["none", "head", "vector"] = "none"
+    qkv_bias: bool = False
+    embedding_scaled: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """How the models of one Hugging Face model type are laid out.
 
@@ -31,23 +59,41 @@ class Family:
             share it, named relative to the block, in the order of the forward pass.
         blocks: Dotted name of the list of blocks.
         attention: Name of the attention module, relative to the block.
+        form: What the engine has to compute, or `None` where only transformers runs the type.
     """
 
     inputs: Mapping[str, tuple[str, ...]]
     blocks: str = "model.layers"
     attention: str = "self_attn"
+    form: LayerForm | None = None
 
+
+PRE_NORM = LayerForm()
+_GEMMA = LayerForm(
+    attention_post_norm="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+    norm_offset=1.0,
+    embedding_scaled=True,
+)
+_OLMO2 = LayerForm(
+    attention_norm=None,
+    mlp_norm=None,
+    attention_post_norm="post_attention_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+    qk_norm="vector",
+)
 
 FAMILIES: dict[str, Family] = {
-    "gemma2": Family(inputs=SEVEN_PROJECTIONS),
-    "gemma3_text": Family(inputs=SEVEN_PROJECTIONS),
-    "granite": Family(inputs=SEVEN_PROJECTIONS),
-    "llama": Family(inputs=SEVEN_PROJECTIONS),
-    "mistral": Family(inputs=SEVEN_PROJECTIONS),
-    "olmo2": Family(inputs=SEVEN_PROJECTIONS),
-    "phi3": Family(inputs=FUSED_PROJECTIONS),
-    "qwen2": Family(inputs=SEVEN_PROJECTIONS),
-    "qwen3": Family(inputs=SEVEN_PROJECTIONS),
+    "gemma2": Family(inputs=SEVEN_PROJECTIONS, form=_GEMMA),
+    "gemma3_text": Family(inputs=SEVEN_PROJECTIONS, form=replace(_GEMMA, qk_norm="head")),
+    "granite": Family(inputs=SEVEN_PROJECTIONS, form=PRE_NORM),
+    "llama": Family(inputs=SEVEN_PROJECTIONS, form=PRE_NORM),
+    "mistral": Family(inputs=SEVEN_PROJECTIONS, form=PRE_NORM),
+    "olmo2": Family(inputs=SEVEN_PROJECTIONS, form=_OLMO2),
+    "phi3": Family(inputs=FUSED_PROJECTIONS, form=PRE_NORM),
+    "qwen2": Family(inputs=SEVEN_PROJECTIONS, form=replace(PRE_NORM, qkv_bias=True)),
+    "qwen3": Family(inputs=SEVEN_PROJECTIONS, form=replace(PRE_NORM, qk_norm="head")),
 }
 
 
