@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from teal.foundation.errors import UserError
 from teal.foundation.identity import ModelIdentity
 from teal.methods import MaskRule
+from teal.methods.rule_path import RulePath
 from teal.plan import PlannedProjection, SparsityPlan
 
 IDENTITY = ModelIdentity(
@@ -41,6 +43,28 @@ def plan_with_vectors() -> SparsityPlan:
     return plan_of(IDENTITY, projections)
 
 
+def plan_with_path() -> SparsityPlan:
+    """A plan at 0.5, where `DOWN` has no rule yet; the path gives it one, with a scale, at 0.8."""
+    plan = plan_with_vectors()
+    at_target = {name: (p.target_sparsity, p.rule) for name, p in plan.projections.items()}
+    down = MaskRule(threshold=0.75, shift=torch.arange(16.0))
+    points = {
+        0.0: dict.fromkeys(plan.projections, (0.0, None)),
+        0.5: at_target,
+        0.8: {name: (0.8, rule or down) for name, (_, rule) in at_target.items()},
+    }
+    return replace(plan, path=RulePath.from_points(points))
+
+
+def rules_of(plan: SparsityPlan) -> dict[str, Any]:
+    """Everything that the rules of a plan say, in a form that can be compared."""
+    return {
+        name: (planned.target_sparsity, planned.rule.threshold, sorted(planned.rule.vectors))
+        for name, planned in plan.projections.items()
+        if planned.rule
+    }
+
+
 def content_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -53,7 +77,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def test_saving_loading_and_saving_again_gives_the_same_bytes(tmp_path: Path) -> None:
-    plan_with_vectors().save(tmp_path / "one")
+    plan_with_path().save(tmp_path / "one")
     SparsityPlan.load(tmp_path / "one").save(str(tmp_path / "two"))
     assert content_of(tmp_path / "one") == content_of(tmp_path / "two")
 
@@ -105,6 +129,79 @@ def test_plan_can_be_read_by_eye(tmp_path: Path) -> None:
     assert content["projections"][DOWN]["threshold"] is None
 
 
+def test_plan_at_its_own_target_is_the_plan() -> None:
+    for plan in (plan_with_path(), plan_with_vectors()):
+        assert plan.at(plan.target_sparsity) is plan
+
+
+@pytest.mark.parametrize("plan", [plan_with_path(), plan_with_vectors()], ids=["path", "no path"])
+def test_plan_at_sparsity_zero_has_no_rules(plan: SparsityPlan) -> None:
+    dense = plan.at(0.0)
+    assert rules_of(dense) == {}
+    assert list(dense.projections) == list(plan.projections)
+    assert dense.target_sparsity == dense.sparsity_budget == 0.0
+
+
+def test_plan_at_a_point_of_the_path_has_the_rules_of_the_point() -> None:
+    plan = plan_with_path()
+    assert plan.at(0.8).target_sparsity == 0.8
+    assert rules_of(plan.at(0.8)) == {
+        Q: (0.8, plan.projections[Q].rule.threshold, ["scale", "shift"]),
+        K: (0.8, 0.25, []),
+        DOWN: (0.8, 0.75, ["shift"]),
+    }
+
+
+def test_plan_at_another_sparsity_keeps_the_whole_path() -> None:
+    plan = plan_with_path()
+    assert rules_of(plan.at(0.7).at(0.3)) == rules_of(plan.at(0.3))
+    assert rules_of(plan.at(0.7).at(0.5)) == rules_of(plan)
+
+
+@given(fractions, fractions)
+def test_budget_never_falls_with_more_sparsity(one: float, other: float) -> None:
+    plan = plan_with_path()
+    less, more = sorted((0.8 * one, 0.8 * other))
+    assert plan.at(less).sparsity_budget <= plan.at(more).sparsity_budget + 1e-12
+
+
+@pytest.mark.parametrize("sparsity", [1.0, -0.5, float("nan"), "0.5"])
+def test_plan_at_no_fraction_is_refused(sparsity: float) -> None:
+    with pytest.raises(UserError, match="outside"):
+        plan_with_path().at(sparsity)
+
+
+def test_plan_without_a_path_refuses_other_sparsities_with_a_cure() -> None:
+    with pytest.raises(UserError, match=r"rules of sparsity 0\.5; 0\.3 was .* Allocate a plan at"):
+        plan_with_vectors().at(0.3)
+
+
+def test_path_of_other_projections_is_refused() -> None:
+    plan = plan_with_path()
+    with pytest.raises(UserError, match="path is that of other projections"):
+        replace(plan, projections={Q: plan.projections[Q]})
+
+
+def test_path_passes_through_a_file_bit_for_bit(tmp_path: Path) -> None:
+    plan = plan_with_path()
+    plan.save(tmp_path / "plan")
+    loaded = SparsityPlan.load(tmp_path / "plan")
+    for sparsity in (0.1, 0.5, 0.65, 0.8):
+        assert rules_of(loaded.at(sparsity)) == rules_of(plan.at(sparsity))
+    shift = loaded.at(0.8).projections[DOWN].rule.shift
+    assert torch.equal(shift, plan.at(0.8).projections[DOWN].rule.shift)
+
+
+def test_plan_of_schema_1_loads_without_a_path(tmp_path: Path) -> None:
+    plan = plan_with_vectors()
+    plan.save(tmp_path / "plan")
+    edit(tmp_path / "plan", lambda content: content.update(schema_version=1))
+    edit(tmp_path / "plan", lambda content: content.pop("path"))
+    loaded = SparsityPlan.load(tmp_path / "plan")
+    assert loaded.path is None
+    assert rules_of(loaded) == rules_of(plan)
+
+
 def test_budget_is_the_mean_weighted_by_weight_size() -> None:
     assert plan_with_vectors().sparsity_budget == 0.5 * (32 + 8) / (32 + 8 + 64)
 
@@ -147,7 +244,16 @@ def test_damaged_threshold_is_refused_with_a_cure(value: object, tmp_path: Path)
 
 @pytest.mark.parametrize(
     "key",
-    ["method", "strategy", "target_sparsity", "dtype", "calibration", "projections", "model"],
+    [
+        "method",
+        "strategy",
+        "target_sparsity",
+        "dtype",
+        "calibration",
+        "projections",
+        "model",
+        "path",
+    ],
 )
 def test_missing_part_is_refused_with_a_cure(key: str, tmp_path: Path) -> None:
     plan_with_vectors().save(tmp_path / "plan")
@@ -172,6 +278,7 @@ def test_part_of_another_form_is_refused_with_a_cure(key: str, tmp_path: Path) -
         lambda content: content["projections"][K].update(vectors=["scale"]),
         lambda content: content["model"]["shapes"].update({K: [4]}),
         lambda content: content["calibration"].update(num_tokens=1e999),
+        lambda content: content.update(path={"points": 3, "end": 0.8}),
         lambda content: content.pop("tensors_sha256"),
     ],
     ids=[
@@ -180,6 +287,7 @@ def test_part_of_another_form_is_refused_with_a_cure(key: str, tmp_path: Path) -
         "vector without tensor",
         "shape of one number",
         "endless text",
+        "path without tensors",
         "no tensors",
     ],
 )

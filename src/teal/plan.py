@@ -1,7 +1,7 @@
 """The artifact between offline and runtime: one mask rule per projection and how it was decided."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,13 @@ from teal.foundation.errors import UserError, check_sparsity
 from teal.foundation.identity import ModelIdentity
 from teal.foundation.provenance import TextProvenance
 from teal.methods import MaskRule
+from teal.methods.rule_path import Planned, RulePath
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
+# Plans before this version have no path.
+_FIRST_WITH_PATH = 2
+_PATH = "path"
 _FINGERPRINTS = "calibration.fingerprints"
 
 
@@ -48,6 +52,7 @@ class SparsityPlan:
         calibration: The text that the thresholds come from.
         dtype: Activation dtype during calibration, such as "bfloat16".
         library_version: Version of teal that made the plan.
+        path: The rules at other sparsities, for `at`, or `None` where they are not known.
     """
 
     model: ModelIdentity
@@ -58,6 +63,7 @@ class SparsityPlan:
     calibration: TextProvenance
     dtype: str
     library_version: str
+    path: RulePath | None = None
 
     def __post_init__(self) -> None:
         check_sparsity(self.target_sparsity, "Target sparsity")
@@ -66,14 +72,49 @@ class SparsityPlan:
             raise UserError(
                 f"The plan names {unknown[0]!r}, which its model does not have. Make it anew."
             )
-        for name, projection in self.projections.items():
-            self._check_vectors(name, projection.rule)
+        if self.path and self.path.projections != tuple(self.projections):
+            raise UserError("The plan's path is that of other projections. Make the plan anew.")
+        for name in self.projections:
+            self._check_vectors(name)
 
     @property
     def sparsity_budget(self) -> float:
         """Mean target sparsity over the planned projections, weighted by weight size."""
         return self.model.mean_sparsity(
             {name: projection.target_sparsity for name, projection in self.projections.items()}
+        )
+
+    def at(self, sparsity: float) -> "SparsityPlan":
+        """Return the plan at another sparsity, without going back to the statistics.
+
+        0 gives a plan without rules, the plan's own target the plan as it is. Any other is read
+        off the path, between whose points targets and thresholds are interpolated.
+
+        Args:
+            sparsity: Sparsity budget in [0, 1).
+
+        Raises:
+            UserError: It is no such fraction, the path ends below it, or there is no path.
+        """
+        sparsity = check_sparsity(sparsity)
+        if sparsity == self.target_sparsity:
+            return self
+        if sparsity == 0.0:
+            planned: Planned = dict.fromkeys(self.projections, (0.0, None))
+        elif self.path:
+            planned = self.path.at(sparsity)
+        else:
+            raise UserError(
+                f"The plan holds no path, only the rules of sparsity {self.target_sparsity:g}; "
+                f"{sparsity:g} was asked for. Allocate a plan at that sparsity."
+            )
+        return replace(
+            self,
+            target_sparsity=sparsity,
+            projections={
+                name: PlannedProjection(target_sparsity=target, rule=rule)
+                for name, (target, rule) in planned.items()
+            },
         )
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
@@ -88,9 +129,11 @@ class SparsityPlan:
         """
         tensors = {
             f"{name}.{kind}": vector
-            for name, projection in self.projections.items()
-            for kind, vector in (projection.rule.vectors if projection.rule else {}).items()
+            for name in self.projections
+            for kind, vector in self._vectors_of(name).items()
         }
+        if self.path:
+            tensors |= self.path.to_tensors(_PATH)
         tensors[_FINGERPRINTS] = self.calibration.fingerprints
         save_artifact(Path(folder), "plan", self._payload(), tensors, force=force)
 
@@ -106,10 +149,14 @@ class SparsityPlan:
         """
         payload, tensors = load_artifact(Path(folder), "plan", SCHEMA_VERSION)
         with well_formed(Path(folder)):
+            vectors = {
+                name: {kind: tensors[f"{name}.{kind}"] for kind in content["vectors"]}
+                for name, content in payload["projections"].items()
+            }
             return cls(
                 model=ModelIdentity.from_dict(payload["model"]),
                 projections={
-                    name: _planned_from_dict(name, content, tensors)
+                    name: _planned_from_dict(content, vectors[name])
                     for name, content in payload["projections"].items()
                 },
                 method=str(payload["method"]),
@@ -120,10 +167,18 @@ class SparsityPlan:
                 ),
                 dtype=str(payload["dtype"]),
                 library_version=str(payload["library_version"]),
+                path=_path_from_dict(payload, vectors, tensors),
             )
 
-    def _check_vectors(self, name: str, rule: MaskRule | None) -> None:
-        for kind, vector in (rule.vectors if rule else {}).items():
+    def _vectors_of(self, name: str) -> Mapping[str, Tensor]:
+        """Return scale and shift also of a projection that only the path gives a rule."""
+        rule = self.projections[name].rule
+        if rule:
+            return rule.vectors
+        return self.path.vectors.get(name, {}) if self.path else {}
+
+    def _check_vectors(self, name: str) -> None:
+        for kind, vector in self._vectors_of(name).items():
             expected = (self.model.shapes[name][0],)
             if tuple(vector.shape) != expected:
                 raise UserError(
@@ -138,13 +193,14 @@ class SparsityPlan:
             "method": self.method,
             "strategy": self.strategy,
             "target_sparsity": self.target_sparsity,
+            "path": self.path.to_dict() if self.path else None,
             "dtype": self.dtype,
             "calibration": self.calibration.to_dict(),
             "projections": {
                 name: {
                     "target_sparsity": projection.target_sparsity,
                     "threshold": projection.rule.threshold if projection.rule else None,
-                    "vectors": sorted(projection.rule.vectors) if projection.rule else [],
+                    "vectors": sorted(self._vectors_of(name)),
                     "weight_size": self.model.weight_size(name),
                 }
                 for name, projection in self.projections.items()
@@ -154,10 +210,19 @@ class SparsityPlan:
 
 
 def _planned_from_dict(
-    name: str, content: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    content: Mapping[str, Any], vectors: Mapping[str, Tensor]
 ) -> PlannedProjection:
     rule = None
     if content["threshold"] is not None:
-        vectors = {kind: tensors[f"{name}.{kind}"] for kind in content["vectors"]}
         rule = MaskRule(threshold=float(content["threshold"]), **vectors)
     return PlannedProjection(target_sparsity=float(content["target_sparsity"]), rule=rule)
+
+
+def _path_from_dict(
+    payload: Mapping[str, Any],
+    vectors: Mapping[str, Mapping[str, Tensor]],
+    tensors: Mapping[str, Tensor],
+) -> RulePath | None:
+    if payload["schema_version"] < _FIRST_WITH_PATH or payload["path"] is None:
+        return None
+    return RulePath.from_tensors(tuple(payload["projections"]), vectors, tensors, _PATH)

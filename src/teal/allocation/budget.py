@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 from teal.calibration.stats import CalibrationStats
 from teal.foundation.errors import UserError
 from teal.foundation.version import __version__
 from teal.methods import method_named
+from teal.methods.rule_path import Planned, RulePath
 from teal.plan import PlannedProjection, SparsityPlan
 
 
@@ -45,6 +47,7 @@ def plan_from_sparsities(
     method: str,
     strategy: str,
     target_sparsity: float,
+    points: Mapping[float, Mapping[str, float]] | None = None,
 ) -> SparsityPlan:
     """Ask the method for the rule that reaches each projection's sparsity.
 
@@ -54,13 +57,23 @@ def plan_from_sparsities(
         method: Name of the method.
         strategy: Name of the strategy that chose `sparsities`.
         target_sparsity: Budget that was asked for.
+        points: What the strategy chooses at other budgets, for the path of the plan.
     """
-    rule = method_named(method).rule
+    # Projections that share an input share its statistics, and often the sparsity.
+    rule = cache(method_named(method).rule)
+
+    def planned(chosen: Mapping[str, float]) -> Planned:
+        return {name: (value, rule(stats.of(name), value)) for name, value in chosen.items()}
+
+    at_target, path = planned(sparsities), None
+    if points:
+        at_others = {budget: planned(chosen) for budget, chosen in points.items()}
+        path = RulePath.from_points(at_others | {target_sparsity: at_target})
     return SparsityPlan(
         model=stats.model,
         projections={
-            name: PlannedProjection(target_sparsity=sparsity, rule=rule(stats.of(name), sparsity))
-            for name, sparsity in sparsities.items()
+            name: PlannedProjection(target_sparsity=target, rule=rule)
+            for name, (target, rule) in at_target.items()
         },
         method=method,
         strategy=strategy,
@@ -68,6 +81,7 @@ def plan_from_sparsities(
         calibration=stats.text,
         dtype=stats.dtype,
         library_version=__version__,
+        path=path,
     )
 
 

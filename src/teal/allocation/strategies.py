@@ -1,7 +1,8 @@
 """From statistics to a plan: the strategies by name."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
@@ -38,8 +39,12 @@ class AllocationRequest:
     settings: GreedySettings | None = None
 
 
-# A strategy gives every planned projection its sparsity.
+# A strategy gives every planned projection its sparsity. It is asked for many budgets in turn, so
+# what takes long belongs into the statistics, as the path of the greedy search does.
 Strategy = Callable[[AllocationRequest], dict[str, float]]
+
+# Between points this close, interpolated thresholds drop what is asked for to within 0.1 points.
+_POINTS = tuple(percent / 100 for percent in range(1, 100))
 
 
 def allocate(
@@ -54,6 +59,9 @@ def allocate(
     settings: GreedySettings | None = None,
 ) -> SparsityPlan:
     """Spread a sparsity budget over the projections and turn it into a plan.
+
+    The plan's path holds what the strategy chooses at every other percent, as far as it goes, so
+    that `SparsityPlan.at` needs no statistics.
 
     Args:
         stats: Calibration statistics. The greedy strategy keeps its path in them, and needs
@@ -81,12 +89,14 @@ def allocate(
         tokens=tokens,
         settings=settings,
     )
+    chosen = strategy_named(strategy)(request)
     return plan_from_sparsities(
         stats,
-        strategy_named(strategy)(request),
+        chosen,
         method=method,
         strategy=strategy,
         target_sparsity=sparsity,
+        points={0.0: dict.fromkeys(chosen, 0.0), **_points(strategy_named(strategy), request)},
     )
 
 
@@ -124,6 +134,16 @@ def register_strategy(name: str, strategy: Strategy) -> None:
     if name in STRATEGIES:
         raise ValueError(f"A strategy named {name!r} is already registered.")
     STRATEGIES[name] = strategy
+
+
+def _points(strategy: Strategy, request: AllocationRequest) -> dict[float, dict[str, float]]:
+    """Return what the strategy chooses at every point that it can reach."""
+    points = {}
+    for sparsity in _POINTS:
+        with suppress(UserError):
+            chosen = strategy(replace(request, sparsity=sparsity))
+            points[sparsity] = {name: check_sparsity(value) for name, value in chosen.items()}
+    return points
 
 
 def _path(request: AllocationRequest) -> AllocationPath:
