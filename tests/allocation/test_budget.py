@@ -50,3 +50,13 @@ def test_zero_sparsity_has_no_rule(stats):
         stats, dict.fromkeys(names, 0.0), method="teal", strategy="uniform", target_sparsity=0.0
     )
     assert all(planned.rule is None for planned in plan.projections.values())
+
+
+def test_plan_without_other_budgets_has_no_path(stats):
+    names = target_projections(stats, None)
+    shared = {"method": "teal", "strategy": "uniform", "target_sparsity": 0.5}
+    chosen = dict.fromkeys(names, 0.5)
+    assert plan_from_sparsities(stats, chosen, **shared).path is None
+    points = {0.0: dict.fromkeys(names, 0.0), 0.7: dict.fromkeys(names, 0.7)}
+    path = plan_from_sparsities(stats, chosen, points=points, **shared).path
+    assert path.sparsities.tolist() == [0.0, 0.5, 0.7]

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from teal.allocation import (
     STRATEGIES,
@@ -11,15 +12,18 @@ from teal.allocation import (
     strategy_named,
 )
 from teal.calibration import CalibrationStats, calibrate
+from teal.calibration.histogram import Histogram
 from teal.cli.stdlib_text import calibration_text, held_out_text
 from teal.data import TokenWindows, token_windows
 from teal.evaluation import compare, evaluate
 from teal.foundation.errors import UserError
 from teal.models.loading import load_model, load_tokenizer
-from tests.helpers import tiny_model, tiny_tokens
+from tests.helpers import TOLERANCES, tiny_model, tiny_tokens
 
 TRAINED = str(Path(__file__).parents[2] / "models/py-16m")
 SETTINGS = GreedySettings(step=0.1, until=0.6)
+# A step of 0.1 is too coarse for the smallest projections to carry a share of the highest budgets.
+FINE = GreedySettings(step=0.02, until=0.6)
 
 
 @pytest.fixture
@@ -43,6 +47,66 @@ def test_every_strategy_meets_the_budget(prepared, strategy, sparsity):
     )
     assert plan.sparsity_budget == pytest.approx(sparsity)
     assert (plan.strategy, plan.target_sparsity) == (strategy, sparsity)
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_path_of_every_strategy_meets_every_budget(prepared, strategy):
+    model, stats, windows = prepared
+    plan = allocate(
+        stats, sparsity=0.45, strategy=strategy, model=model, tokens=windows, settings=FINE
+    )
+    for sparsity in (0.003, 0.01, 0.1, 0.234, 0.45, 0.599, plan.path.end):
+        assert plan.at(sparsity).sparsity_budget == pytest.approx(sparsity, abs=1e-9)
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_point_of_the_path_is_the_plan_for_that_sparsity(prepared, strategy):
+    model, stats, windows = prepared
+    request = {"strategy": strategy, "model": model, "tokens": windows, "settings": FINE}
+    elsewhere = allocate(stats, sparsity=0.333, **request)
+    for sparsity in (0.01, 0.25, 0.5, 0.6):
+        there = allocate(stats, sparsity=sparsity, **request)
+        assert rules_of(elsewhere.at(sparsity)) == rules_of(there)
+
+
+@pytest.mark.parametrize("distribution", ["gauss", "laplace"])
+def test_between_points_thresholds_drop_what_is_asked_for(prepared, distribution):
+    _, stats, _ = prepared
+    generator, x = torch.Generator().manual_seed(0), torch.empty(500_000)
+    draw = x.normal_ if distribution == "gauss" else x.exponential_
+    draw(generator=generator)
+    for entry in stats.inputs.values():
+        entry.histogram = Histogram()
+        entry.histogram.add(x)
+    plan = allocate(stats, sparsity=0.5)
+    for sparsity in (0.005, 0.015, 0.345, 0.555, 0.975):
+        for name, planned in plan.at(sparsity).projections.items():
+            dropped = stats.of(name).histogram.cdf(planned.rule.threshold)
+            assert dropped == pytest.approx(sparsity, abs=TOLERANCES["sparsity"])
+
+
+def test_uniform_path_goes_as_far_as_quantiles_are_good(prepared):
+    _, stats, _ = prepared
+    assert allocate(stats, sparsity=0.5).path.end == 0.99
+    assert allocate(stats, sparsity=0.995).path.end == 0.995
+
+
+def test_greedy_path_of_a_plan_goes_on_beyond_its_target_to_the_end_of_the_search(prepared):
+    model, stats, windows = prepared
+    plan = allocate(
+        stats, sparsity=0.3, strategy="greedy", model=model, tokens=windows, settings=FINE
+    )
+    assert plan.path.end == pytest.approx(FINE.until)
+    with pytest.raises(UserError, match=r"path ends at sparsity 0\.6"):
+        plan.at(0.7)
+
+
+def test_path_leaves_out_what_a_strategy_cannot_reach(prepared, monkeypatch):
+    _, stats, _ = prepared
+    monkeypatch.setattr("teal.allocation.strategies.STRATEGIES", dict(STRATEGIES))
+    names = list(stats.model.shapes)
+    register_strategy("doubled", lambda request: dict.fromkeys(names, 2 * request.sparsity))
+    assert allocate(stats, sparsity=0.2, strategy="doubled").path.end == 0.49
 
 
 def test_one_greedy_run_serves_every_target_also_from_disk(prepared, tmp_path):
@@ -113,6 +177,13 @@ def test_a_registered_strategy_is_found_and_its_name_taken(prepared, monkeypatch
         register_strategy("first", lambda request: {})
 
 
+def rules_of(plan):
+    return {
+        name: (planned.target_sparsity, planned.rule and planned.rule.threshold)
+        for name, planned in plan.projections.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def trained():
     """The model of the repository, its statistics with a greedy path, and text it never saw."""
@@ -130,6 +201,22 @@ def trained():
         settings=GreedySettings(step=0.0125, until=0.7),
     )
     return model, stats, windows(held_out_text(), max_tokens=10_240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["uniform", "greedy"])
+def test_path_drops_on_held_out_text_what_a_plan_made_for_the_sparsity_drops(trained, strategy):
+    model, stats, held_out = trained
+    plan = allocate(stats, sparsity=0.5, strategy=strategy)
+    # Not half way between points, where every second bfloat16 threshold falls onto an atom.
+    sparsities = (0.2537, 0.5, 0.6042)
+    made = [allocate(stats, sparsity=sparsity, strategy=strategy) for sparsity in sparsities]
+    chosen = [plan.at(sparsity) for sparsity in sparsities]
+    scores = compare(model, held_out, [*made, *chosen]).sparse
+    effective = [score.effective_sparsity for score in scores]
+    assert effective[3:] == pytest.approx(effective[:3], abs=TOLERANCES["sparsity"])
+    # Projections behind sparse ones receive other inputs than calibrated.
+    assert effective[3:] == pytest.approx(sparsities, abs=0.03)
 
 
 @pytest.mark.slow

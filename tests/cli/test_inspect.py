@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from teal.plan import SparsityPlan
@@ -15,6 +17,19 @@ def test_plan_as_json_equals_the_plan(teal, workspace):
 def test_plan_table_has_a_row_for_every_projection(teal, workspace):
     out = teal("inspect", workspace / "plan").out
     assert all(name in out for name in SparsityPlan.load(workspace / "plan").projections)
+
+
+def test_plan_shows_how_far_its_path_goes(teal, workspace):
+    shown = teal("inspect", workspace / "plan", "--json").json
+    assert shown["path"] == {"points": 100, "end": 0.99}
+    assert "from 0 to 99.0 %" in teal("inspect", workspace / "plan").out
+
+
+def test_plan_without_a_path_says_so(teal, workspace, tmp_path):
+    plan = replace(SparsityPlan.load(workspace / "plan"), path=None)
+    plan.save(tmp_path / "plan")
+    assert teal("inspect", tmp_path / "plan", "--json").json["path"] is None
+    assert "path: none" in teal("inspect", tmp_path / "plan").out
 
 
 def test_statistics_show_rising_quantiles(teal, workspace):

@@ -51,6 +51,7 @@ def _show_plan(plan: SparsityPlan, json: bool) -> None:
         "strategy": plan.strategy,
         "target_sparsity": plan.target_sparsity,
         "sparsity_budget": plan.sparsity_budget,
+        "path": plan.path.to_dict() if plan.path else None,
         "dtype": plan.dtype,
         "calibration": plan.calibration.to_dict(),
         "library_version": plan.library_version,
@@ -70,6 +71,10 @@ def _show_plan(plan: SparsityPlan, json: bool) -> None:
         f"{plan.method} plan for a {plan.model.model_type} model, {plan.strategy}, target sparsity "
         f"{percent(plan.target_sparsity)}, budget {percent(plan.sparsity_budget)}"
     )
+    if plan.path:
+        say(f"path: any sparsity from 0 to {percent(plan.path.end)} without a new plan")
+    else:
+        say("path: none, so no other sparsity without a new plan")
     say(_describe(plan.calibration, plan.dtype))
     rows = [_plan_row(name, planned) for name, planned in plan.projections.items()]
     print_table("", ["projection", "target sparsity", "threshold"], rows)
