@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import ATTENTION_CASES, AttentionCase, attended
 from helpers import relative_error
 from torch import Tensor
 
@@ -34,6 +35,16 @@ def _calls(device: torch.device | str) -> dict[str, tuple[Any, ...]]:
     }
 
 
+def _attention(device: torch.device | str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    case = ATTENTION_CASES["everything"]
+    tensors, options = case.tensors(torch.float32), case.arguments(torch.float32)
+    # A torch check compares clones of what it passes: NaN would differ from itself.
+    caches = [cache.nan_to_num() for cache in tensors[1:3]]
+    tensors = (tensors[0], *caches, *tensors[3:])
+    on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    return tuple(tensor.to(device) for tensor in tensors), on_device
+
+
 operations = pytest.mark.parametrize("name", sorted(_calls("cpu")))
 
 
@@ -60,6 +71,76 @@ def test_operations_compile_into_one_graph(name: str, device: torch.device) -> N
 
     compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(arguments[0]), doubled(arguments[0]), rtol=0, atol=0)
+
+
+def test_attention_keeps_its_contract_with_torch(device: torch.device) -> None:
+    tensors, options = _attention(device)
+    torch.library.opcheck(torch.ops.teal.attend.default, tensors, options)
+
+
+def test_attention_compiles_into_one_graph_and_appends_there_too(device: torch.device) -> None:
+    tensors, options = _attention(device)
+    (qkv, keys, values), rest = tensors[:3], tensors[3:]
+    expected = ops.attend(qkv, keys.clone(), values.clone(), *rest, **options)
+
+    def doubled(qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return 2 * ops.attend(qkv, keys, values, *rest, **options)
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    before = keys.clone()
+    assert torch.equal(compiled(qkv, keys, values), 2 * expected)
+    changed = (keys != before).any(dim=(1, 3))
+    assert changed.nonzero()[:, 1].tolist() == rest[0].tolist()
+
+
+@pytest.mark.parametrize("case", ATTENTION_CASES.values(), ids=ATTENTION_CASES)
+def test_attention_equals_that_of_torch(case: AttentionCase, device: torch.device) -> None:
+    tensors, options = case.tensors(torch.float32), case.arguments(torch.float32)
+    exact, _, _ = attended(*tensors, **options)
+    on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    result = ops.attend(*(tensor.to(device) for tensor in tensors), **on_device)
+    assert relative_error(result.cpu(), exact) < TINY
+
+
+@pytest.mark.parametrize(
+    "place, tensor, message",
+    [
+        (0, _draw(3, 97), "qkv has shape"),
+        (0, _draw(3, 64), "qkv has shape"),
+        (0, _draw(2, 128), "qkv has shape"),
+        (1, _draw(3, 2, 41, 16), "keys have shape"),
+        (1, _draw(3, 2, 16, 40).mT, "contiguous"),
+        (2, _draw(3, 2, 40, 16).half(), "one dtype"),
+        (3, torch.zeros(2, dtype=torch.int64), "positions has shape"),
+        (3, torch.zeros(3, dtype=torch.int32), "int64"),
+        (4, _draw(43, 9), "at most 8"),
+        (5, _draw(39, 4), "cosines have shape"),
+    ],
+)
+def test_operands_of_attention_that_do_not_fit_are_refused(
+    place: int, tensor: Tensor, message: str
+) -> None:
+    tensors = list(_attention("cpu")[0])
+    tensors[place] = tensor
+    with pytest.raises(UserError, match=message):
+        ops.attend(*tensors, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_without_a_rule_the_product_is_the_dense_one(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    x, weight = (_draw(*s, device=device).to(dtype) for s in ((9, 130), (130, 64)))
+    assert torch.equal(ops.sparse_gemv(x, weight, -1.0), x @ weight)
+    assert torch.equal(ops.sparse_parts(x, weight, [-1.0, -0.5], [16, 48]), x @ weight)
+    gate, up = (x @ weight).chunk(2, dim=-1)
+    gated = ops.sparse_gated(x, weight, [-1.0, -1.0], "silu")
+    assert torch.equal(gated, torch.nn.functional.silu(gate) * up)
+
+
+def test_without_a_rule_what_is_no_number_stays_visible(device: torch.device) -> None:
+    x = torch.tensor([[0.0, math.nan]], device=device)
+    assert ops.sparse_gemv(x, _draw(2, 3, device=device), -1.0).isnan().all()
 
 
 @pytest.mark.gpu

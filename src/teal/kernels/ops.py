@@ -15,6 +15,9 @@ _SCHEMAS = (
     f"Tensor? residual=None, {_NORM}) -> Tensor",
     f"sparse_gated(Tensor x, Tensor weight, float[] thresholds, str activation, {_VECTORS}, "
     f"{_NORM}) -> Tensor",
+    "attend(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor positions, Tensor cosines, "
+    "Tensor sines, *, float scale, int window=0, float softcap=0.0, Tensor? q_gain=None, "
+    "Tensor? k_gain=None, float epsilon=0.0) -> Tensor",
 )
 
 
@@ -31,7 +34,7 @@ def sparse_gemv(
     Args:
         x: Activations, (..., in_features), any float dtype.
         weight: Channel-major weight, (in_features, out_features), in the dtype of `x`.
-        threshold: Cut-off in score units.
+        threshold: Cut-off in score units; below zero for the dense product.
         scale: Score weight per channel, (in_features,).
         shift: Centre per channel, (in_features,).
         bias: Added to the product, (out_features,).
@@ -63,7 +66,7 @@ def sparse_parts(
     Args:
         x: Activations, (..., in_features); hidden states before the norm where `gain` is given.
         weight: Channel-major weights beside each other, (in_features, out_features).
-        thresholds: One per part.
+        thresholds: One per part; a part with one below zero is dense.
         widths: Columns of each part, summing to out_features.
         scale: Score weights, (parts, in_features).
         shift: Centre per channel, (in_features,).
@@ -120,6 +123,53 @@ def sparse_gated(
     return result
 
 
+def attend(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    q_gain: Tensor | None = None,
+    k_gain: Tensor | None = None,
+    epsilon: float = 0.0,
+) -> Tensor:
+    """Append one token per stream to its cache, in place, and attend from it to the cache.
+
+    See `reference_attention.attend`. The caller sees to it that every position is below the
+    capacity.
+
+    Args:
+        qkv: Queries, keys and values beside each other, (T, (heads + 2 · kv_heads) · head_dim).
+        keys: Cache, (T, kv_heads, capacity, head_dim), contiguous, in the dtype of `qkv`.
+        values: As `keys`.
+        positions: Index of the new token of each stream, (T,), int64.
+        cosines: RoPE, (≥ capacity, rotary_dim / 2), float32.
+        sines: As `cosines`.
+        scale: Factor of the scores.
+        window: How many tokens attention covers at most, the new one included; 0 for all.
+        softcap: Where positive, a score becomes `softcap · tanh(score / softcap)`.
+        q_gain: Weight of an RMSNorm per head before RoPE, (head_dim,).
+        k_gain: The same for keys.
+        epsilon: Of these norms.
+
+    Returns:
+        (T, heads · head_dim), in the dtype of `qkv`.
+
+    Raises:
+        UserError: Shapes, dtypes, devices or strides do not fit together.
+    """
+    result: Tensor = torch.ops.teal.attend(
+        qkv, keys, values, positions, cosines, sines, scale=scale, window=window,
+        softcap=softcap, q_gain=q_gain, k_gain=k_gain, epsilon=epsilon,
+    )  # fmt: skip
+    return result
+
+
 def _fake_gemv(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
     del rest
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
@@ -128,6 +178,11 @@ def _fake_gemv(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
 def _fake_gated(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
     del rest
     return x.new_empty((*x.shape[:-1], weight.shape[1] // 2))
+
+
+def _fake_attend(qkv: Tensor, keys: Tensor, *rest: object, **options: object) -> Tensor:
+    del rest, options
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3]))
 
 
 def _register() -> torch.library.Library:
@@ -140,6 +195,7 @@ def _register() -> torch.library.Library:
     for name in ("sparse_gemv", "sparse_parts"):
         torch.library.register_fake(f"teal::{name}", _fake_gemv, lib=library)
     torch.library.register_fake("teal::sparse_gated", _fake_gated, lib=library)
+    torch.library.register_fake("teal::attend", _fake_attend, lib=library)
     return library
 
 

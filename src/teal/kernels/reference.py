@@ -79,18 +79,25 @@ def sparse_gemv(
     Args:
         x: Activations, (..., in_features), any float dtype.
         weight: Channel-major weight, (in_features, out_features), in the dtype of `x`.
-        threshold: As in `keep_mask`.
-        scale: As in `keep_mask`.
+        threshold: As in `keep_mask`. Below zero everything is kept: the dense product.
+        scale: As in `keep_mask`; not negative.
         shift: As in `keep_mask`.
         bias: Added to the product, (out_features,).
 
     Returns:
         Product, (..., out_features), in the dtype of `x`, accumulated as torch's matmul does.
     """
-    keep = keep_mask(x, threshold, scale, shift)
-    centred = x if shift is None else (x.float() - shift.float()).to(x.dtype)
-    product = torch.where(keep, centred, torch.zeros((), dtype=x.dtype, device=x.device)) @ weight
+    kept = x if shift is None else (x.float() - shift.float()).to(x.dtype)
+    if isinstance(threshold, Tensor) or threshold >= 0:
+        keep = keep_mask(x, threshold, scale, shift)
+        kept = torch.where(keep, kept, torch.zeros((), dtype=x.dtype, device=x.device))
+    product = kept @ weight
     return product if bias is None else product + bias
+
+
+def keeps_everything(thresholds: Sequence[float]) -> bool:
+    """Say whether no part drops anything, so that the product is a dense one."""
+    return max(thresholds, default=-1.0) < 0
 
 
 def fold_shift(weight: Tensor, shift: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -150,6 +157,8 @@ def sparse_parts(
     Returns:
         The products beside each other, (..., out_features), in the dtype of `x`.
     """
+    if keeps_everything(thresholds):
+        return product(x, weight, -1.0, None, shift, bias)
     columns = torch.split(weight, list(widths), dim=1)
     biases = [None] * len(widths) if bias is None else torch.split(bias, list(widths))
     scales = [None] * len(widths) if scale is None else scale.unbind()
