@@ -1,0 +1,1 @@
+"""Fast decoding, dense and sparse along one path."""
