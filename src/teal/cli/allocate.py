@@ -17,7 +17,7 @@ from teal.allocation import (
     strategy_named,
 )
 from teal.calibration import CalibrationStats
-from teal.cli.console import percent, progress_bar, quiet_libraries, say
+from teal.cli.console import progress_bar, quiet_libraries, say
 from teal.cli.evaluate import PAPER_SPARSE_FROM
 from teal.cli.options import (
     DeviceOption,
@@ -31,6 +31,7 @@ from teal.data import TokenWindows, check_no_overlap, token_windows
 from teal.evaluation import evaluate
 from teal.foundation.artifact import check_destination
 from teal.foundation.errors import UserError
+from teal.foundation.formatting import percent
 from teal.foundation.provenance import TextProvenance
 from teal.methods import METHODS, method_named
 from teal.models.families import identity_of

@@ -10,6 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+# Handed on to the verbs that still look for them here.
+from teal.foundation.formatting import percent as percent
+from teal.foundation.formatting import with_error as with_error
+
 Item = TypeVar("Item")
 
 _REPORT_AFTER = 2.0
@@ -50,13 +54,3 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def percent(fraction: float) -> str:
-    """Show a fraction as a percentage with one decimal."""
-    return f"{100 * fraction:.1f} %"
-
-
-def with_error(value: float, error: float | None) -> str:
-    """Show a value with its standard error."""
-    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"

@@ -4,14 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from teal.cli.console import (
-    percent,
-    print_json,
-    print_table,
-    progress_bar,
-    quiet_libraries,
-    with_error,
-)
+from teal.cli.console import print_json, print_table, progress_bar, quiet_libraries
 from teal.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -22,6 +15,7 @@ from teal.cli.options import (
     TextOption,
     resolve_sequence_length,
 )
+from teal.foundation.formatting import percent, with_error
 
 if TYPE_CHECKING:
     from teal.evaluation import Evaluation

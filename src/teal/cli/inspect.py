@@ -7,9 +7,10 @@ import typer
 
 from teal.calibration import CalibrationStats
 from teal.calibration.statistics import InputStatistics
-from teal.cli.console import percent, print_json, print_table, say
+from teal.cli.console import print_json, print_table, say
 from teal.cli.options import JsonOption
 from teal.foundation.errors import UserError
+from teal.foundation.formatting import percent
 from teal.foundation.provenance import TextProvenance
 from teal.plan import PlannedProjection, SparsityPlan
 

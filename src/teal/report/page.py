@@ -9,6 +9,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from teal.foundation.artifact import write_bytes, write_text
+from teal.foundation.formatting import percent, with_error
 from teal.foundation.version import __version__
 from teal.report.rows import DenseRow, Sample, SparseRow
 
@@ -140,17 +141,17 @@ def _png(figure: "Figure") -> bytes:
 
 
 def _table(dense: DenseRow, rows: Sequence[SparseRow]) -> str:
-    perplexity = _with_error(dense.perplexity, dense.perplexity_error)
+    perplexity = with_error(dense.perplexity, dense.perplexity_error)
     lines = [["dense", "", "", perplexity, "", "", ""]]
     lines += [
         [
             row.strategy,
-            _percent(row.target_sparsity),
-            _percent(row.effective_sparsity),
-            _with_error(row.perplexity, row.perplexity_error),
+            percent(row.target_sparsity),
+            percent(row.effective_sparsity),
+            with_error(row.perplexity, row.perplexity_error),
             f"{100 * (row.perplexity / dense.perplexity - 1):+.1f} %",
             f"{row.kl:.4f}",
-            _percent(row.top1_agreement),
+            percent(row.top1_agreement),
         ]
         for row in rows
     ]
@@ -182,11 +183,3 @@ def _sample(sample: Sample) -> str:
         f"<article><h3>{escape(sample.title)}{speed}</h3>"
         f"<pre>{escape(sample.prompt)}<b>{escape(sample.continuation)}</b></pre></article>"
     )
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
