@@ -15,7 +15,6 @@ import textwrap
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,11 @@ from unittest import mock
 import pytest
 import typer
 from safetensors.torch import load_file
+from typer.core import TyperGroup
 
 import teal
 from teal.allocation import STRATEGIES
-from teal.cli.main import VERBS, main
+from teal.cli.main import VERBS, app, main
 from teal.methods import METHODS
 from teal.models.families import FAMILIES
 
@@ -44,6 +44,8 @@ LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 REPOSITORY_PATH = re.compile(r"`((?:src|tests|docs|examples|models|benchmarks)/[\w./-]+)`")
 INLINE_COMMAND = re.compile(r"`(teal [a-z][^`\n]+)`")
+
+UsageError: Any = typer.BadParameter.__base__
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,24 @@ def test_code_blocks_of_a_page_run_in_their_order(
 @every_page
 def test_teal_commands_name_verbs_and_options_that_exist(page: Path) -> None:
     for command in teal_commands_of(page):
-        _, verb, *words = shlex.split(command)
-        options = {word.split("=")[0] for word in words if word.startswith("--")}
-        assert verb in VERBS or verb.startswith("-"), command
-        assert options <= options_of(verb), command
+        assert not unknown_words_of(shlex.split(command)[1:]), command
+
+
+@pytest.mark.parametrize(
+    ("command", "unknown"),
+    [
+        ("calibrat m --text t", ["calibrat"]),
+        ("calibrate m --text t --speed", ["--speed"]),
+        ("bench", []),
+        ("bench gemm 64x64", ["gemm"]),
+        ("bench gemv 64x64 --rows=2 --prompt p", ["--prompt"]),
+        ("--version", []),
+    ],
+)
+def test_unknown_verbs_and_options_are_found_also_where_verbs_are_nested(
+    command: str, unknown: list[str]
+) -> None:
+    assert unknown_words_of(shlex.split(command)) == unknown
 
 
 @every_page
@@ -192,12 +208,17 @@ def run_failing(code: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().err.strip() == shown.strip()
 
 
-@cache
-def options_of(verb: str) -> set[str]:
-    if verb not in VERBS:
-        return set()
-    command: Any = typer.main.get_command(import_module(VERBS[verb][0]).app)
-    return {"--help", *(option for parameter in command.params for option in parameter.opts)}
+def unknown_words_of(words: list[str]) -> list[str]:
+    """Return the word of a command that should name a verb, or those that should name options."""
+    command: Any = typer.main.get_command(app)
+    while isinstance(command, TyperGroup) and words and not words[0].startswith("-"):
+        try:
+            _, command, words = command.resolve_command(typer.Context(command), words)
+        except UsageError:
+            return words[:1]
+    options = {"--help", *(option for parameter in command.params for option in parameter.opts)}
+    given = [word.split("=")[0] for word in words if word.startswith("--")]
+    return [option for option in given if option not in options]
 
 
 def anchors_of(page: Path) -> set[str]:
