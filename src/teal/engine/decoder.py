@@ -1,0 +1,218 @@
+"""A decoder: prompts in many tokens at once, then one token of each stream per step."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teal.engine.attention import attend_many
+from teal.engine.cache import KeyValueCache
+from teal.engine.layers import Attention, LayerCalls, Observer, Rules, run_layer
+from teal.engine.weights import DecoderWeights
+from teal.foundation.errors import UserError, unknown_name
+from teal.kernels.ops import attend
+from teal.kernels.reference import rms_norm
+from teal.methods import MaskRule
+from teal.models.architectures import Architecture
+
+# Prefill takes this many tokens at once: enough to keep any device busy.
+CHUNK = 1024
+
+
+class Stepper(Protocol):
+    """Whatever computes a decode step."""
+
+    def __call__(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """Append a token to every stream; see `Decoder.step`."""
+        ...
+
+
+class Decoder:
+    """Runs a model on a cache: prefill dense, steps dense or sparse.
+
+    Attributes:
+        architecture: Of the model.
+        weights: Its weights.
+        observer: Where set, told the input of each projection in every pass: its full name, such
+            as "model.layers.3.mlp_input", and the activations, (T, in_features).
+    """
+
+    def __init__(
+        self, architecture: Architecture, weights: DecoderWeights, rules: Rules | None = None
+    ) -> None:
+        self.architecture = architecture
+        self.weights = weights
+        self.observer: Observer | None = None
+        self._watch: Callable[[Tensor], None] | None = None
+        self._embedding_multiplier = _embedding_multiplier(architecture, weights.dtype)
+        # The layers are dense during prefill.
+        self._dense = [
+            LayerCalls.of(architecture, layer, layer_weights)
+            for layer, layer_weights in enumerate(weights.layers)
+        ]
+        self.set_rules(rules or {})
+
+    @property
+    def rules(self) -> Mapping[str, MaskRule | None]:
+        """What each projection drops in a step, by dotted name."""
+        return self._rules
+
+    @property
+    def layers(self) -> tuple[LayerCalls, ...]:
+        """What the calls of each layer are given in a step."""
+        return self._layers
+
+    def set_rules(self, rules: Rules) -> None:
+        """Choose what the following steps drop.
+
+        Args:
+            rules: By dotted projection name; a projection without a rule is dense.
+
+        Raises:
+            UserError: No projection has such a name, or a rule does not fit its input.
+        """
+        self._require_fitting(rules)
+        inputs = map(self.architecture.inputs, range(self.architecture.num_layers))
+        self._layers = tuple(
+            calls.with_rules(entries, rules)
+            for calls, entries in zip(self._dense, inputs, strict=True)
+        )
+        self._rules = dict(rules)
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor, cache: KeyValueCache, row: int = 0) -> Tensor:
+        """Append a prompt to one stream, dense.
+
+        Args:
+            tokens: Token ids, (num_tokens,), int64.
+            cache: Where the stream is; it may hold tokens already.
+            row: Which stream.
+
+        Returns:
+            Logits of the token after the last, (vocab_size,), float32.
+
+        Raises:
+            UserError: The prompt is empty, has ids outside the vocabulary, or does not fit.
+        """
+        tokens = self._require_tokens(tokens)
+        start = cache.require_room(len(tokens), row)
+        for chunk in torch.split(tokens, CHUNK):
+            end = start + len(chunk)
+            positions = torch.arange(start, end, device=chunk.device)
+            keys = (layer[row, :, :end] for layer in cache.keys)
+            values = (layer[row, :, :end] for layer in cache.values)
+            places = zip(keys, values, repeat(positions), cache.cosines, cache.sines, strict=False)
+            hidden = self._run(chunk, self._dense, attend_many, places)
+            start = end
+        cache.positions[row] = start
+        return self._logits(hidden[-1])
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """Append one token to every stream, sparse where there are rules.
+
+        Neither waits for the device nor depends on values, so that a CUDA graph can capture it.
+        The caller sees to it that every stream has room.
+
+        Args:
+            tokens: Token ids, (rows,), int64, on the device of the weights.
+            cache: The streams; their positions move on by one.
+
+        Returns:
+            Logits of the tokens after them, (rows, vocab_size), float32.
+        """
+        places = zip(
+            cache.keys,
+            cache.values,
+            repeat(cache.positions),
+            cache.cosines,
+            cache.sines,
+            strict=False,
+        )
+        hidden = self._run(tokens, self._layers, attend, places)
+        cache.positions += 1
+        return self._logits(hidden)
+
+    def first_nonfinite_layer(self, run: Callable[[], Tensor]) -> str | None:
+        """Repeat a pass and say where NaN or infinity comes from.
+
+        Args:
+            run: Calls `prefill` or `step` as before, on a cache put back to before that pass.
+
+        Returns:
+            Name of the first module whose output is not finite: the embedding, a layer such as
+            "model.layers.3", or the head; `None` where all is finite.
+        """
+        finite: list[bool] = []
+        self._watch = lambda hidden: finite.append(bool(hidden.isfinite().all()))
+        try:
+            finite_logits = bool(run().isfinite().all())
+        finally:
+            self._watch = None
+        if all(finite):
+            return None if finite_logits else "lm_head"
+        layer = finite.index(False) % (self.architecture.num_layers + 1)
+        return self.architecture.layer_name(layer - 1) if layer else "the embedding"
+
+    def _run(
+        self,
+        tokens: Tensor,
+        layers: Sequence[LayerCalls],
+        attention: Attention,
+        places: Iterable[tuple[Tensor, ...]],
+    ) -> Tensor:
+        hidden = F.embedding(tokens, self.weights.embedding)
+        if self._embedding_multiplier != 1.0:
+            hidden = hidden * self._embedding_multiplier
+        if self._watch:
+            self._watch(hidden)
+        for calls, place in zip(layers, places, strict=True):
+            hidden = run_layer(hidden, calls, attention, place, self.observer)
+            if self._watch:
+                self._watch(hidden)
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        hidden = rms_norm(hidden, self.weights.final_norm, self.architecture.epsilon)
+        logits = F.linear(hidden, self.weights.head).float()
+        if self.architecture.logit_divisor != 1.0:
+            logits = logits / self.architecture.logit_divisor
+        softcap = self.architecture.logit_softcap
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+    def _require_tokens(self, tokens: Tensor) -> Tensor:
+        if tokens.dim() != 1 or not len(tokens):
+            raise UserError(
+                f"The prompt has shape {tuple(tokens.shape)}. Give (num_tokens,), one or more."
+            )
+        low, high = int(tokens.min()), int(tokens.max())
+        size = self.architecture.vocab_size
+        if low < 0 or high >= size:
+            raise UserError(
+                f"The prompt has token id {low if low < 0 else high}, the model knows 0 to "
+                f"{size - 1}. Use the tokenizer of this model."
+            )
+        return tokens.to(self.weights.device)
+
+    def _require_fitting(self, rules: Rules) -> None:
+        shapes = self.architecture.identity.shapes
+        for name, rule in rules.items():
+            if name not in shapes:
+                raise unknown_name("projection", name, shapes)
+            for kind, vector in (rule.vectors if rule else {}).items():
+                expected = (shapes[name][0],)
+                if tuple(vector.shape) != expected:
+                    raise UserError(
+                        f"The {kind} of {name} has shape {tuple(vector.shape)}, its input "
+                        f"{expected}. Use the plan of this model."
+                    )
+
+
+def _embedding_multiplier(architecture: Architecture, dtype: torch.dtype) -> float:
+    if not architecture.form.embedding_scaled:
+        return architecture.embedding_multiplier
+    # Gemma was trained with the factor rounded like the weights.
+    return float(torch.tensor(architecture.embedding_multiplier, dtype=dtype))

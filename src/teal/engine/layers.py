@@ -1,0 +1,221 @@
+"""One decoder layer: the arguments of its five calls, made once, and the calls."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teal.engine.weights import LayerWeights
+from teal.foundation.errors import UserError
+from teal.kernels.ops import sparse_gated, sparse_parts
+from teal.kernels.reference import fold_shift, rms_norm
+from teal.methods import MaskRule
+from teal.models.architectures import Architecture, ProjectionInput
+
+# Every score is ≥ 0, so this threshold drops nothing.
+KEEP_ALL = -1.0
+
+Rules = Mapping[str, MaskRule | None]
+Observer = Callable[[str, Tensor], None]
+Attention = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class LayerCalls:
+    """What the five calls of one layer are given beside their input.
+
+    Attributes:
+        names: Full names of the four inputs of projections, in order.
+        qkv: Arguments of `sparse_parts` after `x`, without the residual's.
+        o: The same for the output projection; a residual may follow.
+        gate_up: Arguments of `sparse_gated` after `x`.
+        down: As `o`.
+        attend: Options of `attend`.
+        norms: Gains of the norms before attention and before the MLP, which `qkv` and `gate_up`
+            apply; what the projections read is only known after them.
+        post_norms: Gains of the norms after attention and after the MLP.
+        vector_norms: Gains of norms over the whole of q and of k.
+        epsilon: Of every norm.
+        residual_multiplier: Multiplies what is added to the hidden states.
+    """
+
+    names: tuple[str, ...]
+    qkv: tuple[Any, ...]
+    o: tuple[Any, ...]
+    gate_up: tuple[Any, ...]
+    down: tuple[Any, ...]
+    attend: Mapping[str, Any]
+    norms: tuple[Tensor | None, Tensor | None]
+    post_norms: tuple[Tensor | None, Tensor | None]
+    vector_norms: tuple[Tensor, Tensor] | None
+    epsilon: float
+    residual_multiplier: float
+
+    @classmethod
+    def of(cls, architecture: Architecture, layer: int, weights: LayerWeights) -> "LayerCalls":
+        """Collect what a dense layer is given.
+
+        Args:
+            architecture: Of the model.
+            layer: Index of the layer.
+            weights: Its weights.
+        """
+        w, epsilon = weights, architecture.epsilon
+        inputs = architecture.inputs(layer)
+        qkv_widths = [architecture.q_size, architecture.kv_size, architecture.kv_size]
+        hidden = [architecture.hidden_size]
+        per_head = architecture.form.qk_norm == "head"
+        # Scale and shift are for rules; the residual of q, k and v is none.
+        return cls(
+            names=tuple(entry.name for entry in inputs),
+            qkv=(
+                *(w.qkv, [KEEP_ALL] * 3, qkv_widths, None, None, w.qkv_bias),
+                *(None, w.attention_norm, epsilon),
+            ),
+            o=(w.o, [KEEP_ALL], hidden, None, None, w.o_bias),
+            gate_up=(
+                *(w.gate_up, [KEEP_ALL] * 2, architecture.activation, None, None, w.gate_up_bias),
+                *(w.mlp_norm, epsilon),
+            ),
+            down=(w.down, [KEEP_ALL], hidden, None, None, w.down_bias),
+            attend={
+                "scale": architecture.attention_scale,
+                "window": architecture.windows[layer],
+                "softcap": architecture.attention_softcap,
+                "q_gain": w.q_norm if per_head else None,
+                "k_gain": w.k_norm if per_head else None,
+                "epsilon": epsilon,
+            },
+            norms=(w.attention_norm, w.mlp_norm),
+            post_norms=(w.attention_post_norm, w.mlp_post_norm),
+            vector_norms=_vector_norms(architecture, w),
+            epsilon=epsilon,
+            residual_multiplier=architecture.residual_multiplier,
+        )
+
+    def with_rules(self, inputs: Sequence[ProjectionInput], rules: Rules) -> "LayerCalls":
+        """Return the calls of the same layer, which drop what the rules say.
+
+        Args:
+            inputs: The four inputs of the layer.
+            rules: By full projection name; what is not named stays dense.
+
+        Raises:
+            UserError: Rules of projections that share an input centre it differently.
+        """
+        calls = (self.qkv, self.o, self.gate_up, self.down)
+        qkv, o, gate_up, down = (
+            _with_rules(call, [rules.get(name) for name in entry.widths], entry.name)
+            for call, entry in zip(calls, inputs, strict=True)
+        )
+        return replace(self, qkv=qkv, o=o, gate_up=gate_up, down=down)
+
+
+def run_layer(
+    hidden: Tensor,
+    calls: LayerCalls,
+    attend: Attention,
+    cache: tuple[Tensor, ...],
+    observer: Observer | None,
+) -> Tensor:
+    """Bring hidden states through one layer.
+
+    Args:
+        hidden: Hidden states, (T, hidden_size).
+        calls: What its calls are given.
+        attend: `kernels.ops.attend` for one token of each of T streams, or `attend_many` for T
+            tokens of one stream.
+        cache: Its arguments between `qkv` and the options: keys, values, positions, cosines, sines.
+        observer: Told the input of each projection.
+
+    Returns:
+        Hidden states, (T, hidden_size).
+    """
+    if observer:
+        observer(calls.names[0], _normed(hidden, calls.norms[0], calls.epsilon))
+    qkv = sparse_parts(hidden, *calls.qkv)
+    if calls.vector_norms:
+        qkv = _norm_vectors(qkv, calls.vector_norms, calls.epsilon)
+    attended = attend(qkv, *cache, **calls.attend)
+    if observer:
+        observer(calls.names[1], attended)
+    hidden = _add(hidden, attended, calls.o, calls.post_norms[0], calls)
+    if observer:
+        observer(calls.names[2], _normed(hidden, calls.norms[1], calls.epsilon))
+    gated = sparse_gated(hidden, *calls.gate_up)
+    if observer:
+        observer(calls.names[3], gated)
+    return _add(hidden, gated, calls.down, calls.post_norms[1], calls)
+
+
+def _add(
+    hidden: Tensor, x: Tensor, call: tuple[Any, ...], post_norm: Tensor | None, calls: LayerCalls
+) -> Tensor:
+    """Return `hidden` and the projection of `x` together."""
+    if post_norm is None and calls.residual_multiplier == 1.0:
+        return sparse_parts(x, *call, residual=hidden)
+    added = _normed(sparse_parts(x, *call), post_norm, calls.epsilon)
+    return hidden + added * calls.residual_multiplier
+
+
+def _normed(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
+    return x if gain is None else rms_norm(x, gain, epsilon)
+
+
+def _norm_vectors(qkv: Tensor, gains: tuple[Tensor, Tensor], epsilon: float) -> Tensor:
+    q_size, kv_size = len(gains[0]), len(gains[1])
+    q, k, v = torch.split(qkv, [q_size, kv_size, kv_size], dim=-1)
+    return torch.cat([rms_norm(q, gains[0], epsilon), rms_norm(k, gains[1], epsilon), v], dim=-1)
+
+
+def _vector_norms(architecture: Architecture, w: LayerWeights) -> tuple[Tensor, Tensor] | None:
+    if architecture.form.qk_norm != "vector" or w.q_norm is None or w.k_norm is None:
+        return None
+    return w.q_norm, w.k_norm
+
+
+def _with_rules(
+    call: tuple[Any, ...], rules: Sequence[MaskRule | None], name: str
+) -> tuple[Any, ...]:
+    """Put rules into the arguments of a product, which all begin alike."""
+    weight, thresholds, columns, _, _, bias, *rest = call
+    if not any(rules):
+        return call
+    if len(rules) < len(thresholds):
+        # The checkpoint has one projection where the product has several parts.
+        rules = list(rules) * len(thresholds)
+    shift = _shift(rules, weight, name)
+    return (
+        weight,
+        [rule.threshold if rule else KEEP_ALL for rule in rules],
+        columns,
+        _scales(rules, weight),
+        shift,
+        bias if shift is None else fold_shift(weight, shift, bias),
+        *rest,
+    )
+
+
+def _scales(rules: Sequence[MaskRule | None], weight: Tensor) -> Tensor | None:
+    """Return the score weights of all parts, (parts, in_features), float32."""
+    scales = [rule.scale if rule else None for rule in rules]
+    if all(scale is None for scale in scales):
+        return None
+    ones = torch.ones(len(weight), device=weight.device)
+    return torch.stack([ones if scale is None else scale.to(ones) for scale in scales])
+
+
+def _shift(rules: Sequence[MaskRule | None], weight: Tensor, name: str) -> Tensor | None:
+    """Return the centre that all rules of an input share, (in_features,), float32."""
+    shifts = [rule.shift for rule in rules if rule]
+    given = [shift for shift in shifts if shift is not None]
+    if not given:
+        return None
+    if len(given) < len(shifts) or not all(torch.equal(given[0], shift) for shift in given):
+        raise UserError(
+            f"The rules of projections that read {name} have different shifts, and the engine "
+            "centres an input once. Make a plan with one shift per input."
+        )
+    return given[0].to(weight.device, torch.float32)
