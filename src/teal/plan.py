@@ -97,10 +97,10 @@ class SparsityPlan:
             UserError: It is no such fraction, the path ends below it, or there is no path.
         """
         sparsity = check_sparsity(sparsity)
-        if sparsity == self.target_sparsity:
-            return self
         if sparsity == 0.0:
             planned: Planned = dict.fromkeys(self.projections, (0.0, None))
+        elif sparsity == self.target_sparsity:
+            return self
         elif self.path:
             planned = self.path.at(sparsity)
         else:
