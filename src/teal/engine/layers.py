@@ -20,6 +20,9 @@ KEEP_ALL = -1.0
 Rules = Mapping[str, MaskRule | None]
 Observer = Callable[[str, Tensor], None]
 Attention = Callable[..., Tensor]
+# What `sparse_parts` and `sparse_gated` are given between `x` and the rest: weight, thresholds,
+# widths or activation, scale, shift, bias.
+Product = tuple[Tensor, list[float], Any, Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -28,13 +31,12 @@ class LayerCalls:
 
     Attributes:
         names: Full names of the four inputs of projections, in order.
-        qkv: Arguments of `sparse_parts` after `x`, without the residual's.
-        o: The same for the output projection; a residual may follow.
-        gate_up: Arguments of `sparse_gated` after `x`.
-        down: As `o`.
+        qkv: Products of q, k and v.
+        o: Output projection of attention.
+        gate_up: Products of gate and up.
+        down: Last projection of the MLP.
         attend: Options of `attend`.
-        norms: Gains of the norms before attention and before the MLP, which `qkv` and `gate_up`
-            apply; what the projections read is only known after them.
+        norms: Gains of the norms before attention and before the MLP.
         post_norms: Gains of the norms after attention and after the MLP.
         vector_norms: Gains of norms over the whole of q and of k.
         epsilon: Of every norm.
@@ -42,10 +44,10 @@ class LayerCalls:
     """
 
     names: tuple[str, ...]
-    qkv: tuple[Any, ...]
-    o: tuple[Any, ...]
-    gate_up: tuple[Any, ...]
-    down: tuple[Any, ...]
+    qkv: Product
+    o: Product
+    gate_up: Product
+    down: Product
     attend: Mapping[str, Any]
     norms: tuple[Tensor | None, Tensor | None]
     post_norms: tuple[Tensor | None, Tensor | None]
@@ -62,23 +64,16 @@ class LayerCalls:
             layer: Index of the layer.
             weights: Its weights.
         """
-        w, epsilon = weights, architecture.epsilon
+        w, epsilon, activation = weights, architecture.epsilon, architecture.activation
         inputs = architecture.inputs(layer)
         qkv_widths = [architecture.q_size, architecture.kv_size, architecture.kv_size]
         hidden = [architecture.hidden_size]
         per_head = architecture.form.qk_norm == "head"
-        # Scale and shift are for rules; the residual of q, k and v is none.
         return cls(
             names=tuple(entry.name for entry in inputs),
-            qkv=(
-                *(w.qkv, [KEEP_ALL] * 3, qkv_widths, None, None, w.qkv_bias),
-                *(None, w.attention_norm, epsilon),
-            ),
+            qkv=(w.qkv, [KEEP_ALL] * 3, qkv_widths, None, None, w.qkv_bias),
             o=(w.o, [KEEP_ALL], hidden, None, None, w.o_bias),
-            gate_up=(
-                *(w.gate_up, [KEEP_ALL] * 2, architecture.activation, None, None, w.gate_up_bias),
-                *(w.mlp_norm, epsilon),
-            ),
+            gate_up=(w.gate_up, [KEEP_ALL] * 2, activation, None, None, w.gate_up_bias),
             down=(w.down, [KEEP_ALL], hidden, None, None, w.down_bias),
             attend={
                 "scale": architecture.attention_scale,
@@ -135,7 +130,7 @@ def run_layer(
     """
     if observer:
         observer(calls.names[0], _normed(hidden, calls.norms[0], calls.epsilon))
-    qkv = sparse_parts(hidden, *calls.qkv)
+    qkv = sparse_parts(hidden, *calls.qkv, None, calls.norms[0], calls.epsilon)
     if calls.vector_norms:
         qkv = _norm_vectors(qkv, calls.vector_norms, calls.epsilon)
     attended = attend(qkv, *cache, **calls.attend)
@@ -144,18 +139,18 @@ def run_layer(
     hidden = _add(hidden, attended, calls.o, calls.post_norms[0], calls)
     if observer:
         observer(calls.names[2], _normed(hidden, calls.norms[1], calls.epsilon))
-    gated = sparse_gated(hidden, *calls.gate_up)
+    gated = sparse_gated(hidden, *calls.gate_up, calls.norms[1], calls.epsilon)
     if observer:
         observer(calls.names[3], gated)
     return _add(hidden, gated, calls.down, calls.post_norms[1], calls)
 
 
 def _add(
-    hidden: Tensor, x: Tensor, call: tuple[Any, ...], post_norm: Tensor | None, calls: LayerCalls
+    hidden: Tensor, x: Tensor, call: Product, post_norm: Tensor | None, calls: LayerCalls
 ) -> Tensor:
     """Return `hidden` and the projection of `x` together."""
     if post_norm is None and calls.residual_multiplier == 1.0:
-        return sparse_parts(x, *call, residual=hidden)
+        return sparse_parts(x, *call, hidden)
     added = _normed(sparse_parts(x, *call), post_norm, calls.epsilon)
     return hidden + added * calls.residual_multiplier
 
@@ -176,11 +171,8 @@ def _vector_norms(architecture: Architecture, w: LayerWeights) -> tuple[Tensor, 
     return w.q_norm, w.k_norm
 
 
-def _with_rules(
-    call: tuple[Any, ...], rules: Sequence[MaskRule | None], name: str
-) -> tuple[Any, ...]:
-    """Put rules into the arguments of a product, which all begin alike."""
-    weight, thresholds, columns, _, _, bias, *rest = call
+def _with_rules(call: Product, rules: Sequence[MaskRule | None], name: str) -> Product:
+    weight, thresholds, columns, _, _, bias = call
     if not any(rules):
         return call
     if len(rules) < len(thresholds):
@@ -194,7 +186,6 @@ def _with_rules(
         _scales(rules, weight),
         shift,
         bias if shift is None else fold_shift(weight, shift, bias),
-        *rest,
     )
 
 
