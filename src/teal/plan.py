@@ -105,8 +105,8 @@ class SparsityPlan:
             planned = self.path.at(sparsity)
         else:
             raise UserError(
-                f"The plan holds no path, only the rules of sparsity {self.target_sparsity:g}; "
-                f"{sparsity:g} was asked for. Allocate a plan at that sparsity."
+                f"The plan holds no path, only the rules of sparsity {self.target_sparsity}; "
+                f"{sparsity} was asked for. Allocate a plan at that sparsity."
             )
         return replace(
             self,

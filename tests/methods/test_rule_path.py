@@ -9,6 +9,7 @@ from teal.foundation.errors import UserError
 from teal.methods import MaskRule
 from teal.methods.rule_path import RulePath
 
+EMPTY = torch.zeros(0, 2)
 SCALE = torch.tensor([1.0, 2.0])
 
 
@@ -113,6 +114,8 @@ def test_path_comes_back_from_its_tensors() -> None:
         {"sparsities": torch.tensor([0.1, 0.2, 0.5])},
         {"sparsities": torch.tensor([0.0, 0.2, 1.0])},
         {"sparsities": torch.tensor([0.0, 0.2, math.nan])},
+        {"sparsities": torch.zeros(3, 1)},
+        {"sparsities": torch.zeros(0), "targets": EMPTY, "thresholds": EMPTY},
         {"targets": torch.full((3, 2), 0.5)},
     ],
     ids=[
@@ -123,6 +126,8 @@ def test_path_comes_back_from_its_tensors() -> None:
         "it does not start at 0",
         "it reaches 1",
         "NaN",
+        "sparsities in a table",
+        "no point",
         "its start is not dense",
     ],
 )

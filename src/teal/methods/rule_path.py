@@ -37,11 +37,12 @@ class RulePath:
     vectors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape = (len(self.sparsities), len(self.projections))
-        if self.targets.shape != shape or self.thresholds.shape != shape:
-            raise ValueError(f"the path has other shapes than {shape}")
-        rises = bool((self.sparsities.diff() > 0).all()) and float(self.sparsities[0]) == 0.0
-        if not rises or not self.end < 1.0 or not bool((self.targets[0] == 0).all()):
+        shape = (*self.sparsities.shape, len(self.projections))
+        if len(shape) != 2 or self.targets.shape != shape or self.thresholds.shape != shape:
+            raise ValueError("the path has a target or threshold too many or too few")
+        # Written so that NaN fails too, and a path without a point.
+        rises = bool((self.sparsities.diff() > 0).all()) and self.sparsities[:1].tolist() == [0.0]
+        if not rises or not self.end < 1.0 or bool(self.targets[0].any()):
             raise ValueError("the path does not rise from 0 to less than 1")
 
     @classmethod
@@ -87,7 +88,7 @@ class RulePath:
         """
         if sparsity > self.end:
             raise UserError(
-                f"The plan's path ends at sparsity {self.end:g}, {sparsity:g} was asked for. Ask "
+                f"The plan's path ends at sparsity {self.end}, {sparsity} was asked for. Ask "
                 "for less, or allocate a plan that goes further."
             )
         high = int(torch.searchsorted(self.sparsities, sparsity))
