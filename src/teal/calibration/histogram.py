@@ -124,9 +124,8 @@ class Histogram:
         Raises:
             UserError: `sparsity` is no such fraction, or nothing has been counted.
         """
-        self._require_values()
         cumulative = self.counts.cumsum(0)
-        target = check_sparsity(sparsity) * float(cumulative[-1])
+        target = check_sparsity(sparsity) * _require_values(float(cumulative[-1]))
         index = int(torch.searchsorted(cumulative, target))
         if index == 0:
             return 0.0
@@ -143,7 +142,7 @@ class Histogram:
         Raises:
             UserError: Nothing has been counted.
         """
-        self._require_values()
+        total = _require_values(self.total)
         if threshold < 0.0:
             return 0.0
         bits = _bits_of(threshold)
@@ -156,11 +155,7 @@ class Histogram:
             step = self._atom_step(index)
             share = min(1.0, ((bits - _start(index)) // step + 1) / _atoms_per_bin(step))
         dropped = float(self.counts[:index].sum()) + share * float(self.counts[index])
-        return dropped / self.total
-
-    def _require_values(self) -> None:
-        if not self.counts.any():
-            raise UserError("The statistics are empty. Calibrate with a text.")
+        return dropped / total
 
     def _atom_step(self, index: int) -> int:
         """Return the distance of neighbouring values of the dtype, in float32 bit patterns."""
@@ -169,6 +164,12 @@ class Histogram:
         if _start(index) < _bits_of(limits.smallest_normal):
             return 1 << _BIN_BITS
         return 1 << (_MANTISSA_BITS + round(math.log2(limits.eps)))
+
+
+def _require_values(total: float) -> float:
+    if not total:
+        raise UserError("The statistics are empty. Calibrate with a text.")
+    return total
 
 
 def _start(index: int) -> int:
