@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from teal.allocation import allocate
     from teal.calibration import CalibrationStats, calibrate, import_teal
     from teal.data import token_windows
+    from teal.engine.engine import Engine
     from teal.evaluation import evaluate
     from teal.foundation.version import __version__
     from teal.models.loading import load_model, load_tokenizer
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 # Loaded on first use: `import teal` alone does not import torch.
 _HOMES = {
     "CalibrationStats": "teal.calibration",
+    "Engine": "teal.engine.engine",
     "SparsityPlan": "teal.plan",
     "__version__": "teal.foundation.version",
     "allocate": "teal.allocation",
@@ -32,6 +34,7 @@ _HOMES = {
 
 __all__ = [
     "CalibrationStats",
+    "Engine",
     "SparsityPlan",
     "__version__",
     "allocate",

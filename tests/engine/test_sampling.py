@@ -132,9 +132,11 @@ def test_logprobs_are_those_of_the_unchanged_logits(logits) -> None:
 def test_broken_logits_give_no_token(logits, temperature, value, device) -> None:
     both = torch.cat([logits, logits])
     both[1, 17] = value
-    tokens = draw(both, steps=1, temperature=temperature, top_p=0.9, device=device).tokens
-    assert tokens[0] != BROKEN
-    assert tokens[1] == BROKEN
+    sampler = draw(both, steps=1, temperature=temperature, top_p=0.9, device=device)
+    assert sampler.history[0, 0] != BROKEN
+    assert sampler.history[0, 1] == BROKEN
+    # What the next step would read is a token id all the same.
+    assert 0 <= sampler.tokens[1] < VOCABULARY
 
 
 def test_a_tiny_temperature_is_as_good_as_none(logits) -> None:

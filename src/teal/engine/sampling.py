@@ -9,7 +9,7 @@ from torch import Tensor
 
 from teal.foundation.errors import UserError
 
-# Stands in for a token whose logits hold NaN or no finite number at all.
+# Stands in for a token whose logits hold NaN or infinity.
 BROKEN = -1
 
 # Below this a temperature counts as 0.
@@ -103,8 +103,9 @@ class Sampler:
         device: Where the logits are.
 
     Attributes:
-        tokens: The tokens chosen last, (rows,), int64; `BROKEN` where the logits were.
-        history: Those of every step since `begin`, (steps, rows), int64.
+        tokens: The tokens chosen last, (rows,), int64; some token id where the logits hold NaN or
+            infinity.
+        history: Those of every step since `begin`, (steps, rows), int64; there `BROKEN` instead.
         logprobs: Their logarithmic probability under the unchanged logits, (steps, rows), float32,
             where the form has it.
     """
@@ -156,8 +157,9 @@ class Sampler:
             self.logprobs.index_copy_(0, self._step, chosen.view(1, -1))
         if self.form.has_penalty:
             self._seen.scatter_(1, tokens[:, None], True)
-        self.tokens.copy_(tokens.masked_fill(~best.isfinite(), BROKEN))
-        self.history.index_copy_(0, self._step, self.tokens[None])
+        self.tokens.copy_(tokens)
+        checked = tokens.masked_fill(~best.isfinite(), BROKEN)
+        self.history.index_copy_(0, self._step, checked[None])
         self._step.add_(1)
 
     def _penalised(self, logits: Tensor) -> Tensor:

@@ -1,0 +1,107 @@
+"""What the engine needs of a model, from an object in memory, a folder or the hub."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import GenerationConfig
+
+from teal.engine.loading import from_folder
+from teal.engine.sharing import from_model
+from teal.engine.stopping import Tokenizer
+from teal.engine.weights import DecoderWeights
+from teal.foundation.errors import UserError
+from teal.models.architectures import Architecture, architecture_of
+from teal.models.families import model_type_of
+from teal.models.loading import load_config, load_tokenizer, resolve_device, resolve_dtype
+
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpenedModel:
+    """A model as the engine runs it.
+
+    Attributes:
+        architecture: What it computes.
+        weights: Its weights.
+        tokenizer: What its token ids mean, or `None` where nobody needs to know.
+        end_tokens: Token ids that end a text.
+    """
+
+    architecture: Architecture
+    weights: DecoderWeights
+    tokenizer: Tokenizer | None = None
+    end_tokens: frozenset[int] = frozenset()
+
+
+def open_model(
+    model: nn.Module | str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> OpenedModel:
+    """Open a model for the engine.
+
+    Args:
+        model: A Hugging Face model, whose parameters become views of fused weights in place; or a
+            model folder; or a name on the Hugging Face hub.
+        tokenizer: The model's; by default the one in the folder, if there is one.
+        device: "auto", "cpu" or "cuda"; a model in memory stays where it is.
+        dtype: "auto", "float32", "bfloat16" or "float16"; a model in memory stays as it is.
+
+    Raises:
+        UserError: There is no such model, the engine does not run it, it does not fit into memory,
+            or a device or dtype was given for a model in memory.
+    """
+    if isinstance(model, nn.Module):
+        return _from_memory(model, tokenizer, device, dtype)
+    place, number = resolve_device(device), resolve_dtype(dtype)
+    config = load_config(str(model))
+    architecture = architecture_of(config)
+    folder = model if Path(model).is_dir() else snapshot_download(str(model), allow_patterns=_FILES)
+    return OpenedModel(
+        architecture=architecture,
+        weights=from_folder(folder, number if isinstance(number, torch.dtype) else None, place),
+        tokenizer=tokenizer or _tokenizer_in(Path(folder)),
+        end_tokens=_end_tokens(_generation_config(Path(folder), config)),
+    )
+
+
+def _from_memory(
+    model: nn.Module, tokenizer: Tokenizer | None, device: str, dtype: str
+) -> OpenedModel:
+    if (device, dtype) != ("auto", "auto"):
+        raise UserError(
+            "A device or dtype was given for a model in memory, which stays as it is. "
+            "Move or cast the model first, or give its folder."
+        )
+    model_type_of(model)
+    return OpenedModel(
+        architecture=architecture_of(model.config),
+        weights=from_model(model),
+        tokenizer=tokenizer,
+        end_tokens=_end_tokens(model.generation_config),
+    )
+
+
+def _tokenizer_in(folder: Path) -> Tokenizer | None:
+    is_there = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return load_tokenizer(str(folder)) if is_there else None
+
+
+def _generation_config(folder: Path, config: Any) -> Any:
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return config
+
+
+def _end_tokens(config: Any) -> frozenset[int]:
+    given = getattr(config, "eos_token_id", None)
+    if given is None:
+        return frozenset()
+    return frozenset([given] if isinstance(given, int) else given)
