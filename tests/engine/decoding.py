@@ -1,0 +1,82 @@
+"""What tests of the engine share: decoders of models, and the same tokens through transformers."""
+
+from typing import Any
+
+import torch
+from helpers import TOLERANCES, plan_of
+from torch import Tensor
+
+from teal.engine.cache import KeyValueCache
+from teal.engine.decoder import Decoder
+from teal.engine.sharing import from_model
+from teal.methods import MaskRule
+from teal.models.architectures import architecture_of
+from teal.plan import PlannedProjection, SparsityPlan
+from teal.sparsification import densify, sparsify
+
+LENGTH = 24
+# More than a decode step has rows, so that transformers computes the prompt dense too.
+PROMPT = 12
+
+
+def decoder_of(model: Any, plan: SparsityPlan | None = None) -> Decoder:
+    """Decode with the very weights of `model`."""
+    densify(model)
+    decoder = Decoder(architecture_of(model.config), from_model(model))
+    if plan is not None:
+        decoder.set_rules(rules_of(plan))
+    return decoder
+
+
+def rules_of(plan: SparsityPlan) -> dict[str, MaskRule | None]:
+    return {name: planned.rule for name, planned in plan.projections.items()}
+
+
+def cache_for(decoder: Decoder, *, rows: int = 1, capacity: int = LENGTH) -> KeyValueCache:
+    weights = decoder.weights
+    return KeyValueCache(decoder.architecture, rows, capacity, weights.dtype, weights.device)
+
+
+def decoded(decoder: Decoder, tokens: Tensor, prompt: int = PROMPT) -> Tensor:
+    """Feed a prompt and then token by token: logits from the end of the prompt on."""
+    tokens = tokens.to(decoder.weights.device)
+    cache = cache_for(decoder, capacity=len(tokens))
+    logits = [decoder.prefill(tokens[:prompt], cache)]
+    logits += [decoder.step(token[None], cache)[0] for token in tokens[prompt:]]
+    return torch.stack(logits)
+
+
+@torch.no_grad()
+def by_transformers(model: Any, tokens: Tensor, plan: SparsityPlan | None = None) -> Tensor:
+    """Feed the same tokens to the model of transformers, sparse where there is a plan."""
+    if plan is not None:
+        sparsify(model, plan)
+    output = model(tokens[None, :PROMPT], use_cache=True)
+    logits = [output.logits[0, -1]]
+    for token in tokens[PROMPT:]:
+        output = model(token[None, None], past_key_values=output.past_key_values, use_cache=True)
+        logits.append(output.logits[0, -1])
+    densify(model)
+    return torch.stack(logits)
+
+
+def assert_close(logits: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCES["logits"])
+
+
+def plan_at(decoder: Decoder, tokens: Tensor, sparsity: float) -> SparsityPlan:
+    """Choose thresholds on the spot, from what the projections read of some tokens."""
+    quantiles: dict[str, float] = {}
+    decoder.observer = lambda name, x: quantiles.update({name: float(x.abs().quantile(sparsity))})
+    decoder.prefill(tokens, cache_for(decoder, capacity=len(tokens)))
+    decoder.observer = None
+    architecture = decoder.architecture
+    planned = {
+        name: PlannedProjection(
+            target_sparsity=sparsity, rule=MaskRule(threshold=quantiles[entry.name])
+        )
+        for layer in range(architecture.num_layers)
+        for entry in architecture.inputs(layer)
+        for name in entry.widths
+    }
+    return plan_of(architecture.identity, planned)

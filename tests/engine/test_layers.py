@@ -1,0 +1,153 @@
+from typing import Any
+
+import pytest
+import torch
+from decoding import LENGTH, assert_close, by_transformers, cache_for, decoded, decoder_of
+from helpers import TOLERANCES, logits_of, plan_for, tiny_model, tiny_tokens
+from torch import Tensor
+
+from teal.engine.layers import KEEP_ALL, LayerCalls
+from teal.engine.sharing import from_model
+from teal.foundation.errors import UserError
+from teal.kernels.reference import keep_mask
+from teal.methods import MaskRule
+from teal.models.architectures import architecture_of
+from teal.models.families import FAMILIES, blocks_of
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+ATTENTION = "model.layers.1.self_attn"
+MLP = "model.layers.1.mlp"
+
+
+def calls_with(rules: dict[str, MaskRule | None], family: str = "llama") -> LayerCalls:
+    model = tiny_model(family, **({"attention_bias": True} if family == "llama" else {}))
+    architecture = architecture_of(model.config)
+    dense = LayerCalls.of(architecture, 1, from_model(model).layers[1])
+    return dense.with_rules(architecture.inputs(1), rules)
+
+
+def rule(threshold: float, **vectors: Tensor) -> MaskRule:
+    return MaskRule(threshold=threshold, **vectors)
+
+
+def thresholds(calls: LayerCalls) -> list[list[float]]:
+    return [product[1] for product in (calls.qkv, calls.o, calls.gate_up, calls.down)]
+
+
+def test_layer_without_rules_keeps_everything() -> None:
+    kept = [KEEP_ALL]
+    assert thresholds(calls_with({})) == [kept * 3, kept, kept * 2, kept]
+
+
+def test_projection_without_a_rule_keeps_everything_beside_one_that_has_one() -> None:
+    calls = calls_with({f"{ATTENTION}.k_proj": rule(0.5), f"{MLP}.gate_proj": None})
+    kept = [KEEP_ALL]
+    assert thresholds(calls) == [[KEEP_ALL, 0.5, KEEP_ALL], kept, kept * 2, kept]
+
+
+def test_rules_reach_the_products_of_their_projections() -> None:
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    rules = {f"{ATTENTION}.{name}": rule(i / 8) for i, name in enumerate(names)}
+    names = ("gate_proj", "up_proj", "down_proj")
+    rules |= {f"{MLP}.{name}": rule(i / 2) for i, name in enumerate(names)}
+    expected = [[0.0, 0.125, 0.25], [0.375], [0.0, 0.5], [1.0]]
+    assert thresholds(calls_with(rules)) == expected
+
+
+def test_rule_of_a_fused_projection_serves_all_its_parts() -> None:
+    scale = torch.rand(32)
+    rules = {f"{ATTENTION}.qkv_proj": rule(0.5), f"{MLP}.gate_up_proj": rule(0.25, scale=scale)}
+    calls = calls_with(rules, "phi3")
+    assert thresholds(calls) == [[0.5] * 3, [KEEP_ALL], [0.25] * 2, [KEEP_ALL]]
+    scales = calls.gate_up[3]
+    assert scales is not None
+    assert torch.equal(scales, scale.expand(2, -1))
+
+
+def test_projection_without_a_scale_counts_every_channel_alike() -> None:
+    scale = torch.rand(32)
+    rules = {f"{ATTENTION}.q_proj": rule(0.5, scale=scale), f"{ATTENTION}.v_proj": rule(0.5)}
+    scales = calls_with(rules).qkv[3]
+    assert scales is not None
+    assert torch.equal(scales, torch.stack([scale, torch.ones(32), torch.ones(32)]))
+
+
+def test_shift_is_folded_into_the_bias() -> None:
+    shift = torch.rand(32)
+    calls = calls_with({f"{ATTENTION}.o_proj": rule(0.5, shift=shift)})
+    weight, *_, found, bias = calls.o
+    dense = calls_with({}).o[5]
+    assert dense is not None
+    assert bias is not None
+    assert found is not None
+    assert torch.equal(found, shift)
+    torch.testing.assert_close(bias, dense + shift @ weight)
+
+
+@pytest.mark.parametrize(
+    "other", [{}, {"shift": torch.zeros(32)}], ids=["no shift", "another shift"]
+)
+def test_two_shifts_of_one_input_are_refused(other: dict[str, Any]) -> None:
+    rules = {
+        f"{MLP}.gate_proj": rule(0.5, shift=torch.ones(32)),
+        f"{MLP}.up_proj": rule(1, **other),
+    }
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp_input have different .* one shift"):
+        calls_with(rules)
+
+
+def test_dense_calls_are_left_as_they_were() -> None:
+    model = tiny_model("llama")
+    architecture = architecture_of(model.config)
+    dense = LayerCalls.of(architecture, 1, from_model(model).layers[1])
+    dense.with_rules(architecture.inputs(1), {f"{MLP}.down_proj": rule(0.5)})
+    assert dense.down[1] == [KEEP_ALL]
+
+
+@pytest.mark.parametrize("vectors", ["scale", "shift", "both"])
+def test_rules_with_vectors_mean_the_same_as_in_transformers(vectors: str) -> None:
+    model, tokens = tiny_model("llama"), tiny_tokens(1, LENGTH)[0]
+    plan = plan_for(model, 0.3)
+    for name, planned in plan.projections.items():
+        size = plan.model.shapes[name][0]
+        own = {"scale": torch.linspace(0.5, 2, size), "shift": torch.linspace(-0.5, 0.5, size)}
+        if vectors != "both":
+            own = {vectors: own[vectors]}
+        object.__setattr__(planned, "rule", MaskRule(threshold=0.3, **own))
+    expected = by_transformers(model, tokens, plan)
+    assert_close(decoded(decoder_of(model, plan), tokens), expected)
+
+
+@every_family
+def test_observer_sees_what_the_projections_read(family: str) -> None:
+    model, tokens = tiny_model(family), tiny_tokens(1, LENGTH)[0]
+    inputs = {name: names[0] for block in blocks_of(model) for name, names in block.inputs.items()}
+    expected: dict[str, Tensor] = {}
+    for name, projection in inputs.items():
+        model.get_submodule(projection).register_forward_pre_hook(
+            lambda module, args, name=name: expected.update({name: args[0][0]})
+        )
+    logits_of(model, tokens[None])
+    decoder = decoder_of(model)
+    seen: dict[str, list[Tensor]] = {name: [] for name in inputs}
+    decoder.observer = lambda name, x: seen[name].append(x.clone())
+    decoded(decoder, tokens)
+    assert list(seen) == list(expected)
+    for name, activations in seen.items():
+        # Those of the MLP are larger than logits.
+        tolerance = TOLERANCES["logits"]
+        torch.testing.assert_close(
+            torch.cat(activations), expected[name], rtol=tolerance, atol=tolerance
+        )
+
+
+def test_observer_measures_the_sparsity_of_a_step() -> None:
+    model, tokens = tiny_model("llama"), tiny_tokens(1, LENGTH)[0]
+    decoder = decoder_of(model, plan_for(model, 0.4))
+    kept: list[float] = []
+    decoder.observer = lambda name, x: kept.append(float(keep_mask(x, 0.4).float().mean()))
+    cache = cache_for(decoder)
+    decoder.step(tokens[:1], cache)
+    assert len(kept) == 8
+    assert 0.3 < sum(kept) / len(kept) < 0.9
