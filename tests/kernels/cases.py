@@ -1,7 +1,8 @@
 """Inputs and exact results that the tests of several kernels share."""
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +10,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from teal.kernels import dispatch, reference
+
+# What a mask must get right beside ordinary numbers;.
+EDGES = (0.0, -0.0, 0.3, -0.3, 1.0, -1.0, 2.0**-24, 1e-40, -1e-40)
+THRESHOLDS = (-1.0, 0.0, 2.0**-24, 0.3, 0.1 + 0.2, 1.0, math.inf)
+VECTORS = ("plain", "scale", "shift", "scale and shift")
+
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Draw a normal tensor; the same seed gives the same numbers in every dtype, rounded."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def exact(x: Tensor, weight: Tensor, threshold: float, **vectors: Tensor | None) -> Tensor:
+    """Compute `reference.sparse_gemv` in float64, from the mask of the reference."""
+    bias = vectors.pop("bias", None)
+    shift = vectors.get("shift")
+    centred = x if shift is None else (x.float() - shift).to(x.dtype)
+    keep = reference.keep_mask(x, threshold, **vectors)
+    product = torch.where(keep, centred, 0).double() @ weight.double()
+    return product if bias is None else product + bias.double()
+
+
+def by_reference(operation: Callable[..., Tensor], **arguments: Any) -> Tensor:
+    """Call an operation as a device without kernels computes it."""
+    implementations = dispatch.IMPLEMENTATIONS["CompositeExplicitAutograd"]
+    bound = inspect.signature(operation).bind(**arguments)
+    bound.apply_defaults()
+    return implementations[operation.__name__](*bound.args)
 
 
 @dataclass(frozen=True, kw_only=True)

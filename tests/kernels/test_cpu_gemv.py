@@ -1,10 +1,12 @@
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cases import EDGES, THRESHOLDS, VECTORS, by_reference, draw, exact
 from helpers import assert_as_precise_as_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +18,8 @@ from teal.kernels import reference
 pytest.importorskip("numba")
 
 from teal.kernels.cpu_compiled import list_kept
-from teal.kernels.cpu_gemv import ELEMENTS, sparse_gemv
+from teal.kernels.cpu_gemv import ELEMENTS
+from teal.kernels.ops import sparse_gated, sparse_gemv, sparse_parts
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -39,19 +42,6 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def _exact(x: Tensor, weight: Tensor, threshold: float, **vectors: Tensor) -> Tensor:
-    bias = vectors.pop("bias", None)
-    shift = vectors.get("shift")
-    centred = x if shift is None else (x.float() - shift).to(x.dtype)
-    keep = reference.keep_mask(x, threshold, **vectors)
-    product = torch.where(keep, centred, 0).double() @ weight.double()
-    return product if bias is None else product + bias.double()
-
-
 def _kept(x: Tensor, threshold: float, scale: Tensor | None, shift: Tensor | None) -> list[int]:
     integers = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
     rows = x.reshape(-1, x.shape[-1]).view(integers.get(x.dtype, x.dtype)).numpy()
@@ -63,23 +53,22 @@ def _kept(x: Tensor, threshold: float, scale: Tensor | None, shift: Tensor | Non
 
 
 @dtypes
-@pytest.mark.parametrize("vectors", ["plain", "scale", "shift", "scale and shift"])
-@pytest.mark.parametrize("threshold", [-1.0, 0.0, 2.0**-24, 0.3, 0.1 + 0.2, 1.0, INF])
+@pytest.mark.parametrize("vectors", VECTORS)
+@pytest.mark.parametrize("threshold", THRESHOLDS)
 def test_kept_channels_equal_those_of_the_reference(
     dtype: torch.dtype, vectors: str, threshold: float
 ) -> None:
-    edges = [0.0, -0.0, 0.3, -0.3, 1.0, -1.0, INF, -INF, NAN, 2.0**-24, 1e-40, -1e-40, 65504.0]
-    x = torch.cat([torch.tensor(edges), _draw(200)]).to(dtype)
+    x = torch.cat([torch.tensor([*EDGES, INF, -INF, NAN, 65504.0]), draw(200)]).to(dtype)
     x[20] = threshold
-    scale = _draw(len(x), seed=1).abs() if "scale" in vectors else None
-    shift = _draw(len(x), seed=2) if "shift" in vectors else None
+    scale = draw(len(x), seed=1).abs() if "scale" in vectors else None
+    shift = draw(len(x), seed=2) if "shift" in vectors else None
     expected = reference.keep_mask(x, threshold, scale, shift).nonzero().flatten().tolist()
     assert _kept(x, threshold, scale, shift) == expected
 
 
 @dtypes
 def test_a_strip_is_read_when_any_row_keeps_it(dtype: torch.dtype) -> None:
-    x = _draw(8, 300, dtype=dtype)
+    x = draw(8, 300, dtype=dtype)
     expected = reference.keep_mask(x, 1.9).any(dim=0).nonzero().flatten().tolist()
     assert 0 < len(expected) < 300
     assert _kept(x, 1.9, None, None) == expected
@@ -106,48 +95,48 @@ def test_every_16_bit_number_is_read_exactly_and_rounded_to_nearest_even(
 def test_product_is_as_precise_as_torch(
     dtype: torch.dtype, rows: tuple[int, ...], in_features: int, out_features: int
 ) -> None:
-    x = _draw(*rows, in_features, dtype=dtype)
-    weight = _draw(in_features, out_features, dtype=dtype, seed=1)
-    bias = _draw(out_features, dtype=dtype, seed=2)
-    vectors = {"scale": _draw(in_features, seed=3).abs(), "shift": 0.1 * _draw(in_features, seed=4)}
+    x = draw(*rows, in_features, dtype=dtype)
+    weight = draw(in_features, out_features, dtype=dtype, seed=1)
+    bias = draw(out_features, dtype=dtype, seed=2)
+    vectors = {"scale": draw(in_features, seed=3).abs(), "shift": 0.1 * draw(in_features, seed=4)}
     for given_vectors in ({}, vectors, {"bias": bias, **vectors}):
         by_torch = reference.sparse_gemv(x, weight, 0.4, **given_vectors)
-        exact = _exact(x, weight, 0.4, **given_vectors)
+        expected = exact(x, weight, 0.4, **given_vectors)
         product = sparse_gemv(x, weight, 0.4, **given_vectors)
         assert product.shape == (*rows, out_features)
-        assert_as_precise_as_torch(product, by_torch, exact)
+        assert_as_precise_as_torch(product, by_torch, expected)
 
 
 @dtypes
 def test_product_of_two_threads_is_as_precise_as_torch(
     dtype: torch.dtype, two_threads: None
 ) -> None:
-    x, weight = _draw(4096, dtype=dtype), _draw(4096, 321, dtype=dtype, seed=1)
-    exact = _exact(x, weight, 0.6)
+    x, weight = draw(4096, dtype=dtype), draw(4096, 321, dtype=dtype, seed=1)
+    expected = exact(x, weight, 0.6)
     assert_as_precise_as_torch(
-        sparse_gemv(x, weight, 0.6), reference.sparse_gemv(x, weight, 0.6), exact
+        sparse_gemv(x, weight, 0.6), reference.sparse_gemv(x, weight, 0.6), expected
     )
 
 
 @dtypes
 def test_negative_threshold_is_dense(dtype: torch.dtype) -> None:
-    x, weight = _draw(130, dtype=dtype), _draw(130, 70, dtype=dtype, seed=1)
-    exact = x.double() @ weight.double()
-    assert_as_precise_as_torch(sparse_gemv(x, weight, -1.0), x @ weight, exact)
+    x, weight = draw(130, dtype=dtype), draw(130, 70, dtype=dtype, seed=1)
+    expected = x.double() @ weight.double()
+    assert_as_precise_as_torch(sparse_gemv(x, weight, -1.0), x @ weight, expected)
 
 
 @dtypes
 def test_zero_input_gives_the_bias(dtype: torch.dtype) -> None:
-    bias = _draw(70, dtype=dtype)
+    bias = draw(70, dtype=dtype)
     product = sparse_gemv(
-        torch.zeros(2, 130, dtype=dtype), _draw(130, 70, dtype=dtype), 0.0, bias=bias
+        torch.zeros(2, 130, dtype=dtype), draw(130, 70, dtype=dtype), 0.0, bias=bias
     )
     assert torch.equal(product, bias.expand(2, 70))
 
 
 @dtypes
 def test_everything_dropped_gives_zero(dtype: torch.dtype) -> None:
-    product = sparse_gemv(_draw(130, dtype=dtype), _draw(130, 70, dtype=dtype), 1e9)
+    product = sparse_gemv(draw(130, dtype=dtype), draw(130, 70, dtype=dtype), 1e9)
     assert torch.equal(product, torch.zeros(70, dtype=dtype))
 
 
@@ -156,23 +145,25 @@ def test_everything_dropped_gives_zero(dtype: torch.dtype) -> None:
 def test_nan_and_inf_in_one_row_stay_visible_there_and_only_there(
     dtype: torch.dtype, visible: float
 ) -> None:
-    x = _draw(3, 130, dtype=dtype)
+    x = draw(3, 130, dtype=dtype)
     x[1, 77] = visible
-    product = sparse_gemv(x, _draw(130, 70, dtype=dtype, seed=1), 0.5)
+    product = sparse_gemv(x, draw(130, 70, dtype=dtype, seed=1), 0.5)
     assert not product[1].isfinite().any()
     assert product[[0, 2]].isfinite().all()
 
 
 def test_residual_is_added_before_rounding() -> None:
-    x, weight = _draw(2, 130, dtype=torch.bfloat16), _draw(130, 70, dtype=torch.bfloat16, seed=1)
-    residual = 100 * _draw(2, 70, dtype=torch.bfloat16, seed=2)
-    exact = _exact(x, weight, 0.5) + residual.double()
+    x, weight = draw(2, 130, dtype=torch.bfloat16), draw(130, 70, dtype=torch.bfloat16, seed=1)
+    residual = 100 * draw(2, 70, dtype=torch.bfloat16, seed=2)
+    expected = exact(x, weight, 0.5) + residual.double()
     by_torch = reference.sparse_gemv(x, weight, 0.5) + residual
-    assert_as_precise_as_torch(sparse_gemv(x, weight, 0.5, residual=residual), by_torch, exact)
+    assert_as_precise_as_torch(
+        sparse_parts(x, weight, [0.5], [70], residual=residual), by_torch, expected
+    )
 
 
 def test_bits_do_not_depend_on_the_number_of_threads_or_the_call(two_threads: None) -> None:
-    x, weight = _draw(4, 300, dtype=torch.bfloat16), _draw(300, 1031, dtype=torch.bfloat16, seed=1)
+    x, weight = draw(4, 300, dtype=torch.bfloat16), draw(300, 1031, dtype=torch.bfloat16, seed=1)
     by_two = [sparse_gemv(x, weight, 0.5) for _ in range(5)]
     torch.set_num_threads(1)
     by_one = sparse_gemv(x, weight, 0.5)
@@ -183,14 +174,14 @@ def test_bits_do_not_depend_on_the_number_of_threads_or_the_call(two_threads: No
 def test_rows_give_the_bits_of_their_products_alone_when_all_channels_are_kept(
     dtype: torch.dtype,
 ) -> None:
-    x, weight = _draw(5, 130, dtype=dtype), _draw(130, 70, dtype=dtype, seed=1)
+    x, weight = draw(5, 130, dtype=dtype), draw(130, 70, dtype=dtype, seed=1)
     alone = torch.stack([sparse_gemv(row, weight, -1.0) for row in x])
     assert torch.equal(sparse_gemv(x, weight, -1.0), alone)
 
 
 @dtypes
 def test_layout_of_the_inputs_does_not_change_the_bits(dtype: torch.dtype) -> None:
-    x, weight = _draw(3, 130, dtype=dtype), _draw(130, 200, dtype=dtype, seed=1)
+    x, weight = draw(3, 130, dtype=dtype), draw(130, 200, dtype=dtype, seed=1)
     part = slice(64, 135)
     expected = sparse_gemv(x, weight[:, part].contiguous(), 0.5)
     assert torch.equal(sparse_gemv(x, weight[:, part], 0.5), expected)
@@ -198,8 +189,8 @@ def test_layout_of_the_inputs_does_not_change_the_bits(dtype: torch.dtype) -> No
 
 
 def test_products_of_two_python_threads_do_not_disturb_each_other(two_threads: None) -> None:
-    weight = _draw(300, 1031, dtype=torch.bfloat16)
-    inputs = [_draw(300, dtype=torch.bfloat16, seed=seed) for seed in range(40)]
+    weight = draw(300, 1031, dtype=torch.bfloat16)
+    inputs = [draw(300, dtype=torch.bfloat16, seed=seed) for seed in range(40)]
     expected = [sparse_gemv(x, weight, 0.5) for x in inputs]
     with ThreadPoolExecutor(2) as pool:
         products = list(pool.map(lambda x: sparse_gemv(x, weight, 0.5), inputs))
@@ -225,38 +216,111 @@ def test_empty_sizes_give_what_an_empty_sum_is(shape: tuple[int, int]) -> None:
 def test_any_shape_and_a_threshold_equal_to_an_entry_match_the_exact_product(
     seed: int, rows: int, in_features: int, out_features: int, dtype: torch.dtype, channel: int
 ) -> None:
-    x = _draw(rows, in_features, dtype=dtype, seed=seed)
-    weight = _draw(in_features, out_features, dtype=dtype, seed=seed + 1)
+    x = draw(rows, in_features, dtype=dtype, seed=seed)
+    weight = draw(in_features, out_features, dtype=dtype, seed=seed + 1)
     threshold = float(x[0, channel % in_features].abs())
-    exact = _exact(x, weight, threshold)
+    expected = exact(x, weight, threshold)
     magnitude = x.abs().double() @ weight.abs().double()
-    allowed = torch.finfo(dtype).eps * exact.abs() + 1e-6 * magnitude
-    assert ((sparse_gemv(x, weight, threshold).double() - exact).abs() <= allowed).all()
+    allowed = torch.finfo(dtype).eps * expected.abs() + 1e-6 * magnitude
+    assert ((sparse_gemv(x, weight, threshold).double() - expected).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"x": torch.ones(4, dtype=torch.float64)}, "Give both as one of"),
-        ({"x": torch.ones(4, dtype=torch.bfloat16)}, "Give both as one of"),
-        ({"x": torch.ones(5)}, "channel-major weight"),
-        ({"x": torch.ones(())}, "channel-major weight"),
-        ({"weight": torch.ones(3, 4).T}, "weight.contiguous"),
-        ({"scale": torch.ones(5)}, "scale is"),
-        ({"shift": torch.ones(3)}, "shift is"),
-        ({"bias": torch.ones(4)}, "bias is"),
-        ({"bias": torch.ones(3, dtype=torch.bfloat16)}, "bias is"),
-        ({"residual": torch.ones(1, 3)}, "residual is"),
-        ({"weight": torch.ones(4, 3, device="meta")}, "Move both to the CPU"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(value),
-)
-def test_what_does_not_fit_is_refused_before_any_memory_is_read(
-    changes: dict[str, Tensor], message: str
+def test_a_weight_with_columns_apart_is_refused_rather_than_copied_for_every_token() -> None:
+    with pytest.raises(UserError, match=r"weight\.contiguous"):
+        sparse_gemv(torch.ones(4), torch.ones(3, 4).T, 0.0)
+
+
+def _fused(dtype: torch.dtype, rows: int, widths: tuple[int, ...]) -> dict[str, Any]:
+    in_features = 700
+    vectors = {
+        "x": 3 * draw(rows, in_features, dtype=dtype),
+        "weight": draw(in_features, sum(widths), dtype=dtype, seed=1),
+        "scale": draw(len(widths), in_features, seed=2).abs(),
+        "shift": 0.1 * draw(in_features, seed=3),
+        "bias": 20 * draw(sum(widths), dtype=dtype, seed=4),
+        "gain": draw(in_features, dtype=dtype, seed=5),
+    }
+    return {**vectors, "thresholds": [0.4, 0.9, 0.1][: len(widths)], "epsilon": 1e-5}
+
+
+def _exact_parts(operands: dict[str, Any], widths: tuple[int, ...]) -> Tensor:
+    x, shift = operands["x"], operands.get("shift")
+    if "gain" in operands:
+        x = reference.rms_norm(x, operands["gain"], operands["epsilon"])
+    rules = zip(
+        operands["weight"].split(widths, dim=1),
+        operands["thresholds"],
+        operands.get("scale", [None] * len(widths)),
+        strict=True,
+    )
+    parts = [exact(x, w, t, scale=s, shift=shift) for w, t, s in rules]
+    return torch.cat(parts, dim=-1) + operands["bias"].double()
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("widths", [(129,), (64, 33), (300, 20, 21), (1, 128, 1)], ids=str)
+@pytest.mark.parametrize("given", ["everything", "lists", "one list"])
+def test_parts_have_masks_of_their_own_and_are_as_precise_as_torch(
+    dtype: torch.dtype, rows: int, widths: tuple[int, ...], given: str, two_threads: None
 ) -> None:
-    arguments = {"x": torch.ones(4), "weight": torch.ones(4, 3), "threshold": 0.0, **changes}
-    with pytest.raises(UserError, match=message):
-        sparse_gemv(**arguments)
+    operands = _fused(dtype, rows, widths)
+    if given != "everything":
+        operands = {k: v for k, v in operands.items() if k not in ("scale", "shift", "gain")}
+    if given == "one list":
+        operands["thresholds"] = [0.4] * len(widths)
+    residual = 20 * draw(rows, sum(widths), dtype=dtype, seed=6)
+    expected = _exact_parts(operands, widths) + residual.double()
+    arguments = {**operands, "widths": widths}
+    by_torch = by_reference(sparse_parts, **arguments, residual=residual)
+    assert_as_precise_as_torch(sparse_parts(**arguments, residual=residual), by_torch, expected)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("half", [64, 333])
+@pytest.mark.parametrize("lists", [1, 2])
+def test_gate_and_up_are_as_precise_as_torch(
+    dtype: torch.dtype, rows: int, activation: str, half: int, lists: int, two_threads: None
+) -> None:
+    operands = _fused(dtype, rows, (half, half))
+    if lists == 1:
+        del operands["scale"]
+        operands["thresholds"] = [0.4, 0.4]
+    gate, up = _exact_parts(operands, (half, half)).chunk(2, dim=-1)
+    arguments = {**operands, "activation": activation}
+    by_torch = by_reference(sparse_gated, **arguments)
+    expected = reference.GATES[activation](gate) * up
+    assert_as_precise_as_torch(sparse_gated(**arguments), by_torch, expected)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+def test_activations_of_large_and_unusual_numbers_are_those_of_torch(activation: str) -> None:
+    gates = torch.tensor([0.0, -0.0, 1e-30, 20.0, -20.0, 88.5, -88.5, 1e4, -1e4, INF, -INF, NAN])
+    weight = torch.cat([gates, torch.ones(len(gates))])[None]
+    result = sparse_gated(torch.ones(1), weight, [-1.0, -1.0], activation)
+    expected = reference.GATES[activation](gates)
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_fused_forms_have_the_same_bits_for_any_number_of_threads(
+    rows: int, two_threads: None
+) -> None:
+    # Parts keep different numbers of channels, so borders between threads are not in the middle.
+    operands = _fused(torch.bfloat16, rows, (700, 500))
+    arguments = {**operands, "thresholds": [0.0, 5.0]}
+
+    def results() -> list[Tensor]:
+        return [
+            sparse_parts(**arguments, widths=(700, 500)),
+            sparse_gated(**arguments, activation="silu"),
+        ]
+
+    by_two = results()
+    torch.set_num_threads(1)
+    assert all(map(torch.equal, by_two, results()))
 
 
 def test_every_element_type_is_its_own_numba_type() -> None:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from teal.kernels.cpu_gemv import sparse_gemv
+from teal.kernels.ops import sparse_gemv
 
 logging.basicConfig()
 torch.set_num_threads(2)
@@ -50,11 +50,21 @@ def test_threads_follow_torch_up_to_what_numba_has_and_the_weight_can_use(
 
 
 def test_a_call_leaves_the_thread_setting_of_numba_as_it_was() -> None:
-    seen: list[int] = []
+    threads = numba.config.NUMBA_NUM_THREADS
+    if threads == 1:
+        pytest.skip("needs more than one thread")
     before = numba.get_num_threads()
-    cpu_threads.run_threaded(1, lambda: seen.append(numba.get_num_threads()))
-    assert seen == [1]
-    assert numba.get_num_threads() == before
+    numba.set_num_threads(1)
+    try:
+        assert cpu_threads.run_threaded(threads, numba.get_num_threads) == threads
+        assert numba.get_num_threads() == 1
+    finally:
+        numba.set_num_threads(before)
+
+
+def test_one_thread_calls_without_touching_the_setting() -> None:
+    before = numba.get_num_threads()
+    assert cpu_threads.run_threaded(1, numba.get_num_threads) == before
 
 
 def test_a_function_that_cannot_be_cached_is_compiled_all_the_same_with_one_warning(

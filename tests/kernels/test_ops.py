@@ -32,6 +32,7 @@ def _calls(device: torch.device | str) -> dict[str, tuple[Any, ...]]:
             *(x, weight, [0.5, 0.7], [32, 64], scales, shift, bias, residual, gain, 1e-5),
         ),
         "sparse_gated": (x, weight, [0.5, 0.7], "silu", scales, shift, bias, gain, 1e-5),
+        "dense_rows": (x, weight.t().contiguous()),
     }
 
 
@@ -193,6 +194,10 @@ def test_a_threshold_of_infinity_leaves_the_bias(device: torch.device) -> None:
         ({"thresholds": [0.5]}, "one of each per part"),
         ({"widths": [32, 32]}, "do not sum to the 96 columns"),
         ({"residual": _draw(3, 96)}, "residual has shape"),
+        ({"bias": _draw(96).half()}, "one dtype"),
+        ({"residual": _draw(1, 96).half()}, "one dtype"),
+        ({"scale": _draw(2, 71)}, r"scale has shape \(71,\)"),
+        ({"gain": _draw(96)}, r"gain has shape \(96,\)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -200,6 +205,13 @@ def test_operands_that_do_not_fit_are_refused(change: dict[str, Any], message: s
     fitting = {"x": _draw(1, 70), "weight": _draw(70, 96), "thresholds": [0.5, 0.5]}
     with pytest.raises(UserError, match=message):
         ops.sparse_parts(**{**fitting, "widths": [32, 64], **change})
+
+
+def test_rows_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UserError, match=r"weight \(out_features, in_features\)"):
+        ops.dense_rows(_draw(1, 70), _draw(70, 96))
+    with pytest.raises(UserError, match="one dtype"):
+        ops.dense_rows(_draw(1, 70), _draw(96, 70).half())
 
 
 def test_an_unknown_activation_names_the_known_ones() -> None:

@@ -1,85 +1,68 @@
 """What the operands of an operation must be, in sentences with a cure."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from teal.foundation.errors import UserError, unknown_name
 from teal.kernels import reference
+from teal.kernels.operands import Operands
 
 
-def check_product(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    bias: Tensor | None = None,
-    gain: Tensor | None = None,
-) -> None:
-    """Check what all products share.
-
-    Args:
-        x: Activations, (..., in_features).
-        weight: Channel-major weight, (in_features, out_features).
-        scale: Score weights, (parts, in_features).
-        shift: Centre per channel, (in_features,).
-        bias: Added to the product, (out_features,).
-        gain: Weight of a norm, (in_features,).
+def check_product(operands: Operands) -> None:
+    """Check the operands of a product.
 
     Raises:
-        UserError: Shapes, dtypes or devices do not fit together.
+        UserError: Shapes, dtypes, devices or numbers of parts do not fit together.
     """
+    x, weight, _, _, _, shift, bias, residual, gain, _, _ = operands
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[0]:
         raise UserError(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}. "
             "Give x (..., in_features) and a channel-major weight (in_features, out_features)."
         )
-    if x.dtype != weight.dtype or x.device != weight.device:
-        raise UserError(
-            f"x is {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}. "
-            "Bring both to one dtype and device."
-        )
+    _check_alike("weight", weight, x)
+    _check_parts(operands)
     in_features, out_features = weight.shape
-    _check_shape("scale", None if scale is None else scale[0], (in_features,))
     _check_shape("shift", shift, (in_features,))
-    _check_shape("bias", bias, (out_features,))
     _check_shape("gain", gain, (in_features,))
+    if bias is not None:
+        _check_shape("bias", bias, (out_features,))
+        _check_alike("bias", bias, x)
+    if residual is not None:
+        _check_shape("residual", residual, (*x.shape[:-1], out_features))
+        _check_alike("residual", residual, x)
 
 
-def check_parts(
-    x: Tensor,
-    weight: Tensor,
-    thresholds: Sequence[float],
-    widths: Sequence[int],
-    scale: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> None:
-    """Check what products beside each other need, after `check_product`.
-
-    Args:
-        x: Activations, (..., in_features).
-        weight: (in_features, out_features).
-        thresholds: One per part.
-        widths: Columns of each part, summing to out_features.
-        scale: (parts, in_features).
-        residual: (..., out_features).
-
-    Raises:
-        UserError: Their numbers or shapes do not fit together.
-    """
+def _check_parts(operands: Operands) -> None:
+    thresholds, widths, scale = operands.thresholds, operands.widths, operands.scale
     scales = len(widths) if scale is None else len(scale)
     if not widths or not len(thresholds) == len(widths) == scales:
         raise UserError(
             f"{len(widths)} widths, {len(thresholds)} thresholds and scales for {scales} parts. "
             "Give one of each per part."
         )
-    if min(widths) < 1 or sum(widths) != weight.shape[1]:
+    in_features, out_features = operands.weight.shape
+    if scale is not None:
+        _check_shape("scale", scale[0], (in_features,))
+    if sum(widths) != out_features or (min(widths) < 1 and out_features > 0):
         raise UserError(
-            f"Widths {list(widths)} do not sum to the {weight.shape[1]} columns of the weight. "
+            f"Widths {list(widths)} do not sum to the {out_features} columns of the weight. "
             "Give the columns of every part."
         )
-    _check_shape("residual", residual, (*x.shape[:-1], weight.shape[1]))
+
+
+def check_rows(x: Tensor, weight: Tensor) -> None:
+    """Check the operands of a dense product with a weight that lies as rows.
+
+    Raises:
+        UserError: Shapes, dtypes or devices do not fit together.
+    """
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise UserError(
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}. "
+            "Give x (..., in_features) and a weight (out_features, in_features)."
+        )
+    _check_alike("weight", weight, x)
 
 
 def gated_widths(weight: Tensor, activation: str) -> list[int]:
@@ -139,6 +122,14 @@ def check_attend(
         raise UserError(
             f"cosines have shape {tuple(cosines.shape)} and sines {tuple(sines.shape)}. Give both "
             f"as (at least {capacity}, at most {head_dim // 2}), contiguous."
+        )
+
+
+def _check_alike(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype != x.dtype or tensor.device != x.device:
+        raise UserError(
+            f"x is {x.dtype} on {x.device}, {name} {tensor.dtype} on {tensor.device}. "
+            "Bring both to one dtype and device."
         )
 
 

@@ -1,26 +1,15 @@
-"""CPU kernel of the sparse product: strips of kept channels are read once, the others never.
+"""CPU kernel of the products: strips of kept channels are read once, the others never.
 
-Legend: `T` rows, `K` in_features, `N` out_features. docs/kernels.md explains the scheme. Whatever
-is compiled stands in this one file, because numba's cache on disk sees a change only in the file
-of the function that it compiles.
+Legend: `T` rows, `K` in_features, `N` out_features. docs/kernels.md explains the scheme.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
-from numpy.typing import NDArray
 
+from teal.kernels.cpu_numbers import Array, array, gated, narrow, norm_into, prefetch, widen
 from teal.kernels.cpu_threads import compiled
-
-Array = NDArray[Any]
-# What numba asks of an intrinsic: its signature, and what emits its instructions.
-Intrinsic = tuple[types.Type, Callable[..., ir.Value]]
 
 # Strips read side by side: more streams keep more of the memory busy, and their 8 factors still
 # fit the registers of AVX2.
@@ -29,15 +18,21 @@ LINE_BYTES = 64
 # Only the list knows where the next strips begin: the hardware follows once it saw a few lines.
 PREFETCHED_LINES = 4
 
+# How the sums of two parts become one result.
+BESIDE, SILU, GELU = 0, 1, 2
+
 
 @compiled(parallel=True)
 def product(
     element: np.generic,
-    inputs: tuple[int, int, int],
+    inputs: tuple[int, int, int, int],
     weights: tuple[int, int],
     outputs: tuple[int, int, int],
     sizes: tuple[int, int, int],
-    threshold: float,
+    parts: tuple[int, int, int, int],
+    thresholds: tuple[float, float, float],
+    form: int,
+    epsilon: float,
     threads: int,
 ) -> None:
     """Write `Σ_{j kept} (x_j - shift_j) · W[j, :] + bias + residual`, summed in float32.
@@ -47,28 +42,124 @@ def product(
 
     Args:
         element: Any uint16 where the tensors are bfloat16, int16 for float16, float32 for float32.
-        inputs: x (T, K) contiguous, scale (K,) and shift (K,), both float32.
+        inputs: x (T, K) contiguous; gain of an RMSNorm (K,); scale (lists, K) and shift (K,), both
+            float32.
         weights: The weight (K, N) and the distance between its strips, in elements.
-        outputs: bias (N,), residual (T, N) and the result (T, N), contiguous.
+        outputs: bias (N,), residual and result, contiguous.
         sizes: T, K, N.
-        threshold: Cut-off in score units, rounded to float32.
+        parts: How many lists of kept channels there are, and the columns that use each. The last
+            list serves all parts that follow.
+        thresholds: Cut-off per list in score units, rounded to float32.
+        form: `BESIDE` for parts beside each other; `SILU` or `GELU` for gate and up.
+        epsilon: Of the norm.
         threads: How many slabs of columns there are, one for each of numba's threads.
     """
     rows, in_features, out_features = sizes
-    x = _array(element, inputs[0], rows * in_features).reshape(rows, in_features)
-    weight = _array(element, weights[0], max(0, in_features - 1) * weights[1] + out_features)
-    channels = np.empty(in_features, np.int64)
-    values = np.empty((in_features, rows), np.float32)
-    kept = list_kept(x, inputs[1], inputs[2], np.float32(threshold), channels, values)
-    lines = (out_features + _per_line(weight) - 1) // _per_line(weight)
-    slab = (lines + threads - 1) // threads * _per_line(weight)
-    for thread in numba.prange(threads):
-        first = thread * slab
-        width = min(slab, out_features - first)
-        if width > 0:
-            sums = np.zeros((rows, width), np.float32)
-            _add_strips(sums, weight, weights[1], first, channels[:kept], values[:kept])
-            _finish(element, sums, outputs, first, out_features)
+    x = array(element, inputs[0], rows * in_features).reshape(rows, in_features)
+    if inputs[1] != 0:
+        x = _normed(x, array(element, inputs[1], in_features), np.float32(epsilon))
+    weight = array(element, weights[0], max(0, in_features - 1) * weights[1] + out_features)
+    lists = parts[0]
+    channels = np.empty((lists, in_features), np.int64)
+    values = np.empty((lists, in_features, rows), np.float32)
+    kept = np.empty(lists, np.int64)
+    for i in range(lists):
+        scale = inputs[2] if inputs[2] == 0 else inputs[2] + 4 * i * in_features
+        kept[i] = list_kept(x, scale, inputs[3], np.float32(thresholds[i]), channels[i], values[i])
+    if threads == 1:
+        _slab(
+            element, weight, weights[1], outputs, sizes, parts, form, channels, values, kept, 0, 1
+        )
+    else:
+        for thread in numba.prange(threads):
+            _slab(
+                element, weight, weights[1], outputs, sizes, parts, form, channels, values, kept,
+                thread, threads,
+            )  # fmt: skip
+
+
+@compiled()
+def _normed(x: Array, gain: Array, epsilon: np.float32) -> Array:
+    result = np.empty_like(x)
+    for row in range(len(x)):
+        norm_into(result[row], x[row], gain, epsilon)
+    return result
+
+
+@compiled()
+def _slab(
+    element: np.generic,
+    weight: Array,
+    stride: int,
+    outputs: tuple[int, int, int],
+    sizes: tuple[int, int, int],
+    parts: tuple[int, int, int, int],
+    form: int,
+    channels: Array,
+    values: Array,
+    kept: Array,
+    thread: int,
+    threads: int,
+) -> None:
+    """Compute the columns of one thread."""
+    rows, _, out_features = sizes
+    if form != BESIDE:
+        half = out_features // 2
+        line = _per_line(weight)
+        share = (half + line * threads - 1) // (line * threads) * line
+        first = thread * share
+        width = min(share, half - first)
+        if width <= 0:
+            return
+        gates = np.zeros((rows, width), np.float32)
+        _add_strips(gates, weight, stride, first, channels[0, : kept[0]], values[0, : kept[0]])
+        ups = np.zeros((rows, width), np.float32)
+        last = len(kept) - 1
+        _add_strips(
+            ups,
+            weight,
+            stride,
+            half + first,
+            channels[last, : kept[last]],
+            values[last, : kept[last]],
+        )
+        _add_bias(element, gates, outputs[0], first, out_features)
+        _add_bias(element, ups, outputs[0], half + first, out_features)
+        _gate(gates, ups, form == GELU)
+        _write(element, gates, outputs, first, half)
+        return
+    begin = _border(parts, kept, _per_line(weight), thread, threads)
+    end = _border(parts, kept, _per_line(weight), thread + 1, threads)
+    part_begin = 0
+    for i in range(parts[0]):
+        part_end = part_begin + parts[1 + i]
+        first, last = max(begin, part_begin), min(end, part_end)
+        if last > first:
+            sums = np.zeros((rows, last - first), np.float32)
+            _add_strips(sums, weight, stride, first, channels[i, : kept[i]], values[i, : kept[i]])
+            _add_bias(element, sums, outputs[0], first, out_features)
+            _write(element, sums, outputs, first, out_features)
+        part_begin = part_end
+
+
+@compiled()
+def _border(
+    parts: tuple[int, int, int, int], kept: Array, line: int, thread: int, threads: int
+) -> int:
+    """Return the column where the share of a thread begins: equal bytes to read for each."""
+    total = 0
+    for i in range(parts[0]):
+        total += parts[1 + i] * (kept[i] + 1)
+    left = total * thread // threads
+    column = 0
+    for i in range(parts[0]):
+        cost = parts[1 + i] * (kept[i] + 1)
+        if left < cost:
+            whole_lines: int = left // (kept[i] + 1) // line * line
+            return column + whole_lines
+        left -= cost
+        column += parts[1 + i]
+    return column
 
 
 @compiled()
@@ -89,8 +180,8 @@ def list_kept(
     """
     channels, values = lists
     rows, in_features = x.shape
-    scale = _array(np.float32(0), scale_address, in_features * (scale_address != 0))
-    shift = _array(np.float32(0), shift_address, in_features * (shift_address != 0))
+    scale = array(np.float32(0), scale_address, in_features * (scale_address != 0))
+    shift = array(np.float32(0), shift_address, in_features * (shift_address != 0))
     kept = 0
     # Entries are written before it is decided whether they stay: there is no branch to mispredict.
     if rows == 1:
@@ -117,11 +208,11 @@ def _score(
     bits: np.generic, channel: int, scale: Array, shift: Array
 ) -> tuple[np.float32, np.float32]:
     """Return an activation less its shift, and its score. Compared as not ≤, NaN is kept."""
-    value = _widen(bits)
+    value = widen(bits)
     score = value
     if len(shift) > 0:
         score = value - shift[channel]
-        value = _widen(_narrow(bits, score))
+        value = widen(narrow(bits, score))
     score = abs(score)
     if len(scale) > 0:
         score = score * scale[channel]
@@ -138,7 +229,7 @@ def _add_strips(
     for i in range(0, grouped, GROUP):
         for j in range(i + GROUP, min(i + 2 * GROUP, grouped)):
             for line in range(PREFETCHED_LINES):
-                _prefetch(weight, channels[j] * stride + first + line * _per_line(weight))
+                prefetch(weight, channels[j] * stride + first + line * _per_line(weight))
         w0 = _strip(weight, channels[i] * stride + first, width)
         w1 = _strip(weight, channels[i + 1] * stride + first, width)
         w2 = _strip(weight, channels[i + 2] * stride + first, width)
@@ -153,14 +244,14 @@ def _add_strips(
             v4, v5, v6, v7 = _four(values, i + 4, row)
             for c in range(width):
                 total[c] += (
-                    v0 * _widen(w0[c])
-                    + v1 * _widen(w1[c])
-                    + v2 * _widen(w2[c])
-                    + v3 * _widen(w3[c])
-                    + v4 * _widen(w4[c])
-                    + v5 * _widen(w5[c])
-                    + v6 * _widen(w6[c])
-                    + v7 * _widen(w7[c])
+                    v0 * widen(w0[c])
+                    + v1 * widen(w1[c])
+                    + v2 * widen(w2[c])
+                    + v3 * widen(w3[c])
+                    + v4 * widen(w4[c])
+                    + v5 * widen(w5[c])
+                    + v6 * widen(w6[c])
+                    + v7 * widen(w7[c])
                 )
     for i in range(grouped, len(channels)):
         strip = _strip(weight, channels[i] * stride + first, width)
@@ -168,29 +259,46 @@ def _add_strips(
             total = sums[row]
             value = values[i, row]
             for c in range(width):
-                total[c] += value * _widen(strip[c])
+                total[c] += value * widen(strip[c])
 
 
 @compiled()
-def _finish(
-    element: np.generic, sums: Array, outputs: tuple[int, int, int], first: int, out_features: int
+def _add_bias(
+    element: np.generic, sums: Array, address: int, first: int, out_features: int
 ) -> None:
-    """Add bias and residual to a slab of sums, (T, width), and write it rounded."""
+    if address != 0:
+        bias = array(element, address, out_features)
+        for row in range(len(sums)):
+            total = sums[row]
+            for c in range(len(total)):
+                total[c] += widen(bias[first + c])
+
+
+@compiled()
+def _gate(gates: Array, ups: Array, gelu: bool) -> None:
+    """Write `activation(gate) · up` over the gates."""
+    for row in range(len(gates)):
+        gate, up = gates[row], ups[row]
+        for c in range(len(gate)):
+            gate[c] = gated(gate[c], up[c], gelu)
+
+
+@compiled()
+def _write(
+    element: np.generic, sums: Array, outputs: tuple[int, int, int], first: int, columns: int
+) -> None:
+    """Add the residual to a slab of sums, (T, width), and write it rounded."""
     rows, width = sums.shape
-    bias = _array(element, outputs[0], out_features)
-    residual = _array(element, outputs[1], rows * out_features)
-    result = _array(element, outputs[2], rows * out_features)
+    residual = array(element, outputs[1], rows * columns)
+    result = array(element, outputs[2], rows * columns)
     for row in range(rows):
         total = sums[row]
-        start = row * out_features + first
-        if outputs[0] != 0:
-            for c in range(width):
-                total[c] += _widen(bias[first + c])
+        start = row * columns + first
         if outputs[1] != 0:
             for c in range(width):
-                total[c] += _widen(residual[start + c])
+                total[c] += widen(residual[start + c])
         for c in range(width):
-            result[start + c] = _narrow(element, total[c])
+            result[start + c] = narrow(element, total[c])
 
 
 @compiled()
@@ -206,71 +314,3 @@ def _four(values: Array, i: int, row: int) -> tuple[Any, Any, Any, Any]:
 @compiled()
 def _per_line(weight: Array) -> int:
     return LINE_BYTES // weight.itemsize
-
-
-@compiled()
-def _array(element: np.generic, address: int, size: int) -> Array:
-    array: Array = numba.carray(_pointer(element, address), (size,))
-    return array
-
-
-@intrinsic
-def _pointer(context: object, element: types.Type, address: types.Type) -> Intrinsic:
-    """Return `address` as a pointer to the type of `element`."""
-
-    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return builder.inttoptr(args[1], context.get_value_type(signature.return_type))
-
-    return types.CPointer(element)(element, address), emit
-
-
-@intrinsic
-def _widen(context: object, value: types.Type) -> Intrinsic:
-    """Return `value`, the bits of a bfloat16 or float16 or a float32, as a float32, exactly."""
-
-    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        if value == types.float32:
-            return args[0]
-        if value == types.int16:
-            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-        bits = builder.zext(args[0], ir.IntType(32))
-        return builder.bitcast(builder.shl(bits, ir.IntType(32)(16)), ir.FloatType())
-
-    return types.float32(value), emit
-
-
-@intrinsic
-def _narrow(context: object, element: types.Type, value: types.Type) -> Intrinsic:
-    """Round a float32 to the type of `element`, to nearest even, and return its bits."""
-
-    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        if element == types.float32:
-            return args[1]
-        if element == types.int16:
-            return builder.bitcast(builder.fptrunc(args[1], ir.HalfType()), ir.IntType(16))
-        word = ir.IntType(32)
-        bits = builder.bitcast(args[1], word)
-        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
-        rounded = builder.lshr(builder.add(bits, builder.add(odd, word(0x7FFF))), word(16))
-        # The carry of rounding would turn some NaN into zero.
-        is_nan = builder.fcmp_unordered("uno", args[1], args[1])
-        return builder.trunc(builder.select(is_nan, word(0x7FC0), rounded), ir.IntType(16))
-
-    return element(element, types.float32), emit
-
-
-@intrinsic
-def _prefetch(context: object, array: types.Type, index: types.Type) -> Intrinsic:
-    """Ask for the cache line of `array[index]`; harmless behind the end."""
-
-    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        pointer, word = cgutils.voidptr_t, ir.IntType(32)
-        form = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
-        data = context.make_array(array)(context, builder, args[0]).data
-        address = builder.bitcast(builder.gep(data, [args[1]]), pointer)
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], form)
-        # For reading, into the second-level cache, as data.
-        builder.call(prefetch, [address, word(0), word(2), word(1)])
-        return context.get_dummy_value()
-
-    return types.void(array, index), emit

@@ -13,6 +13,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 Function = TypeVar("Function", bound=Callable[..., object])
+Result = TypeVar("Result")
 
 # Below this many weights per thread, waking a thread costs more than it saves.
 WEIGHTS_PER_THREAD = 1 << 16
@@ -22,18 +23,22 @@ COLUMNS_PER_THREAD = 128
 _WORKQUEUE_LOCK = threading.Lock()
 
 
-def compiled(*, parallel: bool = False, fuse: bool = False) -> Callable[[Function], Function]:
+def compiled(
+    *, parallel: bool = False, fuse: bool = False, reorder: bool = False
+) -> Callable[[Function], Function]:
     """Compile a function with numba, keeping the machine code on disk where that is possible.
 
     Args:
         parallel: Let `prange` loops use threads.
-        fuse: Allow a multiplication and an addition to become one instruction. No other freedom
-            of "fast math" is taken: NaN and inf keep their meaning, sums keep their order.
+        fuse: Allow a multiplication and an addition to become one instruction. NaN and inf keep
+            their meaning.
+        reorder: Allow that too, and sums to be taken in the order that is fastest, always the same.
 
     Returns:
         A decorator. The function releases the interpreter lock while it runs.
     """
-    options = {"parallel": parallel, "fastmath": {"contract"} if fuse else False, "nogil": True}
+    freedom = {"contract", "reassoc"} if reorder else {"contract"} if fuse else False
+    options = {"parallel": parallel, "fastmath": freedom, "nogil": True}
 
     def decorate(function: Function) -> Function:
         try:
@@ -59,28 +64,37 @@ def thread_count(in_features: int, out_features: int) -> int:
     useful = min(
         in_features * out_features // WEIGHTS_PER_THREAD, out_features // COLUMNS_PER_THREAD
     )
+    return max(1, min(useful, available_threads()))
+
+
+def available_threads() -> int:
+    """Return torch's setting of threads, at most as many as numba was started with."""
     available: int = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    return max(1, min(useful, available))
+    return available
 
 
-def run_threaded(threads: int, function: Callable[..., object], *arguments: object) -> None:
+def run_threaded(threads: int, function: Callable[..., Result], *arguments: object) -> Result:
     """Call a parallel compiled function on some of numba's threads, leaving numba's setting as is.
 
     Args:
-        threads: As from `thread_count`.
+        threads: As from `thread_count`. With one, the function must not reach a parallel loop.
         function: Made by `compiled(parallel=True)`.
         *arguments: Passed to `function`.
+
+    Returns:
+        What `function` returns.
     """
+    if threads == 1:
+        return function(*arguments)
     guard = _launch_guard()
     before = numba.get_num_threads()
     if before == threads:
         with guard:
-            function(*arguments)
-        return
+            return function(*arguments)
     numba.set_num_threads(threads)
     try:
         with guard:
-            function(*arguments)
+            return function(*arguments)
     finally:
         numba.set_num_threads(before)
 

@@ -18,6 +18,7 @@ _SCHEMAS = (
     "attend(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor positions, Tensor cosines, "
     "Tensor sines, *, float scale, int window=0, float softcap=0.0, Tensor? q_gain=None, "
     "Tensor? k_gain=None, float epsilon=0.0) -> Tensor",
+    "dense_rows(Tensor x, Tensor weight) -> Tensor",
 )
 
 
@@ -170,6 +171,23 @@ def attend(
     return result
 
 
+def dense_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply with a dense weight that lies as rows: the embedding that serves as a tied head.
+
+    Args:
+        x: Activations, (..., in_features).
+        weight: (out_features, in_features), in the dtype of `x`.
+
+    Returns:
+        `x @ weight.T`, (..., out_features), in the dtype of `x`; float32 accumulation.
+
+    Raises:
+        UserError: Shapes, dtypes or devices do not fit together.
+    """
+    result: Tensor = torch.ops.teal.dense_rows(x, weight)
+    return result
+
+
 def _fake_gemv(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
     del rest
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
@@ -178,6 +196,10 @@ def _fake_gemv(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
 def _fake_gated(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
     del rest
     return x.new_empty((*x.shape[:-1], weight.shape[1] // 2))
+
+
+def _fake_rows(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _fake_attend(qkv: Tensor, keys: Tensor, *rest: object, **options: object) -> Tensor:
@@ -195,6 +217,7 @@ def _register() -> torch.library.Library:
     for name in ("sparse_gemv", "sparse_parts"):
         torch.library.register_fake(f"teal::{name}", _fake_gemv, lib=library)
     torch.library.register_fake("teal::sparse_gated", _fake_gated, lib=library)
+    torch.library.register_fake("teal::dense_rows", _fake_rows, lib=library)
     torch.library.register_fake("teal::attend", _fake_attend, lib=library)
     return library
 

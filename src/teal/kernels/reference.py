@@ -7,12 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What `sparse_gemv` and its counterpart of another device have in common.
-Product = Callable[
-    [Tensor, Tensor, float, Tensor | None, Tensor | None, Tensor | None],
-    Tensor,
-]
-
 GATES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
@@ -140,7 +134,6 @@ def sparse_parts(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     bias: Tensor | None = None,
-    product: Product = sparse_gemv,
 ) -> Tensor:
     """Multiply `x` with weights that lie beside each other, each with a mask of its own.
 
@@ -152,18 +145,17 @@ def sparse_parts(
         scale: As in `keep_mask`, a row per part, (parts, in_features).
         shift: As in `keep_mask`, shared by the parts.
         bias: Added to the product, (out_features,).
-        product: Computes one part; has the arguments of `sparse_gemv`.
 
     Returns:
         The products beside each other, (..., out_features), in the dtype of `x`.
     """
     if keeps_everything(thresholds):
-        return product(x, weight, -1.0, None, shift, bias)
+        return sparse_gemv(x, weight, -1.0, None, shift, bias)
     columns = torch.split(weight, list(widths), dim=1)
     biases = [None] * len(widths) if bias is None else torch.split(bias, list(widths))
     scales = [None] * len(widths) if scale is None else scale.unbind()
     parts = zip(columns, thresholds, scales, biases, strict=True)
-    return torch.cat([product(x, w, t, s, shift, b) for w, t, s, b in parts], dim=-1)
+    return torch.cat([sparse_gemv(x, w, t, s, shift, b) for w, t, s, b in parts], dim=-1)
 
 
 def gate_and_up(both: Tensor, activation: str) -> Tensor:

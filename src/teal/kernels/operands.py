@@ -1,0 +1,44 @@
+"""What one product computes from: the operands that every form and device has in common."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Operands(NamedTuple):
+    """Operands of parts beside each other, or of gate and up.
+
+    A named tuple: made once per product, it costs a fifth of a frozen dataclass.
+
+    Attributes:
+        x: Activations, (..., in_features); hidden states before the norm where `gain` is given.
+        weight: Channel-major weights beside each other, (in_features, out_features).
+        thresholds: One per part; all below zero for the dense product.
+        widths: Columns of each part, summing to out_features.
+        scale: Score weights, (parts, in_features).
+        shift: Centre per channel, (in_features,).
+        bias: Added to the product, (out_features,).
+        residual: Added to the result, (..., out_features).
+        gain: Weight of an RMSNorm that `x` goes through first, (in_features,).
+        epsilon: Of that norm.
+        activation: Of the gate, for `activation(gate) · up`; `None` for parts beside each other.
+    """
+
+    x: Tensor
+    weight: Tensor
+    thresholds: Sequence[float]
+    widths: Sequence[int]
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    gain: Tensor | None = None
+    epsilon: float = 0.0
+    activation: str | None = None
+
+    @property
+    def rows(self) -> int:
+        """Token rows of `x`."""
+        return math.prod(self.x.shape[:-1])
