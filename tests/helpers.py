@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from teal.foundation.identity import ModelIdentity
 from teal.foundation.provenance import TextProvenance
 from teal.methods import MaskRule
-from teal.models.families import identity_of
+from teal.models.families import FAMILIES, identity_of
 from teal.plan import PlannedProjection, SparsityPlan
 
 # How far results may be apart that are equal on paper; what is not listed has to be bit-equal.
@@ -31,6 +31,8 @@ TOLERANCES: Mapping[str, float] = {
 }
 
 VOCABULARY = 97
+
+ENGINE_FAMILIES = [name for name, family in FAMILIES.items() if family.form is not None]
 
 _FILE_EVENTS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir")
 

@@ -1,11 +1,10 @@
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import ENGINE_FAMILIES, tiny_model
 
 from teal.engine.cache import KeyValueCache
 from teal.foundation.errors import UserError
 from teal.models.architectures import Architecture, architecture_of
-from teal.models.families import FAMILIES
 
 CPU = torch.device("cpu")
 
@@ -18,7 +17,7 @@ def cache_of(rows: int = 2, capacity: int = 6, family: str = "llama") -> KeyValu
     return KeyValueCache(architecture(family), rows, capacity, torch.float32, CPU)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ENGINE_FAMILIES)
 def test_every_layer_has_room_of_its_own(family: str) -> None:
     cache = cache_of(3, 7, family)
     tensors = [*cache.keys, *cache.values]

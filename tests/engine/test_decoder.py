@@ -15,17 +15,23 @@ from decoding import (
     plan_at,
     rules_of,
 )
-from helpers import TOLERANCES, assert_as_precise_as_torch, plan_for, tiny_model, tiny_tokens
+from helpers import (
+    ENGINE_FAMILIES,
+    TOLERANCES,
+    assert_as_precise_as_torch,
+    plan_for,
+    tiny_model,
+    tiny_tokens,
+)
 from torch import Tensor
 
 from teal.foundation.errors import UserError
 from teal.methods import MaskRule
-from teal.models.families import FAMILIES
 from teal.models.loading import load_model
 from teal.sparsification import sparsify
 
 TRAINED = Path(__file__).parents[2] / "models/py-16m"
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", ENGINE_FAMILIES)
 GRANITE = {
     "attention_multiplier": 0.3,
     "embedding_multiplier": 3.0,

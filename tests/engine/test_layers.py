@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 from decoding import LENGTH, assert_close, by_transformers, cache_for, decoded, decoder_of
-from helpers import TOLERANCES, logits_of, plan_for, tiny_model, tiny_tokens
+from helpers import ENGINE_FAMILIES, TOLERANCES, logits_of, plan_for, tiny_model, tiny_tokens
 from torch import Tensor
 
 from teal.engine.layers import KEEP_ALL, LayerCalls
@@ -12,9 +12,9 @@ from teal.foundation.errors import UserError
 from teal.kernels.reference import keep_mask
 from teal.methods import MaskRule
 from teal.models.architectures import architecture_of
-from teal.models.families import FAMILIES, blocks_of
+from teal.models.families import blocks_of
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", ENGINE_FAMILIES)
 
 ATTENTION = "model.layers.1.self_attn"
 MLP = "model.layers.1.mlp"

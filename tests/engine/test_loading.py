@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import ENGINE_FAMILIES, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -13,10 +13,9 @@ from teal.engine.sharing import from_model
 from teal.engine.weights import DecoderWeights
 from teal.foundation.errors import UserError
 from teal.models.architectures import architecture_of
-from teal.models.families import FAMILIES
 
 CPU = torch.device("cpu")
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", ENGINE_FAMILIES)
 
 
 @pytest.fixture

@@ -3,17 +3,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TOLERANCES, logits_of, plan_for, tiny_model, tiny_tokens
+from helpers import ENGINE_FAMILIES, TOLERANCES, logits_of, plan_for, tiny_model, tiny_tokens
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
 from teal.engine.sharing import from_model
 from teal.engine.weights import DecoderWeights
 from teal.foundation.errors import UserError
-from teal.models.families import FAMILIES, projections_of
+from teal.models.families import projections_of
 from teal.sparsification import densify, sparsify
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", ENGINE_FAMILIES)
 
 
 def storage(tensor: Tensor) -> int:

@@ -2,16 +2,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import ENGINE_FAMILIES, tiny_model
 from torch import Tensor, nn
 
 from teal.engine.sharing import from_model
 from teal.engine.weights import require_all_read, transposed_parts
 from teal.foundation.errors import UserError
 from teal.models.architectures import architecture_of
-from teal.models.families import FAMILIES, blocks_of
+from teal.models.families import blocks_of
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", ENGINE_FAMILIES)
 BIASED = [("llama", {"attention_bias": True, "mlp_bias": True}), ("qwen2", {})]
 
 

@@ -2,13 +2,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from helpers import tiny_model
+from helpers import ENGINE_FAMILIES, tiny_model
 
 from teal.foundation.errors import UserError
 from teal.models.architectures import architecture_of
 from teal.models.families import FAMILIES, identity_of
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", ENGINE_FAMILIES)
 
 
 @every_family

@@ -2,11 +2,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import ENGINE_FAMILIES, tiny_model
 from torch import Tensor
 
 from teal.foundation.errors import UserError
-from teal.models.families import FAMILIES
 from teal.models.rope import ROPE_TYPES, ropes_of
 
 LENGTH = 100
@@ -57,7 +56,7 @@ def test_tables_of_every_type_are_those_of_transformers(rope_type: str) -> None:
     assert_same_tables(tables, tables_of_transformers(model))
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma3_text"}))
+@pytest.mark.parametrize("family", sorted({*ENGINE_FAMILIES} - {"gemma3_text"}))
 def test_tables_of_every_family_are_those_of_transformers(family: str) -> None:
     model = tiny_model(family)
     (rope, _) = ropes_of(model.config, FULL)
