@@ -1,5 +1,6 @@
 """What tests of the engine share: decoders of models, and the same tokens through transformers."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from teal.engine.cache import KeyValueCache
 from teal.engine.decoder import Decoder
 from teal.engine.sharing import from_model
+from teal.engine.weights import DecoderWeights
 from teal.methods import MaskRule
 from teal.models.architectures import architecture_of
 from teal.plan import PlannedProjection, SparsityPlan
@@ -80,3 +82,16 @@ def plan_at(decoder: Decoder, tokens: Tensor, sparsity: float) -> SparsityPlan:
         for name in entry.widths
     }
     return plan_of(architecture.identity, planned)
+
+
+def tensors_of(weights: DecoderWeights) -> list[Tensor | None]:
+    own = [weights.embedding, weights.final_norm, weights.head]
+    return own + [getattr(layer, field.name) for layer in weights.layers for field in fields(layer)]
+
+
+def assert_same_weights(one: DecoderWeights, other: DecoderWeights) -> None:
+    for first, second in zip(tensors_of(one), tensors_of(other), strict=True):
+        assert (first is None) is (second is None)
+        if first is not None and second is not None:
+            assert first.dtype == second.dtype
+            assert torch.equal(first, second)

@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import GenerationConfig
 
-from teal.engine.loading import from_folder
+from teal.engine.checkpoint import from_folder
 from teal.engine.sharing import from_model
 from teal.engine.stopping import Tokenizer
 from teal.engine.weights import DecoderWeights

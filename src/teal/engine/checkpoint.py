@@ -1,4 +1,4 @@
-"""The weights of a decoder from a folder, tensor by tensor, or drawn at random."""
+"""The weights of a decoder from a model folder, tensor by tensor."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ from teal.engine.weights import (
 from teal.foundation.artifact import read_json
 from teal.foundation.errors import UserError
 from teal.foundation.progress import Progress, silent
-from teal.models.architectures import Architecture, architecture_of
+from teal.models.architectures import architecture_of
 from teal.models.loading import load_config
 
 _INDEX = "model.safetensors.index.json"
@@ -55,33 +55,6 @@ def from_folder(
     weights = assemble(architecture, source, tied_head=architecture.tied_head, progress=progress)
     require_all_read(architecture, source.names, source.read, repr(str(folder)))
     return weights
-
-
-@torch.no_grad()
-def random_weights(
-    architecture: Architecture,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> DecoderWeights:
-    """Draw weights that keep the scale of the hidden states, for measuring speed.
-
-    They are drawn in place: nothing but the weights takes memory.
-
-    Args:
-        architecture: What weights there are.
-        dtype: Dtype of the weights.
-        device: Where to put them.
-        seed: The same seed gives the same weights on the same kind of device.
-        progress: Shows the layers going by.
-
-    Raises:
-        UserError: The weights are too large for the device.
-    """
-    require_memory(architecture.num_weights * dtype.itemsize, device, "The weights")
-    source = _RandomSource(architecture, dtype, device, seed)
-    return assemble(architecture, source, tied_head=architecture.tied_head, progress=progress)
 
 
 class _FolderSource:
@@ -141,31 +114,6 @@ class _FolderSource:
         return UserError(
             f"{str(self._folder / file)!r} is missing or damaged ({error}). Copy it there anew."
         )
-
-
-class _RandomSource:
-    def __init__(
-        self, architecture: Architecture, dtype: torch.dtype, device: torch.device, seed: int
-    ) -> None:
-        self._gain = 1.0 - architecture.form.norm_offset
-        self._dtype = dtype
-        self._device = device
-        self._generator = torch.Generator(device).manual_seed(seed)
-
-    def matrix(self, widths: Mapping[str, int], in_features: int) -> Tensor:
-        return self._normal((in_features, sum(widths.values())), in_features**-0.5)
-
-    def vector(self, widths: Mapping[str, int]) -> Tensor:
-        value = 0.0 if next(iter(widths)).endswith(".bias") else self._gain
-        return torch.full((sum(widths.values()),), value, dtype=self._dtype, device=self._device)
-
-    def rows(self, name: str, shape: tuple[int, int]) -> Tensor:
-        del name
-        return self._normal(shape, shape[1] ** -0.5)
-
-    def _normal(self, shape: tuple[int, int], deviation: float) -> Tensor:
-        empty = torch.empty(shape, dtype=self._dtype, device=self._device)
-        return empty.normal_(0.0, deviation, generator=self._generator)
 
 
 def _files_of(folder: Path) -> dict[str, str]:

@@ -1,18 +1,16 @@
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from decoding import assert_same_weights, tensors_of
 from helpers import ENGINE_FAMILIES, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from teal.engine.loading import from_folder, random_weights
+from teal.engine.checkpoint import from_folder
 from teal.engine.sharing import from_model
-from teal.engine.weights import DecoderWeights
 from teal.foundation.errors import UserError
-from teal.models.architectures import architecture_of
 
 CPU = torch.device("cpu")
 every_family = pytest.mark.parametrize("family", ENGINE_FAMILIES)
@@ -29,19 +27,6 @@ def sharded(tmp_path: Path) -> Path:
     tiny_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     return tmp_path
-
-
-def tensors_of(weights: DecoderWeights) -> list[Tensor | None]:
-    own = [weights.embedding, weights.final_norm, weights.head]
-    return own + [getattr(layer, field.name) for layer in weights.layers for field in fields(layer)]
-
-
-def assert_same_weights(one: DecoderWeights, other: DecoderWeights) -> None:
-    for first, second in zip(tensors_of(one), tensors_of(other), strict=True):
-        assert (first is None) is (second is None)
-        if first is not None and second is not None:
-            assert first.dtype == second.dtype
-            assert torch.equal(first, second)
 
 
 def change_weights(folder: Path, changes: dict[str, Tensor | None]) -> None:
@@ -136,42 +121,3 @@ def test_folder_that_does_not_fit_the_device_is_refused_before_reading(
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"^The weights need 0\.0 GB and cpu has 0\.0 GB free"):
         from_folder(folder, None, CPU)
-
-
-@every_family
-def test_random_weights_have_the_shapes_of_the_model(family: str) -> None:
-    model = tiny_model(family)
-    weights = random_weights(architecture_of(model.config), torch.float32, CPU)
-    for first, second in zip(tensors_of(weights), tensors_of(from_model(model)), strict=True):
-        assert (first is None) is (second is None)
-        if first is not None and second is not None:
-            assert first.shape == second.shape
-            assert first.is_contiguous()
-
-
-def test_random_weights_depend_on_the_seed_alone() -> None:
-    architecture = architecture_of(tiny_model("llama").config)
-    one, same, other = (
-        random_weights(architecture, torch.float32, CPU, seed=seed) for seed in (1, 1, 2)
-    )
-    assert_same_weights(one, same)
-    assert not torch.equal(one.layers[0].qkv, other.layers[0].qkv)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_random_weights_keep_the_scale_of_their_input(family: str) -> None:
-    config = tiny_model(family, hidden_size=256, intermediate_size=512).config
-    weights = random_weights(architecture_of(config), torch.float32, CPU)
-    layer = weights.layers[0]
-    assert float(layer.down.std()) == pytest.approx(512**-0.5, rel=0.05)
-    assert float(layer.qkv.std()) == pytest.approx(256**-0.5, rel=0.05)
-    assert layer.mlp_norm is not None
-    assert torch.equal(layer.mlp_norm, torch.ones(256))
-
-
-def test_random_weights_too_large_for_the_device_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("teal.engine.memory.free_memory", lambda device: 0)
-    with pytest.raises(UserError, match=r"^The weights need .* free\. Take a smaller"):
-        random_weights(architecture_of(tiny_model("llama").config), torch.float32, CPU)
