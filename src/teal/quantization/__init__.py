@@ -1,0 +1,16 @@
+"""Weights of few bits: int8, int4 and fp8, channel-major; making, packing and loading them."""
+
+from teal.quantization.checkpoint import QuantizedCheckpoint
+from teal.quantization.gptq import SecondMoments, quantize_by_moments
+from teal.quantization.rounding import Scheme, round_to_nearest
+from teal.quantization.weight import GROUP_SIZES, QuantizedWeight
+
+__all__ = [
+    "GROUP_SIZES",
+    "QuantizedCheckpoint",
+    "QuantizedWeight",
+    "Scheme",
+    "SecondMoments",
+    "quantize_by_moments",
+    "round_to_nearest",
+]

@@ -1,0 +1,98 @@
+"""GPTQ (arXiv 2210.17323): rounding that makes up for its error on the channels still to come."""
+
+import torch
+from torch import Tensor
+
+from teal.foundation.errors import UserError
+from teal.quantization.rounding import Grid, Scheme, assembled, require_finite
+from teal.quantization.weight import QuantizedWeight
+
+# Added to the diagonal of the second moments, relative to its mean (section 3.3, step 3), and the
+# most to try when that leaves them singular.
+_DAMPING = 0.01
+_MOST_DAMPING = 1.0
+
+# Channels between two updates of the rest of the weight, where no group is smaller.
+_BLOCK = 128
+
+
+class SecondMoments:
+    """Running sum of x xᵀ over the activations of one projection input.
+
+    Attributes:
+        total: Sum over all rows, (in_features, in_features), float32.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str) -> None:
+        self.total = torch.zeros(in_features, in_features, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Add activations, (..., in_features)."""
+        rows = x.flatten(0, -2).float()
+        self.total.addmm_(rows.T, rows)
+
+
+def quantize_by_moments(weight: Tensor, moments: SecondMoments, scheme: Scheme) -> QuantizedWeight:
+    """Quantize a weight so that its product with the observed activations changes little.
+
+    Channels are rounded in their own order (no act-order). All arithmetic is in float32.
+
+    Args:
+        weight: Channel-major weight, (in_features, out_features), a float dtype, which the scales
+            take too.
+        moments: Of the projection's input, on the same device.
+        scheme: Into what.
+
+    Raises:
+        UserError: The weight or the activations hold NaN or infinity.
+    """
+    require_finite(weight)
+    spread = _error_spread(moments.total)
+    rest = weight.float().clone()
+    # What is never active has no influence; zero is the cheapest code for it.
+    rest[moments.total.diagonal() == 0] = 0
+    group_size = scheme.group_size or len(rest)
+    grid = Grid.fit(rest, scheme, weight.dtype)
+    grids, codes = [], []
+    for start in range(0, len(rest), min(group_size, _BLOCK)):
+        stop = min(start + min(group_size, _BLOCK), len(rest))
+        if scheme.group_size:
+            grid = Grid.fit(rest[start:stop], scheme, weight.dtype)
+        if start % group_size == 0:
+            grids.append(grid)
+        block_codes, errors = _round_block(rest[start:stop], spread[start:stop, start:stop], grid)
+        rest[stop:] -= spread[start:stop, stop:].T @ errors
+        codes.append(block_codes)
+    return assembled(torch.cat(codes), grids, group_size)
+
+
+def _round_block(block: Tensor, spread: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Round channels one by one; return their codes and the errors to spread over the rest."""
+    block = block.clone()
+    codes, errors = [], []
+    for index in range(len(block)):
+        channel = block[index : index + 1]
+        codes.append(grid.codes(channel))
+        errors.append((channel - grid.values(codes[-1])) / spread[index, index])
+        block[index + 1 :] -= spread[index, index + 1 :, None] * errors[-1]
+    return torch.cat(codes), torch.cat(errors)
+
+
+def _error_spread(total: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of the inverse of the damped second moments."""
+    if not bool(torch.isfinite(total).all()):
+        raise UserError("Activations hold NaN or infinity. Use another dtype, such as float32.")
+    diagonal = total.diagonal()
+    mean = diagonal.mean().clamp(min=torch.finfo(total.dtype).tiny)
+    damping = _DAMPING
+    while damping <= _MOST_DAMPING:
+        damped = total + torch.diag(torch.where(diagonal == 0, mean, damping * mean))
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = torch.cholesky_inverse(factor)
+            spread: Tensor
+            spread, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        if not failed:
+            return spread
+        damping *= 10
+    raise UserError("The second moments of the activations are singular. Use more or other text.")
