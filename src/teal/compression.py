@@ -1,0 +1,234 @@
+"""Quantizing the projections of a model, to the nearest values or by GPTQ, and saving it."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teal.data import TokenWindows
+from teal.foundation.artifact import read_json, replace_folder
+from teal.foundation.errors import UserError
+from teal.foundation.progress import Progress, silent
+from teal.foundation.version import __version__
+from teal.linear import SparseLinear
+from teal.models.blocks import Batch, first_batches, resident, run_block
+from teal.models.families import Block, blocks_of, projections_of
+from teal.quantization import (
+    GROUP_SIZES,
+    QuantizedWeight,
+    Scheme,
+    SecondMoments,
+    quantize_by_moments,
+    round_to_nearest,
+)
+from teal.quantization.compressed_layout import compressed_config, compressed_tensors
+
+SCHEMA_VERSION = 1
+
+_KIND = "quantization"
+
+
+@torch.no_grad()
+def quantize_model(
+    model: nn.Module,
+    scheme: Scheme,
+    tokens: TokenWindows | None = None,
+    *,
+    device: torch.device | str | None = None,
+    batch_size: int = 1,
+    progress: Progress = silent,
+) -> dict[str, QuantizedWeight]:
+    """Quantize every projection; in place, the model's weights become the values of their codes.
+
+    With tokens it is GPTQ: block by block, and within a block input by input, so that what comes
+    before is already quantized when an input is observed.
+
+    Args:
+        model: A dense Hugging Face causal language model of a supported family.
+        scheme: Into what.
+        tokens: Text for GPTQ; without, weights are rounded to the nearest value.
+        device: Where blocks run and are quantized. `None` is where they are.
+        batch_size: Windows per forward pass.
+        progress: Shows how far it is.
+
+    Returns:
+        Weight of every projection by its dotted module name, on the CPU.
+
+    Raises:
+        UserError: The model is sparse or quantized, its sizes do not fit the groups, or its
+            weights or activations hold NaN or infinity.
+    """
+    _require_dense(model)
+    _require_whole_groups(model, scheme)
+    linears = projections_of(model)
+    batches = [] if tokens is None else first_batches(model, tokens.tokens, batch_size=batch_size)
+    weights: dict[str, QuantizedWeight] = {}
+    for index, block in enumerate(progress(blocks_of(model), "quantize")):
+        home = next(block.module.parameters()).device
+        with resident(block.module, torch.device(device or home)):
+            for names in block.inputs.values():
+                moments = _observed(linears[names[0]], block, batches, index)
+                weights |= {name: _quantize(linears[name], scheme, moments) for name in names}
+            for batch in batches:
+                output = run_block(block, batch.hidden_states, batch.arguments[index])
+                batch.hidden_states = output.to(batch.hidden_states.device)
+    return weights
+
+
+def save_quantized(
+    folder: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    weights: Mapping[str, QuantizedWeight],
+    scheme: Scheme,
+    *,
+    tokens: TokenWindows | None = None,
+    force: bool = False,
+) -> None:
+    """Write a model folder in the compressed-tensors layout, which transformers and vLLM read.
+
+    Args:
+        folder: Destination, written whole or not at all.
+        model: The model; of its own weights only those of projections are left out.
+        tokenizer: Its tokenizer.
+        weights: What `quantize_model` returned.
+        scheme: What it was given.
+        tokens: What it was given.
+        force: Replace a folder that an earlier call wrote.
+
+    Raises:
+        UserError: The destination cannot be written.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    config = compressed_config(scheme, [name for name in linears if name not in weights])
+    record = {
+        "kind": _KIND,
+        "schema_version": SCHEMA_VERSION,
+        "method": "rtn" if tokens is None else "gptq",
+        "text": None if tokens is None else tokens.provenance.to_dict(),
+        "library_version": __version__,
+    }
+    with _replaced(folder, force=force), replace_folder(folder) as temporary:
+        tokenizer.save_pretrained(temporary)
+        saved: Any = model
+        saved.save_pretrained(temporary, state_dict=_state(model, weights, scheme))
+        _share(temporary)
+        content = read_json(temporary / "config.json") | {"quantization_config": config}
+        _write_json(temporary / "config.json", content)
+        _write_json(temporary / f"{_KIND}.json", record)
+
+
+def check_replaceable(folder: Path, *, force: bool) -> None:
+    """Fail early where `save_quantized` would not replace `folder`.
+
+    Raises:
+        UserError: It exists and is not to be replaced, or holds something else.
+    """
+    if folder.exists() and not force:
+        raise UserError(
+            f"Output {str(folder)!r} already exists. Choose another, or replace it with --force."
+        )
+    if folder.exists() and not (folder / f"{_KIND}.json").is_file():
+        raise UserError(
+            f"{str(folder)!r} holds something that teal quantize did not write, which --force "
+            "would delete. Choose another output."
+        )
+
+
+class _SeenEnough(Exception):  # noqa: N818  (no error)
+    """Ends the run of a block whose further outputs nobody needs."""
+
+
+@contextmanager
+def _replaced(folder: Path, *, force: bool) -> Iterator[None]:
+    """Keep what is at `folder` aside until the block has put something new there."""
+    check_replaceable(folder, force=force)
+    aside = folder.with_name(f".{folder.name}.replaced")
+    if folder.exists():
+        folder.rename(aside)
+    try:
+        yield
+    finally:
+        if aside.exists() and folder.exists():
+            shutil.rmtree(aside)
+        elif aside.exists():
+            aside.rename(folder)
+
+
+def _require_dense(model: nn.Module) -> None:
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        raise UserError("The model is sparse. Quantize it dense: call densify(model) first.")
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is not None:
+        raise UserError("The model is quantized already. Quantize the dense model it came from.")
+
+
+def _require_whole_groups(model: nn.Module, scheme: Scheme) -> None:
+    for name, linear in projections_of(model).items():
+        if scheme.group_size and linear.in_features % scheme.group_size:
+            fitting = [str(size) for size in GROUP_SIZES if linear.in_features % size == 0]
+            cure = f"Use a group size of {' or '.join(fitting)}" if fitting else "Use int8 or fp8"
+            raise UserError(
+                f"The {linear.in_features} inputs of {name} are not a multiple of the group size "
+                f"{scheme.group_size}. {cure}."
+            )
+
+
+def _observed(
+    linear: nn.Linear, block: Block, batches: Sequence[Batch], index: int
+) -> SecondMoments | None:
+    """Sum up what one of the block's projections receives; `None` without batches."""
+    if not batches:
+        return None
+    moments = SecondMoments(linear.in_features, linear.weight.device)
+
+    def observe(_linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+        moments.add(args[0])
+        raise _SeenEnough
+
+    handle = linear.register_forward_pre_hook(observe)
+    try:
+        for batch in batches:
+            with suppress(_SeenEnough):
+                run_block(block, batch.hidden_states, batch.arguments[index])
+    finally:
+        handle.remove()
+    return moments
+
+
+def _quantize(linear: nn.Linear, scheme: Scheme, moments: SecondMoments | None) -> QuantizedWeight:
+    """Quantize a projection and give it the values of its codes."""
+    dense = linear.weight.T.contiguous()
+    if moments is None:
+        weight = round_to_nearest(dense, scheme)
+    else:
+        weight = quantize_by_moments(dense, moments, scheme)
+    linear.weight.copy_(weight.dequantize(dense.dtype).T)
+    return weight.to("cpu")
+
+
+def _state(
+    model: nn.Module, weights: Mapping[str, QuantizedWeight], scheme: Scheme
+) -> dict[str, Tensor]:
+    dense = {f"{name}.weight" for name in weights}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in dense}
+    for name, weight in weights.items():
+        tensors = compressed_tensors(weight, scheme)
+        state |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    return state
+
+
+def _share(folder: Path) -> None:
+    """Let others read the weights as the umask has it; safetensors hides what it writes."""
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
