@@ -1,13 +1,23 @@
+import json
+import shutil
+
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.cli.conftest import MODEL
 
 PROMPT = "import os\n\ndef read_json(path):"
+TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 
 
-def test_continuation_is_that_of_transformers(teal):
-    outcome = teal("generate", MODEL, "--prompt", PROMPT, "--max-new-tokens", "12")
+@pytest.fixture
+def generate(teal):
+    """Continue the prompt with further options."""
+    return lambda *options: teal("generate", MODEL, "--prompt", PROMPT, *options)
+
+
+def test_continuation_is_that_of_transformers(generate):
+    outcome = generate("--max-new-tokens", "12")
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
@@ -16,27 +26,67 @@ def test_continuation_is_that_of_transformers(teal):
     assert outcome.out.strip() == expected.strip()
 
 
-def test_speed_is_told_apart_from_the_text(teal):
-    outcome = teal("generate", MODEL, "--prompt", PROMPT, "--max-new-tokens", "4")
+def test_speed_is_told_apart_from_the_text(generate):
+    outcome = generate("--max-new-tokens", "4")
+    assert outcome.err.startswith("4 tokens, ")
     assert "tokens/s" in outcome.err
     assert "tokens/s" not in outcome.out
 
 
-def test_a_plan_changes_the_continuation_but_not_the_prompt(teal, workspace, tmp_path):
+def test_a_plan_changes_the_continuation_but_not_the_prompt(teal, generate, workspace, tmp_path):
     assert (
         teal("allocate", workspace / "stats", "--sparsity", "0.8", "--out", tmp_path / "p").code
         == 0
     )
-    arguments = ("generate", MODEL, "--prompt", PROMPT, "--max-new-tokens", "24")
-    sparse, dense = teal(*arguments, "--plan", tmp_path / "p"), teal(*arguments)
+    dense = generate("--max-new-tokens", "24")
+    sparse = generate("--max-new-tokens", "24", "--plan", tmp_path / "p")
     assert sparse.out != dense.out
     assert sparse.out.startswith(PROMPT)
+    back = generate("--max-new-tokens", "24", "--plan", tmp_path / "p", "--sparsity", "0")
+    assert back.out == dense.out
 
 
-def test_a_seed_makes_samples_repeatable(teal):
-    arguments = ("generate", MODEL, "--prompt", PROMPT, "--temperature", "1", "--max-new-tokens", 8)
-    first, again, other = (teal(*arguments, "--seed", seed).out for seed in (1, 1, 2))
+def test_a_seed_makes_samples_repeatable(generate):
+    options = ("--temperature", "1", "--max-new-tokens", 8)
+    first, again, other = (generate(*options, "--seed", seed).out for seed in (1, 1, 2))
     assert first == again != other
+
+
+def test_sampling_options_reach_the_engine(generate):
+    greedy = generate("--max-new-tokens", 24).out
+    for options in (["--top-k", 1], ["--top-p", 0.0001], ["--min-p", 1]):
+        assert generate("--max-new-tokens", 24, "--temperature", 2, *options).out == greedy
+    assert generate("--max-new-tokens", 24, "--repetition-penalty", 1.5).out != greedy
+
+
+def test_text_ends_before_a_stop_string(generate):
+    whole = generate("--max-new-tokens", 40).out
+    stop = whole[len(PROMPT) + 20 : len(PROMPT) + 26]
+    outcome = generate("--max-new-tokens", 40, "--stop", stop)
+    begun = len(PROMPT) + whole[len(PROMPT) :].index(stop)
+    assert outcome.out.removesuffix("\n") == whole[:begun]
+
+
+def test_several_prompts_are_several_streams(generate):
+    content = generate("--prompt", "class A:", "--max-new-tokens", 6, "--json").json
+    assert [stream["prompt"] for stream in content["streams"]] == [PROMPT, "class A:"]
+    assert all(len(stream["tokens"]) == 6 for stream in content["streams"])
+    assert content["streams"][0]["finish_reason"] == "length"
+    assert content["tokens_per_second"] > 0
+    table = generate("--prompt", "class A:", "--max-new-tokens", 6).out
+    for stream in content["streams"]:
+        assert stream["prompt"] + stream["text"] in table
+
+
+def test_chat_puts_the_prompt_into_the_template(teal, tmp_path):
+    shutil.copytree(MODEL, tmp_path / "model")
+    config = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
+    config["chat_template"] = TEMPLATE
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(config))
+    options = ("--max-new-tokens", "12", "--json")
+    chat = teal("generate", tmp_path / "model", "--prompt", "Hello", "--chat", *options)
+    plain = teal("generate", MODEL, "--prompt", "<user>Hello", *options)
+    assert chat.json["streams"][0]["text"] == plain.json["streams"][0]["text"]
 
 
 @pytest.mark.parametrize(
@@ -47,6 +97,13 @@ def test_a_seed_makes_samples_repeatable(teal):
             ["--prompt", "x", "--max-new-tokens", "5000"], ["context of 1024"], id="too long"
         ),
         pytest.param(["--prompt", "x", "--plan", "nope"], ["'nope'", "plan.json"], id="no plan"),
+        pytest.param(["--prompt", "x", "--chat"], ["no chat template"], id="no chat template"),
+        pytest.param(["--prompt", "x"] * 9, ["9 prompts", "1 to 8"], id="too many"),
+        pytest.param(["--prompt", "x", "--top-p", "0"], ["top_p 0.0 is out of range"], id="top-p"),
+        pytest.param(["--prompt", "x", "--sparsity", "0.5"], ["has no plan"], id="sparsity"),
+        pytest.param(
+            ["--prompt", "x", "--max-new-tokens", "0"], ["max_new_tokens 0"], id="no token"
+        ),
     ],
 )
 def test_bad_input_is_one_line(teal, options, words):

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,17 +20,17 @@ from teal.cli.console import (
     say,
     with_error,
 )
-from teal.cli.generate import continuation, encode_prompt
+from teal.cli.generate import encode_prompt
 from teal.cli.options import DeviceOption, DtypeOption, resolve_sequence_length
 from teal.cli.stdlib_text import calibration_text, held_out_text
 from teal.data import Text, check_no_overlap, token_windows
+from teal.engine.engine import Engine
 from teal.evaluation import Evaluation, compare
 from teal.foundation.artifact import check_destination, write_text
 from teal.foundation.version import __version__
 from teal.models.loading import context_length, load_model, load_tokenizer
 from teal.plan import SparsityPlan
 from teal.report import DenseRow, Sample, SparseRow, figures, write_report
-from teal.sparsification import densify, sparsify
 
 app = typer.Typer(add_completion=False)
 
@@ -105,7 +105,8 @@ def command(
         figures=figures(dense, rows, stats, _shown(plans, "greedy")),
         samples=samples,
     )
-    write_text(out / "results.json", json.dumps(_results(result, plans, summary), indent=2) + "\n")
+    results = _results(result, plans, summary) | {"samples": [asdict(row) for row in samples]}
+    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     say(f"Report: {page}  ({time.perf_counter() - started:.0f} s)")
 
 
@@ -153,18 +154,23 @@ def _evaluate(subject: _Subject, plans: Sequence[SparsityPlan], text: Text) -> E
 
 
 def _continue(subject: _Subject, plans: Sequence[SparsityPlan]) -> list[Sample]:
-    ids = encode_prompt(PROMPT, subject.tokenizer, subject.model, NEW_TOKENS)
+    prompt = encode_prompt(PROMPT, subject.tokenizer)
+    engine = Engine(subject.model, _shown(plans, "greedy"), tokenizer=subject.tokenizer)
 
-    def sample(title: str) -> Sample:
-        output = continuation(subject.model, ids, max_new_tokens=NEW_TOKENS)
-        text = subject.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        return Sample(title=title, prompt=PROMPT, continuation=text)
+    def sample(title: str, sparsity: float | None) -> Sample:
+        # The first steps load compiled kernels, which is not what is measured.
+        engine.generate(prompt, max_new_tokens=2, sparsity=sparsity)
+        result = engine.generate(
+            prompt, max_new_tokens=NEW_TOKENS, sparsity=sparsity, stop_tokens=()
+        )
+        return Sample(
+            title=title,
+            prompt=PROMPT,
+            continuation=result.texts[0],
+            tokens_per_second=result.tokens_per_second,
+        )
 
-    dense = sample("dense")
-    sparsify(subject.model, _shown(plans, "greedy"))
-    sparse = sample(f"greedy at {percent(SHOWN_SPARSITY)}")
-    densify(subject.model)
-    return [dense, sparse]
+    return [sample("dense", 0.0), sample(f"greedy at {percent(SHOWN_SPARSITY)}", None)]
 
 
 def _shown(plans: Sequence[SparsityPlan], strategy: str) -> SparsityPlan:
@@ -238,4 +244,5 @@ def _print(
     columns = ["strategy", "target", "effective", "perplexity", "KL", "top-1 agreement"]
     print_table(title, columns, table)
     for sample in samples:
-        say(f"\n── {sample.title} ──\n{sample.prompt}{sample.continuation}")
+        speed = f"{sample.tokens_per_second:.0f} tokens/s"
+        say(f"\n── {sample.title}, {speed} ──\n{sample.prompt}{sample.continuation}")

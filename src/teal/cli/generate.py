@@ -1,105 +1,154 @@
-"""`teal generate`: continue a prompt."""
+"""`teal generate`: continue prompts."""
 
-import time
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from teal.cli.console import quiet_libraries
-from teal.cli.options import DeviceOption, DtypeOption, ModelArgument, PlanOption
+from teal.cli.console import print_json, quiet_libraries
+from teal.cli.options import DeviceOption, DtypeOption, JsonOption, ModelArgument, PlanOption
+
+if TYPE_CHECKING:
+    from teal.engine.engine import Engine
+    from teal.engine.generation import Generation, GenerationOptions
 
 app = typer.Typer(add_completion=False)
 
 EXAMPLES = """Examples:
 
-teal generate models/py-16m --prompt "import os" --plan plan
+teal generate models/py-16m --prompt "import os" --plan plan --sparsity 0.4
 
-teal generate models/py-16m --prompt "def main():" --temperature 0.8 --seed 1
+teal generate models/py-16m --prompt "def main():" --temperature 0.8 --top-p 0.95 --stop "def "
 """
 
 
 @app.command(epilog=EXAMPLES)
 def command(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
+    prompt: Annotated[
+        list[str],
+        typer.Option("--prompt", help="Text to continue; give several, up to 8, for streams."),
+    ],
     plan: PlanOption = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option("--sparsity", help="Another sparsity of the plan; 0 decodes dense."),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")
+    ] = False,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")
+        int, typer.Option("--max-new-tokens", help="Tokens to generate at most.")
     ] = 64,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
+        float, typer.Option("--temperature", help="0 takes the likeliest token.")
     ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option("--top-k", help="Draw from so many likeliest tokens; 0 is all.")
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Draw from the likeliest tokens up to this sum.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option("--min-p", help="Draw from tokens this likely beside the likeliest.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", help="Above 1, what was said is less likely.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="For temperatures above 0.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="Text to stop before; may be repeated.")
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    json: JsonOption = False,
 ) -> None:
     """Continue a prompt, the prompt itself dense and every new token sparse with a plan."""
-    from transformers import TextStreamer
-
-    from teal.models.loading import load_model, load_tokenizer
+    from teal.engine.engine import Engine
+    from teal.engine.generation import GenerationOptions
+    from teal.models.loading import load_tokenizer
     from teal.plan import SparsityPlan
-    from teal.sparsification import sparsify
 
     quiet_libraries()
     loaded_plan = SparsityPlan.load(plan) if plan else None
     tokenizer = load_tokenizer(model)
-    loaded = load_model(model, dtype=dtype, device=device)
-    if loaded_plan:
-        sparsify(loaded, loaded_plan)
-    ids = encode_prompt(prompt, tokenizer, loaded, max_new_tokens)
-    started = time.perf_counter()
-    output = continuation(
-        loaded,
-        ids,
+    prompts = [encode_prompt(text, tokenizer, is_chat=chat) for text in prompt]
+    engine = Engine(model, loaded_plan, tokenizer=tokenizer, device=device, dtype=dtype)
+    options = GenerationOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        stop=stop or (),
+        sparsity=sparsity,
     )
-    seconds = time.perf_counter() - started
-    count = output.shape[1] - ids.shape[1]
-    typer.echo(f"{count} tokens, {count / seconds:.1f} tokens/s", err=True)
+    if json:
+        print_json(_content(prompt, engine.generate(prompts, **options)))
+        return
+    if len(prompts) == 1:
+        # A chat answers, a text goes on.
+        typer.echo("" if chat else prompt[0], nl=False)
+        result = _streamed(engine, prompts, options)
+    else:
+        result = engine.generate(prompts, **options)
+        for given, text in zip(prompt, result.texts, strict=True):
+            typer.echo(f"── {given.splitlines()[0]} ──\n{'' if chat else given}{text}\n")
+    count = sum(map(len, result.tokens))
+    typer.echo(f"{count} tokens, {result.tokens_per_second:.1f} tokens/s", err=True)
 
 
-def encode_prompt(prompt: str, tokenizer: Any, model: Any, max_new_tokens: int) -> Any:
-    """Turn a prompt into token ids, (1, tokens), on the model's device.
+def encode_prompt(prompt: str, tokenizer: Any, *, is_chat: bool = False) -> list[int]:
+    """Turn a prompt into token ids.
+
+    Args:
+        prompt: Text.
+        tokenizer: The model's Hugging Face tokenizer.
+        is_chat: Put the prompt into the chat template, as what a user says.
 
     Raises:
-        UserError: It is empty, or prompt and continuation do not fit the model's context.
+        UserError: The tokenizer has no chat template.
     """
     from teal.foundation.errors import UserError
-    from teal.models.loading import context_length
 
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-    context, length = context_length(model.config), ids.shape[1]
-    if length == 0:
-        raise UserError("The prompt is empty. Give some text to continue.")
-    if length + max_new_tokens > context:
+    if not is_chat:
+        return list(tokenizer(prompt)["input_ids"])
+    if not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            f"A prompt of {length} tokens and {max_new_tokens} new ones exceed the model's context "
-            f"of {context}. Shorten the prompt or ask for fewer tokens."
+            "This model's tokenizer has no chat template. Leave --chat out, or take a model that "
+            "was trained to chat."
         )
-    return ids
-
-
-def continuation(
-    model: Any,
-    ids: Any,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    streamer: Any = None,
-) -> Any:
-    """Return prompt and continuation as token ids, (1, tokens)."""
-    import torch
-
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
-    return model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        streamer=streamer,
-        **({"do_sample": False} | sampling),
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )
+    # The template writes the special tokens itself.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _streamed(
+    engine: "Engine", prompts: Sequence[Sequence[int]], options: "GenerationOptions"
+) -> "Generation":
+    from teal.engine.generation import Recorder
+
+    tokens = engine.stream(prompts, **options)
+    recorder = Recorder(len(prompts))
+    for token in tokens:
+        recorder.add(token)
+        typer.echo(token.text, nl=False)
+    typer.echo()
+    return recorder.result()
+
+
+def _content(prompts: Sequence[str], result: "Generation") -> dict[str, Any]:
+    streams = zip(prompts, result.texts, result.tokens, result.finish_reasons, strict=True)
+    return {
+        "streams": [
+            {"prompt": prompt, "text": text, "tokens": tokens, "finish_reason": reason}
+            for prompt, text, tokens, reason in streams
+        ],
+        "prefill_seconds": result.prefill_seconds,
+        "decode_seconds": result.decode_seconds,
+        "tokens_per_second": result.tokens_per_second,
+    }
