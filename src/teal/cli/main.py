@@ -17,6 +17,7 @@ VERBS = {
     "import": ("teal.cli.import_statistics", "Import activation histograms published by TEAL."),
     "allocate": ("teal.cli.allocate", "Spread a sparsity budget over the projections: a plan."),
     "inspect": ("teal.cli.inspect", "Show what statistics or a plan hold."),
+    "quantize": ("teal.cli.quantize", "Write a model with weights of 8 or 4 bits."),
     "evaluate": ("teal.cli.evaluate", "Score a model, dense and sparse, on a text."),
     "generate": ("teal.cli.generate", "Continue a prompt, dense or sparse."),
     "bench": ("teal.cli.bench", "Time the kernels beside dense products and the memory limit."),
