@@ -69,7 +69,9 @@ def assert_close(logits: Tensor, expected: Tensor) -> None:
 def plan_at(decoder: Decoder, tokens: Tensor, sparsity: float) -> SparsityPlan:
     """Choose thresholds on the spot, from what the projections read of some tokens."""
     quantiles: dict[str, float] = {}
-    decoder.observer = lambda name, x: quantiles.update({name: float(x.abs().quantile(sparsity))})
+    decoder.observer = lambda name, x: quantiles.update(
+        {name: float(x.float().abs().quantile(sparsity))}
+    )
     decoder.prefill(tokens, cache_for(decoder, capacity=len(tokens)))
     decoder.observer = None
     architecture = decoder.architecture

@@ -2,7 +2,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from helpers import ENGINE_FAMILIES, tiny_model
+from helpers import ENGINE_FAMILIES, plan_for, tiny_model
+from transformers import AutoConfig
 
 from teal.foundation.errors import UserError
 from teal.models.architectures import architecture_of
@@ -17,6 +18,18 @@ def test_identity_is_that_of_the_model(family: str) -> None:
     identity = architecture_of(model.config).identity
     assert identity == identity_of(model)
     assert list(identity.shapes) == list(identity_of(model).shapes)
+
+
+def test_plan_of_another_model_does_not_fit_the_architecture() -> None:
+    plan = plan_for(tiny_model("llama"), 0.5)
+    wide = architecture_of(tiny_model("llama", intermediate_size=64).config)
+    plan.model.require(architecture_of(tiny_model("llama").config).identity, "plan")
+    with pytest.raises(UserError, match=r"^The plan belongs to another model: .*32→48 here, 32→64"):
+        plan.model.require(wide.identity, "plan")
+
+
+def test_weights_of_a_known_model_are_counted_without_building_it() -> None:
+    assert architecture_of(AutoConfig.for_model("llama")).num_weights == 6_738_149_376
 
 
 @every_family

@@ -13,7 +13,7 @@ from teal.engine.cache import KeyValueCache
 from teal.engine.layers import Attention, LayerCalls, Observer, Rules, run_layer
 from teal.engine.weights import DecoderWeights
 from teal.foundation.errors import UserError, unknown_name
-from teal.kernels.ops import attend
+from teal.kernels.ops import attend, dense_rows
 from teal.kernels.reference import rms_norm
 from teal.methods import MaskRule
 from teal.models.architectures import Architecture
@@ -177,7 +177,7 @@ class Decoder:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         hidden = rms_norm(hidden, self.weights.final_norm, self.architecture.epsilon)
-        logits = F.linear(hidden, self.weights.head).float()
+        logits = dense_rows(hidden, self.weights.head).float()
         if self.architecture.logit_divisor != 1.0:
             logits = logits / self.architecture.logit_divisor
         softcap = self.architecture.logit_softcap
