@@ -57,7 +57,12 @@ class AwqLayout:
         del name
         scales, qweight = tensors["scales"], _words(tensors, "qweight")
         group_size = _resolved(self.group_size, len(qweight))
-        groups, columns = -(-len(qweight) // group_size), 8 * qweight.shape[1]
+        if len(qweight) % group_size:
+            raise UserError(
+                f"qweight has {len(qweight)} input channels, no multiple of the group size "
+                f"{group_size}. The checkpoint is damaged; download it anew."
+            )
+        groups, columns = len(qweight) // group_size, 8 * qweight.shape[1]
         _require(scales, "scales", (groups, columns))
         qzeros = _require(_words(tensors, "qzeros"), "qzeros", (groups, qweight.shape[1]))
         zeros = _in_order(qzeros)
@@ -141,7 +146,7 @@ class GptqLayout:
     ) -> None:
         if "g_idx" in tensors:
             own = torch.arange(in_features) // group_size
-            is_own = torch.equal(tensors["g_idx"].long(), own)
+            is_own = torch.equal(_require(tensors["g_idx"], "g_idx", (in_features,)).long(), own)
         else:
             is_own = not self.reorders
         if not is_own:
@@ -172,7 +177,7 @@ def _words(tensors: Mapping[str, Tensor], suffix: str) -> Tensor:
     return words
 
 
-def _require(tensor: Tensor, suffix: str, shape: tuple[int, int]) -> Tensor:
+def _require(tensor: Tensor, suffix: str, shape: tuple[int, ...]) -> Tensor:
     if tensor.shape != shape:
         raise UserError(
             f"{suffix} has shape {tuple(tensor.shape)}, which should be {shape}. "
