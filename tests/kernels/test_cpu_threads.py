@@ -30,6 +30,17 @@ assert all(torch.equal(product, expected) for product in products)
 """
 
 
+ONE_THREAD = """
+import torch
+
+from teal.kernels.ops import sparse_gemv
+
+torch.set_num_threads(1)
+sparse_gemv(torch.randn(8), torch.randn(8, 16), 0.5)
+assert torch.get_num_threads() == 1
+"""
+
+
 @pytest.fixture
 def eight_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -77,6 +88,10 @@ def test_a_function_that_cannot_be_cached_is_compiled_all_the_same_with_one_warn
         increment = types.FunctionType(code.co_consts[0], {})
         assert cpu_threads.compiled()(increment)(1) == 2
     assert caplog.text.count("NUMBA_CACHE_DIR") == 1
+
+
+def test_torch_keeps_its_number_of_threads_when_those_of_numba_start() -> None:
+    subprocess.run([sys.executable, "-c", ONE_THREAD], check=True)
 
 
 def test_without_openmp_two_python_threads_wait_for_each_other_and_a_warning_says_so(

@@ -14,6 +14,9 @@ from teal.kernels.cpu_threads import available_threads, compiled, run_threaded
 CHUNK = 256
 # Below this many entries of keys, waking a thread costs more than it saves.
 _ENTRIES_PER_CALL = 1 << 16
+# Per task and query head: the sum of values, the largest score, and the sum of weights.
+Partials = tuple[Array, Array, Array]
+
 _LOWEST = np.float32(-3e38)
 _NONE = np.float32(-np.inf)
 
@@ -101,69 +104,40 @@ def attention(
     Returns:
         False, with nothing done, where a position is outside the cache.
     """
-    rows, heads, kv_heads, capacity, head_dim, half = sizes
-    scale, softcap, epsilon = factors
-    positions = array(np.int64(0), tables[0], rows)
-    tasks = 0
-    for row in range(rows):
-        if positions[row] < 0 or positions[row] >= capacity:
-            return False
-        tasks += _chunks(positions[row], window) * kv_heads
-    cosines = array(np.float32(0), tables[1], capacity * half).reshape(capacity, half)
-    sines = array(np.float32(0), tables[2], capacity * half).reshape(capacity, half)
-    qkv = array(element, tensors[0], rows * (heads + 2 * kv_heads) * head_dim)
-    qkv_heads = qkv.reshape(rows, heads + 2 * kv_heads, head_dim)
-    cache = rows * kv_heads * capacity * head_dim
-    keys = array(element, tensors[1], cache).reshape(rows, kv_heads, capacity, head_dim)
-    values = array(element, tensors[2], cache).reshape(rows, kv_heads, capacity, head_dim)
-    result = array(element, tensors[3], rows * heads * head_dim).reshape(rows, heads, head_dim)
-
-    queries = np.empty((rows, heads, head_dim), np.float32)
-    rotated = np.empty(head_dim, qkv.dtype)
-    for row in range(rows):
-        position = positions[row]
-        cosine, sine = cosines[position], sines[position]
-        for head in range(heads):
-            _turn(rotated, qkv_heads[row, head], gains[0], np.float32(epsilon), cosine, sine)
-            for c in range(head_dim):
-                queries[row, head, c] = widen(rotated[c])
-        for kv in range(kv_heads):
-            key = qkv_heads[row, heads + kv]
-            _turn(keys[row, kv, position], key, gains[1], np.float32(epsilon), cosine, sine)
-            value = qkv_heads[row, heads + kv_heads + kv]
-            for c in range(head_dim):
-                values[row, kv, position, c] = value[c]
-
-    group = heads // kv_heads
-    # Row, key head, first token and last; then sums of values, largest score and sum of weights.
-    places = np.empty((tasks, 4), np.int64)
-    _place(places, positions, kv_heads, window)
-    sums = np.zeros((tasks, group, head_dim), np.float32)
-    tops = np.empty((tasks, group), np.float32)
-    totals = np.empty((tasks, group), np.float32)
-    if threads == 1 or tasks * CHUNK * head_dim < _ENTRIES_PER_CALL:
-        _attend_tasks(queries, keys, values, places, sums, tops, totals, scale, softcap, 0, tasks)
+    places = _place(array(np.int64(0), tables[0], sizes[0]), sizes, window)
+    if len(places) == 0:
+        return sizes[0] == 0
+    queries, keys, values = _append(element, tensors, tables, gains, sizes, factors[2])
+    partials = _partials(queries, keys, places)
+    shares = 1 if len(places) * CHUNK * keys.shape[3] < _ENTRIES_PER_CALL else threads
+    # As in cpu_compiled: a small body, and one type of index.
+    if shares == 1:
+        for thread in range(shares):
+            _attend_share(queries, keys, values, places, partials, factors, thread, shares)
     else:
-        for thread in numba.prange(threads):
-            _attend_tasks(
-                queries, keys, values, places, sums, tops, totals, scale, softcap,
-                tasks * thread // threads, tasks * (thread + 1) // threads,
-            )  # fmt: skip
-    _combine(places, sums, tops, totals, result)
+        for thread in numba.prange(shares):
+            index: int = np.int64(thread)  # type: ignore[assignment]
+            _attend_share(queries, keys, values, places, partials, factors, index, shares)
+    _combine(array(element, tensors[3], queries.size).reshape(queries.shape), places, partials)
     return True
 
 
 @compiled()
-def _chunks(position: int, window: int) -> int:
-    covered = position + 1 if window == 0 else min(position + 1, window)
-    return (covered + CHUNK - 1) // CHUNK
+def _place(positions: Array, sizes: tuple[int, int, int, int, int, int], window: int) -> Array:
+    """Return row, key head, first token and token behind the last of every task, (tasks, 4).
 
-
-@compiled()
-def _place(places: Array, positions: Array, kv_heads: int, window: int) -> None:
-    """Write row, key head, first token and token behind the last of every task."""
+    No task at all where a position is outside the cache.
+    """
+    rows, _, kv_heads, capacity, _, _ = sizes
+    tasks = 0
+    for row in range(rows):
+        if positions[row] < 0 or positions[row] >= capacity:
+            return np.empty((0, 4), np.int64)
+        covered = positions[row] + 1 if window == 0 else min(positions[row] + 1, window)
+        tasks += (covered + CHUNK - 1) // CHUNK * kv_heads
+    places = np.empty((tasks, 4), np.int64)
     task = 0
-    for row in range(len(positions)):
+    for row in range(rows):
         end = positions[row] + 1
         begin = 0 if window == 0 else max(0, end - window)
         for kv in range(kv_heads):
@@ -171,6 +145,43 @@ def _place(places: Array, positions: Array, kv_heads: int, window: int) -> None:
                 places[task, 0], places[task, 1] = row, kv
                 places[task, 2], places[task, 3] = first, min(end, first + CHUNK)
                 task += 1
+    return places
+
+
+@compiled()
+def _append(
+    element: np.generic,
+    tensors: tuple[int, int, int, int],
+    tables: tuple[int, int, int],
+    gains: tuple[int, int],
+    sizes: tuple[int, int, int, int, int, int],
+    epsilon: float,
+) -> tuple[Array, Array, Array]:
+    """Write the new keys and values; return queries, (T, heads, head_dim), and the caches."""
+    rows, heads, kv_heads, capacity, head_dim, half = sizes
+    positions = array(np.int64(0), tables[0], rows)
+    cosines = array(np.float32(0), tables[1], capacity * half).reshape(capacity, half)
+    sines = array(np.float32(0), tables[2], capacity * half).reshape(capacity, half)
+    shape = (rows, heads + 2 * kv_heads, head_dim)
+    qkv = array(element, tensors[0], shape[0] * shape[1] * shape[2]).reshape(shape)
+    cache = rows * kv_heads * capacity * head_dim
+    keys = array(element, tensors[1], cache).reshape(rows, kv_heads, capacity, head_dim)
+    values = array(element, tensors[2], cache).reshape(rows, kv_heads, capacity, head_dim)
+    queries = np.empty((rows, heads, head_dim), np.float32)
+    rotated = np.empty_like(qkv[0, 0])
+    for row in range(rows):
+        position = positions[row]
+        cosine, sine = cosines[position], sines[position]
+        for head in range(heads):
+            _turn(rotated, qkv[row, head], gains[0], np.float32(epsilon), cosine, sine)
+            for c in range(head_dim):
+                queries[row, head, c] = widen(rotated[c])
+        for kv in range(kv_heads):
+            key, value = qkv[row, heads + kv], qkv[row, heads + kv_heads + kv]
+            _turn(keys[row, kv, position], key, gains[1], np.float32(epsilon), cosine, sine)
+            for c in range(head_dim):
+                values[row, kv, position, c] = value[c]
+    return queries, keys, values
 
 
 @compiled(fuse=True)
@@ -192,47 +203,61 @@ def _turn(
 
 
 @compiled()
-def _attend_tasks(
+def _partials(queries: Array, keys: Array, places: Array) -> Partials:
+    """Make room for what tasks compute."""
+    tasks, group = len(places), queries.shape[1] // keys.shape[1]
+    sums = np.empty((tasks, group, keys.shape[3]), np.float32)
+    return sums, np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
+
+
+@compiled()
+def _attend_share(
     queries: Array,
     keys: Array,
     values: Array,
     places: Array,
-    sums: Array,
-    tops: Array,
-    totals: Array,
-    scale: float,
-    softcap: float,
-    first: int,
-    last: int,
+    partials: Partials,
+    factors: tuple[float, float, float],
+    thread: int,
+    threads: int,
 ) -> None:
-    group, head_dim = sums.shape[1:]
+    """Compute the tasks of one thread."""
+    scale, softcap, _ = factors
+    sums, tops, totals = partials
+    tasks, group, _ = sums.shape
     weights = np.empty((group, CHUNK), np.float32)
-    wide = np.empty(head_dim, np.float32)
-    for task in range(first, last):
+    for task in range(tasks * thread // threads, tasks * (thread + 1) // threads):
         row, kv, begin, end = places[task]
         shared = queries[row, kv * group : (kv + 1) * group]
         scores = weights[:, : end - begin]
-        _score(scores, shared, keys[row, kv, begin:end], wide, np.float32(scale))
+        _score(scores, shared, keys[row, kv, begin:end], np.float32(scale))
         if softcap > 0:
             _cap(scores, np.float32(softcap))
         for g in range(group):
             tops[task, g], totals[task, g] = _soften(scores[g])
+        sums[task, :, :] = 0
         _add_values(sums[task], scores, values[row, kv, begin:end])
 
 
 @compiled(reorder=True)
-def _score(scores: Array, queries: Array, keys: Array, wide: Array, scale: np.float32) -> None:
+def _score(scores: Array, queries: Array, keys: Array, scale: np.float32) -> None:
     """Write `scale · q · k` for all queries and keys."""
-    for token in range(len(keys)):
-        key = keys[token]
-        for c in range(len(wide)):
-            wide[c] = widen(key[c])
+    tokens, width = keys.shape
+    # Keys behind the last are the last again: one form of the sum for every number of tokens.
+    last = tokens - 1
+    for token in range(0, tokens, 4):
+        second, third, fourth = min(token + 1, last), min(token + 2, last), min(token + 3, last)
+        k0, k1, k2, k3 = keys[token], keys[second], keys[third], keys[fourth]
         for g in range(len(queries)):
             query = queries[g]
-            total = np.float32(0)
-            for c in range(len(wide)):
-                total += query[c] * wide[c]
-            scores[g, token] = total * scale
+            s0 = s1 = s2 = s3 = np.float32(0)
+            for c in range(width):
+                s0 += query[c] * widen(k0[c])
+                s1 += query[c] * widen(k1[c])
+                s2 += query[c] * widen(k2[c])
+                s3 += query[c] * widen(k3[c])
+            scores[g, token], scores[g, second] = s0 * scale, s1 * scale
+            scores[g, third], scores[g, fourth] = s2 * scale, s3 * scale
 
 
 @compiled()
@@ -282,9 +307,10 @@ def _add_values(sums: Array, weights: Array, values: Array) -> None:
 
 
 @compiled()
-def _combine(places: Array, sums: Array, tops: Array, totals: Array, result: Array) -> None:
+def _combine(result: Array, places: Array, partials: Partials) -> None:
     """Add the tasks of every head in order, each brought to the largest score, and divide."""
-    group, head_dim = sums.shape[1:]
+    sums, tops, totals = partials
+    _, group, head_dim = sums.shape
     begin = 0
     while begin < len(places):
         row, kv = places[begin, 0], places[begin, 1]

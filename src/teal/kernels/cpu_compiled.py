@@ -11,6 +11,9 @@ import numpy as np
 from teal.kernels.cpu_numbers import Array, array, gated, narrow, norm_into, prefetch, widen
 from teal.kernels.cpu_threads import compiled
 
+# Channels (lists, K), their activations (lists, K, T) and how many of each list are kept.
+Lists = tuple[Array, Array, Array]
+
 # Strips read side by side: more streams keep more of the memory busy, and their 8 factors still
 # fit the registers of AVX2.
 GROUP = 8
@@ -54,28 +57,41 @@ def product(
         epsilon: Of the norm.
         threads: How many slabs of columns there are, one for each of numba's threads.
     """
-    rows, in_features, out_features = sizes
+    _, in_features, out_features = sizes
+    weight = array(element, weights[0], max(0, in_features - 1) * weights[1] + out_features)
+    lists = _make_lists(element, inputs, sizes, parts[0], thresholds, epsilon)
+    # The body of a parallel function is slow to compile, so it is small; and an index has one type
+    # in both loops, so that what they call is compiled once.
+    if threads == 1:
+        for thread in range(threads):
+            _slab(element, weight, weights[1], outputs, sizes, parts, form, lists, thread, threads)
+    else:
+        for thread in numba.prange(threads):
+            index: int = np.int64(thread)  # type: ignore[assignment]
+            _slab(element, weight, weights[1], outputs, sizes, parts, form, lists, index, threads)
+
+
+@compiled()
+def _make_lists(
+    element: np.generic,
+    inputs: tuple[int, int, int, int],
+    sizes: tuple[int, int, int],
+    count: int,
+    thresholds: tuple[float, float, float],
+    epsilon: float,
+) -> Lists:
+    """Return channels (lists, K), their activations (lists, K, T) and how many are kept."""
+    rows, in_features, _ = sizes
     x = array(element, inputs[0], rows * in_features).reshape(rows, in_features)
     if inputs[1] != 0:
         x = _normed(x, array(element, inputs[1], in_features), np.float32(epsilon))
-    weight = array(element, weights[0], max(0, in_features - 1) * weights[1] + out_features)
-    lists = parts[0]
-    channels = np.empty((lists, in_features), np.int64)
-    values = np.empty((lists, in_features, rows), np.float32)
-    kept = np.empty(lists, np.int64)
-    for i in range(lists):
+    channels = np.empty((count, in_features), np.int64)
+    values = np.empty((count, in_features, rows), np.float32)
+    kept = np.empty(count, np.int64)
+    for i in range(count):
         scale = inputs[2] if inputs[2] == 0 else inputs[2] + 4 * i * in_features
         kept[i] = list_kept(x, scale, inputs[3], np.float32(thresholds[i]), channels[i], values[i])
-    if threads == 1:
-        _slab(
-            element, weight, weights[1], outputs, sizes, parts, form, channels, values, kept, 0, 1
-        )
-    else:
-        for thread in numba.prange(threads):
-            _slab(
-                element, weight, weights[1], outputs, sizes, parts, form, channels, values, kept,
-                thread, threads,
-            )  # fmt: skip
+    return channels, values, kept
 
 
 @compiled()
@@ -95,51 +111,61 @@ def _slab(
     sizes: tuple[int, int, int],
     parts: tuple[int, int, int, int],
     form: int,
-    channels: Array,
-    values: Array,
-    kept: Array,
+    lists: Lists,
     thread: int,
     threads: int,
 ) -> None:
     """Compute the columns of one thread."""
     rows, _, out_features = sizes
-    if form != BESIDE:
-        half = out_features // 2
-        line = _per_line(weight)
-        share = (half + line * threads - 1) // (line * threads) * line
-        first = thread * share
-        width = min(share, half - first)
-        if width <= 0:
-            return
-        gates = np.zeros((rows, width), np.float32)
-        _add_strips(gates, weight, stride, first, channels[0, : kept[0]], values[0, : kept[0]])
-        ups = np.zeros((rows, width), np.float32)
-        last = len(kept) - 1
-        _add_strips(
-            ups,
-            weight,
-            stride,
-            half + first,
-            channels[last, : kept[last]],
-            values[last, : kept[last]],
-        )
-        _add_bias(element, gates, outputs[0], first, out_features)
-        _add_bias(element, ups, outputs[0], half + first, out_features)
-        _gate(gates, ups, form == GELU)
-        _write(element, gates, outputs, first, half)
+    if form == BESIDE:
+        begin = _border(parts, lists[2], _per_line(weight), thread, threads)
+        end = _border(parts, lists[2], _per_line(weight), thread + 1, threads)
+        part_begin = 0
+        for i in range(parts[0]):
+            part_end = part_begin + parts[1 + i]
+            first, last = max(begin, part_begin), min(end, part_end)
+            if last > first:
+                sums = np.zeros((rows, last - first), np.float32)
+                _add_list(element, sums, weight, stride, outputs[0], out_features, first, lists, i)
+                _write(element, sums, outputs, first, out_features)
+            part_begin = part_end
         return
-    begin = _border(parts, kept, _per_line(weight), thread, threads)
-    end = _border(parts, kept, _per_line(weight), thread + 1, threads)
-    part_begin = 0
-    for i in range(parts[0]):
-        part_end = part_begin + parts[1 + i]
-        first, last = max(begin, part_begin), min(end, part_end)
-        if last > first:
-            sums = np.zeros((rows, last - first), np.float32)
-            _add_strips(sums, weight, stride, first, channels[i, : kept[i]], values[i, : kept[i]])
-            _add_bias(element, sums, outputs[0], first, out_features)
-            _write(element, sums, outputs, first, out_features)
-        part_begin = part_end
+    half = out_features // 2
+    share = (half + _per_line(weight) * threads - 1) // (_per_line(weight) * threads)
+    first = thread * share * _per_line(weight)
+    width = min(share * _per_line(weight), half - first)
+    if width > 0:
+        both = np.zeros((2, rows, width), np.float32)
+        for i in range(2):
+            column, own_list = i * half + first, min(i, parts[0] - 1)
+            _add_list(
+                element, both[i], weight, stride, outputs[0], out_features, column, lists, own_list
+            )
+        _gate(both[0], both[1], form == GELU)
+        _write(element, both[0], outputs, first, half)
+
+
+@compiled()
+def _add_list(
+    element: np.generic,
+    sums: Array,
+    weight: Array,
+    stride: int,
+    bias: int,
+    out_features: int,
+    first: int,
+    lists: Lists,
+    i: int,
+) -> None:
+    """Add the product with the channels of one list, and the bias, to sums, (T, width)."""
+    channels, values, kept = lists
+    _add_strips(sums, weight, stride, first, channels[i, : kept[i]], values[i, : kept[i]])
+    if bias != 0:
+        addends = array(element, bias, out_features)
+        for row in range(len(sums)):
+            total = sums[row]
+            for c in range(len(total)):
+                total[c] += widen(addends[first + c])
 
 
 @compiled()
@@ -260,18 +286,6 @@ def _add_strips(
             value = values[i, row]
             for c in range(width):
                 total[c] += value * widen(strip[c])
-
-
-@compiled()
-def _add_bias(
-    element: np.generic, sums: Array, address: int, first: int, out_features: int
-) -> None:
-    if address != 0:
-        bias = array(element, address, out_features)
-        for row in range(len(sums)):
-            total = sums[row]
-            for c in range(len(total)):
-                total[c] += widen(bias[first + c])
 
 
 @compiled()

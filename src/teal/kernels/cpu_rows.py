@@ -63,27 +63,36 @@ def product(
         threads: How many shares of N there are, one for each of numba's threads.
     """
     rows, in_features, out_features, stride = sizes
-    bits = array(element, tensors[0], rows * in_features)
-    x = np.empty((rows, in_features), np.float32)
-    for row in range(rows):
-        for k in range(in_features):
-            x[row, k] = widen(bits[row * in_features + k])
+    x = _widened(array(element, tensors[0], rows * in_features)).reshape(rows, in_features)
     weight = array(element, tensors[1], max(0, out_features - 1) * stride + in_features)
     result = array(element, tensors[2], rows * out_features)
-    share = (out_features + _GROUP * threads - 1) // (_GROUP * threads) * _GROUP
+    # As in cpu_compiled: a small body, and one type of index.
     if threads == 1:
-        _multiply(x, weight, stride, result, 0, out_features)
+        for thread in range(threads):
+            _multiply(x, weight, stride, result, thread, threads)
     else:
         for thread in numba.prange(threads):
-            last = min(out_features, (thread + 1) * share)
-            _multiply(x, weight, stride, result, thread * share, last)
+            index: int = np.int64(thread)  # type: ignore[assignment]
+            _multiply(x, weight, stride, result, index, threads)
+
+
+@compiled()
+def _widened(bits: Array) -> Array:
+    result = np.empty(len(bits), np.float32)
+    for i in range(len(bits)):
+        result[i] = widen(bits[i])
+    return result
 
 
 @compiled(reorder=True)
-def _multiply(x: Array, weight: Array, stride: int, result: Array, first: int, last: int) -> None:
-    """Multiply rows `first` to `last` of the weight with every row of x."""
+def _multiply(
+    x: Array, weight: Array, stride: int, result: Array, thread: int, threads: int
+) -> None:
+    """Multiply the rows of the weight that one thread has with every row of x."""
     rows, width = x.shape
     columns = len(result) // max(1, rows)
+    share = (columns + _GROUP * threads - 1) // (_GROUP * threads) * _GROUP
+    first, last = thread * share, min(columns, (thread + 1) * share)
     grouped = first + max(0, last - first) // _GROUP * _GROUP
     for n in range(first, grouped, _GROUP):
         w0 = weight[n * stride : n * stride + width]

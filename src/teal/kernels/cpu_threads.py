@@ -84,9 +84,9 @@ def run_threaded(threads: int, function: Callable[..., Result], *arguments: obje
     Returns:
         What `function` returns.
     """
+    guard = _launch_guard()
     if threads == 1:
         return function(*arguments)
-    guard = _launch_guard()
     before = numba.get_num_threads()
     if before == threads:
         with guard:
@@ -102,8 +102,11 @@ def run_threaded(threads: int, function: Callable[..., Result], *arguments: obje
 @cache
 def _launch_guard() -> AbstractContextManager[object]:
     """Return a lock where numba needs one: workqueue ends the process when two threads call it."""
-    # Starts the threads, without which the layer is not known.
+    # Starts the threads, without which the layer is not known. Where numba and torch share one
+    # OpenMP that gives torch as many threads as numba has, against its user's wish.
+    torch_threads = torch.get_num_threads()
     numba.set_num_threads(numba.get_num_threads())
+    torch.set_num_threads(torch_threads)
     if numba.threading_layer() != "workqueue":
         return nullcontext()
     logger.warning(
