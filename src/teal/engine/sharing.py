@@ -42,6 +42,9 @@ def from_model(model: nn.Module, progress: Progress = silent) -> DecoderWeights:
     tied = source.tied("lm_head.weight", model.get_input_embeddings().weight)  # type: ignore[operator]
     weights = assemble(architecture, source, tied_head=tied, progress=progress)
     require_all_read(architecture, source.names, source.read, type(model).__name__)
+    if weights.device.type == "cuda":
+        # Blocks of the old sizes, which nothing will fit again.
+        torch.cuda.empty_cache()
     return weights
 
 
