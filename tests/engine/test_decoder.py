@@ -151,9 +151,7 @@ def test_streams_side_by_side_equal_streams_apart(
     for row, length in enumerate(lengths):
         decoder.prefill(streams[row, :length], cache, row)
     assert cache.lengths == list(lengths)
-    steps = 10
-    places = torch.tensor(lengths)
-    rows = torch.arange(len(lengths))
+    steps, places, rows = 10, torch.tensor(lengths), torch.arange(len(lengths))
     together = [decoder.step(streams[rows, places + i], cache) for i in range(steps)]
     for row, length in enumerate(lengths):
         apart = decoded(decoder, streams[row, : length + steps], length)[1:]
