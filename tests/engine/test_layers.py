@@ -3,12 +3,23 @@ from typing import Any
 import pytest
 import torch
 from decoding import LENGTH, assert_close, by_transformers, cache_for, decoded, decoder_of
-from helpers import ENGINE_FAMILIES, TOLERANCES, logits_of, plan_for, tiny_model, tiny_tokens
+from helpers import (
+    ENGINE_FAMILIES,
+    TOLERANCES,
+    VOCABULARY,
+    logits_of,
+    plan_for,
+    tiny_model,
+    tiny_tokens,
+)
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from teal.engine.layers import KEEP_ALL, LayerCalls
+from teal.engine.layers import KEEP_ALL, LayerCalls, run_layer
 from teal.engine.sharing import from_model
 from teal.foundation.errors import UserError
+from teal.kernels.ops import attend
 from teal.kernels.reference import keep_mask
 from teal.methods import MaskRule
 from teal.models.architectures import architecture_of
@@ -151,3 +162,47 @@ def test_observer_measures_the_sparsity_of_a_step() -> None:
     decoder.step(tokens[:1], cache)
     assert len(kept) == 8
     assert 0.3 < sum(kept) / len(kept) < 0.9
+
+
+class Recorder(TorchDispatchMode):
+    """Lists the operations that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        del types
+        self.operations.append(operation._opname)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("threshold", [None, 0.4], ids=["dense", "sparse"])
+def test_step_of_a_layer_with_norms_before_is_five_calls(
+    family: str, threshold: float | None
+) -> None:
+    model = tiny_model(family)
+    decoder = decoder_of(model, plan_for(model, threshold))
+    cache = cache_for(decoder)
+    place = (cache.keys[0], cache.values[0], cache.positions, cache.cosines[0], cache.sines[0])
+    hidden = torch.ones(1, 32)
+    with torch.no_grad(), Recorder() as recorder:
+        run_layer(hidden, decoder.layers[0], attend, place, None)
+    expected = ["sparse_parts", "attend", "sparse_parts", "sparse_gated", "sparse_parts"]
+    assert recorder.operations == expected
+
+
+@every_family
+@pytest.mark.parametrize("rows", [1, 3])
+def test_step_depends_on_no_value(family: str, rows: int) -> None:
+    model = tiny_model(family)
+    decoder = decoder_of(model, plan_for(model, 0.4))
+    cache = cache_for(decoder, rows=rows)
+    # A fake tensor has no values: whoever asks for one raises.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        logits = decoder.step(torch.ones(rows, dtype=torch.int64), cache)
+    assert logits.shape == (rows, VOCABULARY)
+    assert logits.dtype == torch.float32
