@@ -150,6 +150,8 @@ def _replaced(folder: Path, *, force: bool) -> Iterator[None]:
     check_replaceable(folder, force=force)
     aside = folder.with_name(f".{folder.name}.replaced")
     if folder.exists():
+        # A kill may have left an older one, of which nothing is needed any more.
+        shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
     try:
         yield

@@ -155,7 +155,11 @@ def test_zero_scales_are_refused():
         read_awq(tensors)
 
 
-def test_an_unsupported_group_size_is_refused():
+@pytest.mark.parametrize("group_size", [0, 16, -2])
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_an_unsupported_group_size_is_refused(method, group_size):
     codes = random_codes(group_size=16)
-    with pytest.raises(UserError, match=r"Group size 16 is not supported.*32, 64, 128"):
-        read_awq(awq_tensors(codes), group_size=16)
+    tensors = awq_tensors(codes) if method == "awq" else gptq_tensors(codes)
+    read = read_awq if method == "awq" else read_gptq
+    with pytest.raises(UserError, match=rf"Group size {group_size} is not.*32, 64, 128"):
+        read(tensors, group_size=group_size)

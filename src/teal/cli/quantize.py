@@ -46,7 +46,12 @@ def command(
         ),
     ] = None,
     asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="Give each int4 group a zero of its own.")
+        bool,
+        typer.Option(
+            "--asymmetric",
+            help="Give each int4 group a zero of its own: closer to the weights, but "
+            "transformers opens the folder only with dequantize=True.",
+        ),
     ] = False,
     method: Annotated[
         str, typer.Option("--method", help="rtn rounds to the nearest value; gptq needs a text.")

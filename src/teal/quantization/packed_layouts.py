@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from teal.foundation.errors import UserError
-from teal.quantization.weight import QuantizedWeight
+from teal.quantization.weight import QuantizedWeight, checked_group_size
 from teal.quantization.words import WORD_BITS, unpack_words
 
 # Where in a word the code of each column is, in half octets; the word holds the columns
@@ -164,7 +164,7 @@ def _in_order(words: Tensor) -> Tensor:
 
 
 def _resolved(group_size: int, in_features: int) -> int:
-    return in_features if group_size == -1 else group_size
+    return in_features if group_size == -1 else checked_group_size(group_size, in_features)
 
 
 def _words(tensors: Mapping[str, Tensor], suffix: str) -> Tensor:

@@ -50,7 +50,7 @@ class QuantizedWeight:
                 f"{tuple(self.scales.shape)}. Give two dimensions each, and codes in one of "
                 f"{', '.join(str(dtype) for dtype in FORMATS)}."
             )
-        self._check_group_size()
+        checked_group_size(self.group_size, self.in_features)
         groups = -(-self.in_features // self.group_size)
         columns = -(-self.out_features // 2) if self.format == "int4" else self.out_features
         if self.scales.shape[0] != groups or self.codes.shape[1] != columns:
@@ -134,16 +134,23 @@ class QuantizedWeight:
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return self.from_tensors(moved, self.group_size)
 
-    def _check_group_size(self) -> None:
-        if self.group_size not in (*GROUP_SIZES, self.in_features):
-            raise UserError(
-                f"Group size {self.group_size} is not supported. Supported: "
-                f"{', '.join(map(str, GROUP_SIZES))}, and all {self.in_features} inputs."
-            )
-
     def _check_zeros(self, zeros: Tensor) -> None:
         if self.format != "int4" or zeros.dtype != INT4 or zeros.shape != self.scales.shape:
             raise UserError(
                 f"Zeros are {zeros.dtype} {tuple(zeros.shape)} for an {self.format} weight with "
                 f"scales {tuple(self.scales.shape)}. Give uint8 of that shape, for int4 alone."
             )
+
+
+def checked_group_size(group_size: int, in_features: int) -> int:
+    """Return `group_size` if a weight with `in_features` inputs may have it.
+
+    Raises:
+        UserError: It may not.
+    """
+    if group_size not in (*GROUP_SIZES, in_features):
+        raise UserError(
+            f"Group size {group_size} is not supported. Supported: "
+            f"{', '.join(map(str, GROUP_SIZES))}, and all {in_features} inputs."
+        )
+    return group_size
