@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from teal.benchmark.decode import DecodeResult
 from teal.benchmark.gemv import GemvResult
-from teal.benchmark.plot import save_plot
+from teal.benchmark.plot import save_decode_plot, save_plot
 from teal.benchmark.shapes import Shape
 from teal.benchmark.timer import Timing
 
@@ -29,3 +30,25 @@ def test_every_product_has_a_panel(tmp_path: Path) -> None:
     save_plot([first, replace(first, sparsity=0.8), second], tmp_path / "plot.svg")
     drawing = (tmp_path / "plot.svg").read_text()
     assert drawing.count('id="axes_') == 2
+
+
+def test_every_model_has_a_panel_with_its_peers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    ours = DecodeResult(
+        model="first",
+        runner="teal",
+        dtype="bfloat16",
+        prompt_tokens=4,
+        new_tokens=8,
+        sparsity=0.5,
+        effective_sparsity=0.51,
+        token=Timing(median=2.0, low=1.0, high=3.0),
+        read=100,
+        limit=1.0,
+        speed_up=1.0,
+    )
+    peer = replace(ours, runner="transformers", sparsity=0.0, effective_sparsity=0.0)
+    save_decode_plot([ours, peer, replace(ours, model="second")], tmp_path / "plot.svg")
+    drawing = (tmp_path / "plot.svg").read_text()
+    assert drawing.count('id="axes_') == 2
+    assert "<!-- transformers -->" in drawing

@@ -1,10 +1,15 @@
-"""Draws time against sparsity, with the limit line of memory."""
+"""Draws time and speed against sparsity, with the limit line of memory."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from teal.benchmark.decode import OURS, DecodeResult
 from teal.benchmark.gemv import GemvResult
 from teal.foundation.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _WIDTH, _HEIGHT = 4.2, 3.4
 
@@ -19,19 +24,61 @@ def save_plot(results: Sequence[GemvResult], path: Path) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        # Not pyplot, which would change the process's display.
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError:
-        raise MissingExtraError("A plot", "matplotlib", "report") from None
     shapes = list(dict.fromkeys(result.shape for result in results))
-    figure = Figure(figsize=(_WIDTH * len(shapes), _HEIGHT), layout="constrained")
-    for axes, shape in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
+    panels = _Panels(len(shapes))
+    for axes, shape in zip(panels.axes, shapes, strict=True):
         rows = sorted((r for r in results if r.shape == shape), key=lambda row: row.sparsity)
         sparsity = [100 * row.sparsity for row in rows]
         axes.plot(sparsity, [row.dense.median for row in rows], "--", label="dense")
         axes.plot(sparsity, [row.sparse.median for row in rows], "o-", label="sparse")
         axes.plot(sparsity, [row.limit for row in rows], ":", label="limit of memory")
         axes.set(title=shape.name, xlabel="sparsity, %", ylabel="µs", ylim=(0, None))
-    figure.axes[0].legend()
-    figure.savefig(path)
+    panels.save(path)
+
+
+def save_decode_plot(results: Sequence[DecodeResult], path: Path) -> None:
+    """Draw one panel per model: our tokens/s, the limit, and a line per peer.
+
+    Args:
+        results: Of one or more models.
+        path: Image file; its suffix is the format.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    models = list(dict.fromkeys(result.model for result in results))
+    panels = _Panels(len(models))
+    for axes, model in zip(panels.axes, models, strict=True):
+        mine = [row for row in results if row.model == model and row.runner == OURS]
+        rows = sorted(mine, key=lambda row: row.effective_sparsity)
+        sparsity = [100 * row.effective_sparsity for row in rows]
+        axes.plot(sparsity, [1e6 / row.limit for row in rows], ":", label="limit of memory")
+        axes.plot(sparsity, [row.tokens_per_second for row in rows], "o-", label=OURS)
+        peers = (row for row in results if row.model == model and row.runner != OURS)
+        for index, peer in enumerate(peers):
+            axes.axhline(
+                peer.tokens_per_second, linestyle="--", color=f"C{index + 2}", label=peer.runner
+            )
+        axes.set(title=model, xlabel="effective sparsity, %", ylabel="tokens/s", ylim=(0, None))
+    panels.save(path)
+
+
+class _Panels:
+    """Axes beside each other, of which the first shows the legend of all.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+
+    def __init__(self, number: int) -> None:
+        try:
+            # Not pyplot, which would change the process's display.
+            from matplotlib.figure import Figure  # noqa: PLC0415
+        except ImportError:
+            raise MissingExtraError("A plot", "matplotlib", "report") from None
+        self._figure = Figure(figsize=(_WIDTH * number, _HEIGHT), layout="constrained")
+        self.axes: list[Axes] = list(self._figure.subplots(1, number, squeeze=False)[0])
+
+    def save(self, path: Path) -> None:
+        self.axes[0].legend()
+        self._figure.savefig(path)

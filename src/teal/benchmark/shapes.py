@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from teal.benchmark.configs import CONFIGS
 from teal.foundation.errors import UserError, unknown_name
 
 _SIZE = re.compile(r"(\d+)x(\d+)")
@@ -51,6 +52,18 @@ class Geometry:
     queries: int
     keys: int
 
+    @classmethod
+    def of(cls, config: Mapping[str, int]) -> "Geometry":
+        """Take the sizes from the fields of a Hugging Face configuration."""
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        head_dim = config.get("head_dim", hidden // heads)
+        return cls(
+            hidden=hidden,
+            intermediate=config["intermediate_size"],
+            queries=heads * head_dim,
+            keys=config["num_key_value_heads"] * head_dim,
+        )
+
     def shapes(self) -> list[Shape]:
         """Return the layer's products in the order of the forward pass, each once."""
         hidden, intermediate = self.hidden, self.intermediate
@@ -63,14 +76,7 @@ class Geometry:
         ]
 
 
-# From the config.json of each model.
-MODELS: Mapping[str, Geometry] = {
-    "llama-2-7b": Geometry(hidden=4096, intermediate=11008, queries=4096, keys=4096),
-    "llama-3-70b": Geometry(hidden=8192, intermediate=28672, queries=8192, keys=1024),
-    "llama-3-8b": Geometry(hidden=4096, intermediate=14336, queries=4096, keys=1024),
-    "mistral-7b": Geometry(hidden=4096, intermediate=14336, queries=4096, keys=1024),
-    "qwen3-8b": Geometry(hidden=4096, intermediate=12288, queries=4096, keys=1024),
-}
+MODELS: Mapping[str, Geometry] = {name: Geometry.of(config) for name, config in CONFIGS.items()}
 
 
 def shapes_of(name: str) -> list[Shape]:

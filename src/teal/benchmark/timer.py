@@ -44,7 +44,7 @@ def time_call(call: Call, device: torch.device, *, least_calls: int) -> Timing:
     for i in range(_WARM_UP):
         call(i)
     if device.type != "cuda":
-        return _summary([_clocked(call, least_calls) for _ in range(_REPEATS["cpu"])])
+        return summary_of([_clocked(call, least_calls) for _ in range(_REPEATS["cpu"])])
     calls = max(least_calls, min(_MOST_CALLS, int(_REPLAY_SECONDS * 1e6 / _guess(call))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -52,7 +52,19 @@ def time_call(call: Call, device: torch.device, *, least_calls: int) -> Timing:
             call(i)
     graph.replay()
     replays = [_between_events(graph.replay) for _ in range(_REPEATS["cuda"])]
-    return _summary([milliseconds * 1e3 / calls for milliseconds in replays])
+    return summary_of([milliseconds * 1e3 / calls for milliseconds in replays])
+
+
+def summary_of(times: list[float]) -> Timing:
+    """Summarise repeats of one call.
+
+    Args:
+        times: Microseconds of every repeat.
+    """
+    if len(times) == 1:
+        return Timing(median=times[0], low=times[0], high=times[0])
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return Timing(median=statistics.median(times), low=deciles[0], high=deciles[-1])
 
 
 def _guess(call: Call) -> float:
@@ -78,8 +90,3 @@ def _clocked(call: Call, calls: int) -> float:
     for i in range(calls):
         call(i)
     return (time.perf_counter() - begin) * 1e6 / calls
-
-
-def _summary(times: list[float]) -> Timing:
-    deciles = statistics.quantiles(times, n=10, method="inclusive")
-    return Timing(median=statistics.median(times), low=deciles[0], high=deciles[-1])

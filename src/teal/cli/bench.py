@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from teal.cli import bench_decode
 from teal.cli.console import percent, print_json, print_table, progress_bar, say
 from teal.cli.options import JsonOption
 
@@ -22,7 +23,14 @@ teal bench gemv llama-3-8b --sparsity 0.4,0.5 --plot gemv.png
 teal bench gemv 4096x11008 --dtype float32 --rows 2 --json
 """
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, epilog=EXAMPLES)
+GROUP_EXAMPLES = """Examples:
+
+teal bench gemv llama-3-8b --sparsity 0.4,0.5 --plot gemv.png
+
+teal bench decode models/py-16m --sparsity 0.5 --peer transformers
+"""
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, epilog=GROUP_EXAMPLES)
 
 SPARSITIES = "0,0.25,0.4,0.5,0.65,0.8"
 
@@ -71,7 +79,7 @@ def gemv(
     from teal.benchmark.roofline import read_bandwidth
 
     place, number = _device(device), _dtype(dtype)
-    fractions = _fractions(sparsity)
+    fractions = fractions_of(sparsity)
     wanted = _unique(shapes)
     if tune:
         _write_table(tune, wanted, number, place)
@@ -91,6 +99,9 @@ def gemv(
         print_json({"machine": machine, "bandwidth": bandwidth, "results": records})
     else:
         _print(results, bandwidth)
+
+
+app.command(epilog=bench_decode.EXAMPLES)(bench_decode.decode)
 
 
 def _print(results: "list[GemvResult]", bandwidth: float) -> None:
@@ -138,7 +149,12 @@ def _unique(names: list[str]) -> "list[Shape]":
     return list(dict.fromkeys(shape for name in names for shape in shapes_of(name)))
 
 
-def _fractions(text: str) -> list[float]:
+def fractions_of(text: str) -> list[float]:
+    """Read fractions that are separated by commas.
+
+    Raises:
+        UserError: They are none.
+    """
     from teal.foundation.errors import UserError, check_sparsity
 
     try:

@@ -1,0 +1,150 @@
+"""Times the decoding of one stream, dense and sparse, beside the byte limit and other engines."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from teal.benchmark.decode_peers import Peer
+from teal.benchmark.decode_subject import Subject
+from teal.benchmark.timer import Timing, summary_of
+from teal.engine.engine import Engine
+from teal.foundation.progress import Progress, silent
+
+OURS = "teal"
+
+# Name of the runner and target sparsity.
+_Runner = tuple[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeResult:
+    """How fast one runner decoded one model.
+
+    Attributes:
+        model: Name of the model.
+        runner: "teal", or the name of a peer.
+        dtype: Of the weights.
+        prompt_tokens: Tokens in the prompt.
+        new_tokens: Tokens decoded.
+        sparsity: Target; 0 is dense.
+        effective_sparsity: Measured over decode steps, weighted by weight size.
+        token: Time per token after the first, over repeats, in microseconds.
+        read: Bytes that a token has to read: kept weights, head, keys and values.
+        limit: Microseconds to read them at full bandwidth.
+        speed_up: Time of our dense decoding over this one.
+    """
+
+    model: str
+    runner: str
+    dtype: str
+    prompt_tokens: int
+    new_tokens: int
+    sparsity: float
+    effective_sparsity: float
+    token: Timing
+    read: int
+    limit: float
+    speed_up: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second of decoding."""
+        return 1e6 / self.token.median
+
+    @property
+    def share_of_limit(self) -> float:
+        """Limit over time."""
+        return self.limit / self.token.median
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON form."""
+        return {
+            **asdict(self),
+            "tokens_per_second": self.tokens_per_second,
+            "share_of_limit": self.share_of_limit,
+        }
+
+
+def measure(
+    subject: Subject,
+    sparsities: Sequence[float],
+    peers: Sequence[Peer],
+    bandwidth: float,
+    progress: Progress = silent,
+) -> list[DecodeResult]:
+    """Measure our engine, dense first, and peers, all in turn within each repetition.
+
+    Args:
+        subject: The model.
+        sparsities: Targets in [0, 1).
+        peers: Other engines with a model of the same shapes.
+        bandwidth: Bytes per second that memory can deliver.
+        progress: Shows the repetitions going by.
+
+    Returns:
+        A result per sparsity, then one per peer.
+
+    Raises:
+        UserError: A decode step is wrong.
+    """
+    subject.check()
+    engines = subject.engines(tuple(dict.fromkeys((0.0, *sparsities))))
+    calls: dict[_Runner, Callable[[], float]] = {
+        (OURS, sparsity): partial(_decode, subject, engine) for sparsity, engine in engines.items()
+    }
+    for peer in peers:
+        calls[peer.name, 0.0] = partial(peer.time, subject.prompt, subject.workload.new_tokens)
+    times = _interleaved(subject, calls, progress)
+    effective = {
+        sparsity: subject.effective_sparsity(engine) for sparsity, engine in engines.items()
+    }
+    dense = times[OURS, 0.0].median
+    return [
+        _result(subject, runner, sparsity, timing, effective[sparsity], bandwidth, dense)
+        for (runner, sparsity), timing in times.items()
+    ]
+
+
+def _interleaved(
+    subject: Subject,
+    calls: Mapping[_Runner, Callable[[], float]],
+    progress: Progress,
+) -> dict[_Runner, Timing]:
+    # The first round compiles and captures, at the size of all others.
+    rounds = [key for _ in range(subject.workload.repeats + 1) for key in calls]
+    times: dict[_Runner, list[float]] = {key: [] for key in calls}
+    for key in progress(rounds, f"Decoding {subject.name}"):
+        times[key].append(calls[key]())
+    return {key: summary_of(values[1:]) for key, values in times.items()}
+
+
+def _decode(subject: Subject, engine: Engine) -> float:
+    number = subject.workload.new_tokens
+    result = engine.generate(subject.prompt, max_new_tokens=number, stop_tokens=())
+    return 1e6 / result.tokens_per_second
+
+
+def _result(
+    subject: Subject,
+    runner: str,
+    sparsity: float,
+    timing: Timing,
+    effective: Mapping[str, float],
+    bandwidth: float,
+    dense: float,
+) -> DecodeResult:
+    read = subject.bytes_read(effective)
+    return DecodeResult(
+        model=subject.name,
+        runner=runner,
+        dtype=subject.dtype,
+        prompt_tokens=subject.workload.prompt_tokens,
+        new_tokens=subject.workload.new_tokens,
+        sparsity=sparsity,
+        effective_sparsity=subject.mean_sparsity(effective),
+        token=timing,
+        read=read,
+        limit=read / bandwidth * 1e6,
+        speed_up=dense / timing.median,
+    )

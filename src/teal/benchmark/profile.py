@@ -1,0 +1,66 @@
+"""Where the time of one decode step goes, kernel by kernel."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from teal.engine.cache import KeyValueCache
+from teal.engine.decoder import Decoder
+
+_WARM_UP = 3
+_STEPS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelTime:
+    """What one kernel takes of a decode step.
+
+    Attributes:
+        name: Kernel on a GPU, operation on a CPU.
+        calls: How often a step calls it.
+        microseconds: Time of all calls of a step.
+    """
+
+    name: str
+    calls: float
+    microseconds: float
+
+
+@torch.inference_mode()
+def profile_step(decoder: Decoder, prompt: Sequence[int], capacity: int) -> list[KernelTime]:
+    """Run a few decode steps under the profiler, without a CUDA graph.
+
+    Args:
+        decoder: Dense or sparse.
+        prompt: Token ids that the steps follow on.
+        capacity: Tokens that the cache holds.
+
+    Returns:
+        Kernels, the slowest first.
+    """
+    device = decoder.weights.device
+    is_cuda = device.type == "cuda"
+    dtype = decoder.weights.embedding.dtype
+    cache = KeyValueCache(decoder.architecture, 1, capacity, dtype, device)
+    decoder.prefill(torch.tensor(prompt), cache)
+    token = torch.zeros(1, dtype=torch.int64, device=device)
+    for _ in range(_WARM_UP):
+        decoder.step(token, cache)
+    activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        for _ in range(_STEPS):
+            decoder.step(token, cache)
+        if is_cuda:
+            torch.cuda.synchronize(device)
+    times = [
+        KernelTime(
+            name=event.key,
+            calls=event.count / _STEPS,
+            microseconds=(event.self_device_time_total if is_cuda else event.self_cpu_time_total)
+            / _STEPS,
+        )
+        for event in profiler.key_averages()
+    ]
+    return sorted((row for row in times if row.microseconds), key=lambda row: -row.microseconds)

@@ -1,0 +1,237 @@
+"""`teal bench decode`: how fast does a whole model decode, beside dense, limit and peers?"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from teal.cli.console import percent, print_json, print_table, progress_bar, quiet_libraries
+from teal.cli.options import DeviceOption, JsonOption
+
+if TYPE_CHECKING:
+    from teal.benchmark.decode import DecodeResult
+    from teal.benchmark.decode_subject import Subject, Workload
+    from teal.benchmark.profile import KernelTime
+
+EXAMPLES = """Examples:
+
+teal bench decode models/py-16m --sparsity 0.5 --peer transformers
+
+teal bench decode --config llama-3-8b --sparsity 0.4,0.5,0.65 --plot decode.png
+
+teal bench decode --config hidden=2048,intermediate=5632,layers=8,heads=16,vocab=32000
+"""
+
+SPARSITIES = "0.4,0.5,0.65"
+
+_SHOWN_KERNELS = 20
+_SHOWN_NAME = 60
+
+
+def decode(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Model folders, or names on the hub."),
+    ] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--config",
+            help="Random weights of a model's sizes: llama-3-8b and the like, or hidden=…,"
+            "intermediate=…,layers=…,heads=…,vocab=…. May be repeated.",
+        ),
+    ] = None,
+    sparsity: Annotated[
+        str, typer.Option("--sparsity", help="Fractions beside dense, separated by commas.")
+    ] = SPARSITIES,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", help="Random tokens before the first new one.")
+    ] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens to decode.")] = 256,
+    repeats: Annotated[
+        int, typer.Option("--repeats", help="Interleaved repetitions; their median is shown.")
+    ] = 5,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peer",
+            help="Measure beside transformers, transformers-compiled, torch-compile or llama-cpp. "
+            "May be repeated.",
+        ),
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option("--gguf", help="The model for --peer llama-cpp.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="bfloat16, float16 or float32.")
+    ] = "bfloat16",
+    device: DeviceOption = "auto",
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show the kernels of one decode step instead.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw tokens/s against sparsity to this file.")
+    ] = None,
+    commit: Annotated[
+        str | None, typer.Option("--commit", help="Commit to record where git does not know it.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Time the decoding of one stream, end to end: kernels, sampling and the way to the host.
+
+    Thresholds are set on the spot, from a dense pass over random tokens. The share of the limit
+    is that of the time to read all kept weights, the head and the cache at the speed that a plain
+    sum reads memory in the same run.
+    """
+    from teal.benchmark.decode import measure
+    from teal.benchmark.decode_peers import check_peers, make_peers
+    from teal.benchmark.decode_subject import Workload
+    from teal.benchmark.machine import describe_machine
+    from teal.benchmark.roofline import read_bandwidth
+    from teal.cli.bench import fractions_of
+    from teal.models.loading import resolve_device
+
+    quiet_libraries()
+    place, fractions = resolve_device(device), fractions_of(sparsity)
+    workload = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
+    check_peers(peer or ())
+    sources = _Sources(models or (), config or (), device=device, dtype=dtype)
+    if profile:
+        for subject in sources.subjects(workload):
+            _print_kernels(subject, fractions)
+        return
+    bandwidth = read_bandwidth(place)
+    results: list[DecodeResult] = []
+    for subject in sources.subjects(workload):
+        peers = make_peers(peer or (), sources.peer_model(subject.name, peer or ()), gguf)
+        results += measure(subject, fractions, peers, bandwidth, progress_bar)
+        # Their memory is free before the next model takes any.
+        del subject, peers
+    if plot:
+        from teal.benchmark.plot import save_decode_plot
+
+        save_decode_plot(results, plot)
+    if json:
+        machine = describe_machine(place, commit)
+        records = [result.to_dict() for result in results]
+        print_json({"machine": machine, "bandwidth": bandwidth, "results": records})
+    else:
+        _print(results, bandwidth)
+
+
+class _Sources:
+    """The models of a call, opened one after the other."""
+
+    def __init__(
+        self, models: Sequence[str], configs: Sequence[str], *, device: str, dtype: str
+    ) -> None:
+        from teal.benchmark.configs import config_of
+        from teal.foundation.errors import UserError
+        from teal.models.loading import resolve_dtype
+
+        if not models and not configs:
+            raise UserError("There is no model to measure. Give a MODEL or a --config.")
+        if dtype == "auto":
+            raise UserError("Give a --dtype to compare in: bfloat16, float16 or float32.")
+        resolve_dtype(dtype)
+        self._models = models
+        self._configs = {name: config_of(name) for name in configs}
+        self._device = device
+        self._dtype = dtype
+
+    def subjects(self, workload: "Workload") -> "Iterator[Subject]":
+        """Open the models."""
+        from teal.benchmark.decode_subject import Subject
+        from teal.engine.opening import open_model
+
+        for model in self._models:
+            yield Subject(
+                model, open_model(model, device=self._device, dtype=self._dtype), workload
+            )
+        for name in self._configs:
+            yield Subject(name, self._random(name), workload)
+
+    def peer_model(self, name: str, peers: Sequence[str]) -> Any:
+        """Return the Hugging Face model that peers run, or `None` where none needs it."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from teal.benchmark.decode_peers import LLAMA_CPP
+        from teal.models.loading import load_model, resolve_device, resolve_dtype
+
+        if not set(peers) - {LLAMA_CPP}:
+            return None
+        if name not in self._configs:
+            return load_model(name, device=self._device, dtype=self._dtype)
+        with torch.device(resolve_device(self._device)):
+            return AutoModelForCausalLM.from_config(
+                self._configs[name], dtype=resolve_dtype(self._dtype)
+            ).eval()
+
+    def _random(self, name: str) -> Any:
+        import torch
+
+        from teal.engine.drawing import random_weights
+        from teal.engine.opening import OpenedModel
+        from teal.models.architectures import architecture_of
+        from teal.models.loading import resolve_device
+
+        architecture = architecture_of(self._configs[name])
+        weights = random_weights(
+            architecture,
+            getattr(torch, self._dtype),
+            resolve_device(self._device),
+            progress=progress_bar,
+        )
+        return OpenedModel(architecture=architecture, weights=weights)
+
+
+def _print(results: "Sequence[DecodeResult]", bandwidth: float) -> None:
+    columns = ["model", "runner", "sparsity", "effective", "tokens/s", "ms/token", "10–90 %"]
+    columns += ["limit ms", "of limit", "speed-up"]
+    rows = [
+        [
+            _model_name(result.model),
+            result.runner,
+            percent(result.sparsity),
+            percent(result.effective_sparsity),
+            f"{result.tokens_per_second:.1f}",
+            f"{result.token.median / 1e3:.2f}",
+            f"{result.token.low / 1e3:.2f}–{result.token.high / 1e3:.2f}",
+            f"{result.limit / 1e3:.2f}",
+            percent(result.share_of_limit),
+            f"{result.speed_up:.2f}×",
+        ]
+        for result in results
+    ]
+    first = results[0]
+    title = (
+        f"{first.dtype}, {first.prompt_tokens} + {first.new_tokens} tokens; "
+        f"memory reads {bandwidth / 1e9:.0f} GB/s"
+    )
+    print_table(title, columns, rows)
+
+
+def _print_kernels(subject: "Subject", fractions: Sequence[float]) -> None:
+    from teal.benchmark.profile import profile_step
+
+    for sparsity, engine in subject.engines(fractions).items():
+        kernels = profile_step(engine.decoder(), subject.prompt, subject.capacity)
+        whole = sum(kernel.microseconds for kernel in kernels)
+        rows = [_kernel_row(kernel, whole) for kernel in kernels[:_SHOWN_KERNELS]]
+        title = f"{_model_name(subject.name)}, {percent(sparsity)} sparse: {whole:.0f} µs a step"
+        print_table(title, ["kernel", "calls", "µs", "share"], rows)
+
+
+def _kernel_row(kernel: "KernelTime", whole: float) -> list[str]:
+    return [
+        kernel.name[:_SHOWN_NAME],
+        f"{kernel.calls:g}",
+        f"{kernel.microseconds:.1f}",
+        percent(kernel.microseconds / whole),
+    ]
+
+
+def _model_name(name: str) -> str:
+    return name if "=" in name else Path(name).name

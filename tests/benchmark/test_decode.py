@@ -1,0 +1,52 @@
+import json
+
+import pytest
+import torch
+
+from teal.benchmark.decode import DecodeResult, measure
+from teal.benchmark.decode_subject import Subject, Workload
+from teal.engine.opening import open_model
+from tests.helpers import tiny_model
+
+
+class Slow:
+    """A peer that takes half a second for every token."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []
+
+    def time(self, prompt: list[int], new_tokens: int) -> float:
+        self.calls.append((len(prompt), new_tokens))
+        return 5e5
+
+
+@pytest.fixture
+def results(device: torch.device) -> tuple[list[DecodeResult], Slow]:
+    workload = Workload(prompt_tokens=8, new_tokens=12, repeats=2)
+    subject = Subject("tiny", open_model(tiny_model("llama").to(device)), workload)
+    peer = Slow()
+    return measure(subject, [0.5], [peer], bandwidth=1e9), peer
+
+
+def test_dense_sparse_and_peers_are_measured(results: tuple[list[DecodeResult], Slow]) -> None:
+    dense, sparse, slow = results[0]
+    assert [row.runner for row in results[0]] == ["teal", "teal", "slow"]
+    assert [row.sparsity for row in results[0]] == [0.0, 0.5, 0.0]
+    assert dense.effective_sparsity == slow.effective_sparsity == 0.0
+    assert 0.3 < sparse.effective_sparsity < 0.7
+
+
+def test_the_first_round_is_not_counted(results: tuple[list[DecodeResult], Slow]) -> None:
+    assert results[1].calls == [(8, 12)] * 3
+
+
+def test_limit_and_speed_up_follow_from_the_times(results: tuple[list[DecodeResult], Slow]) -> None:
+    dense, sparse, slow = results[0]
+    assert dense.limit == slow.limit == dense.read * 1e-3 > sparse.limit
+    assert dense.speed_up == 1.0
+    assert slow.speed_up == dense.token.median / 5e5
+    record = json.loads(json.dumps(slow.to_dict()))
+    assert record["tokens_per_second"] == 2.0
+    assert record["share_of_limit"] == slow.limit / 5e5

@@ -1,0 +1,59 @@
+import pytest
+
+from tests.cli.conftest import MODEL
+
+SIZES = "hidden=64,intermediate=96,layers=2,heads=4,kv-heads=2,vocab=50"
+QUICK = ("--prompt-tokens", 4, "--new-tokens", 4, "--repeats", 1, "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _bandwidth(monkeypatch):
+    monkeypatch.setattr("teal.benchmark.roofline.read_bandwidth", lambda device: 1e10)
+
+
+@pytest.fixture
+def decode(teal):
+    """Measure little, with further options."""
+    return lambda *options: teal("bench", "decode", *options, *QUICK)
+
+
+def test_json_holds_machine_bandwidth_and_a_record_per_runner(decode):
+    content = decode(MODEL, "--sparsity", "0.5", "--peer", "transformers", "--json").json
+    assert content["bandwidth"] == 1e10
+    assert content["machine"]["versions"]["torch"]
+    rows = [(row["runner"], row["sparsity"]) for row in content["results"]]
+    assert rows == [("teal", 0.0), ("teal", 0.5), ("transformers", 0.0)]
+    for row in content["results"]:
+        assert row["tokens_per_second"] == pytest.approx(1e6 / row["token"]["median"])
+        assert row["limit"] == pytest.approx(row["read"] * 1e-4)
+
+
+def test_a_table_names_models_and_sizes(decode, tmp_path):
+    outcome = decode(MODEL, "--config", SIZES, "--sparsity", "0.5", "--plot", tmp_path / "plot.svg")
+    assert outcome.code == 0, outcome.err
+    assert "memory reads 10 GB/s" in outcome.out
+    assert "py-16m" in outcome.out
+    assert (tmp_path / "plot.svg").read_text().count('id="axes_') == 2
+
+
+def test_a_profile_shows_the_operations_of_a_step(decode):
+    out = decode("--config", SIZES, "--sparsity", "0.5", "--profile").out
+    assert "50.0 % sparse" in out
+    assert "teal::sparse_parts" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        pytest.param([], ["no model to measure"], id="no model"),
+        pytest.param(["--config", "llama-9"], ["Unknown configuration"], id="configuration"),
+        pytest.param([MODEL, "--sparsity", "half"], ["no list of fractions"], id="sparsity"),
+        pytest.param([MODEL, "--peer", "gpt-fast"], ["Unknown peer 'gpt-fast'"], id="peer"),
+        pytest.param([MODEL, "--peer", "llama-cpp"], ["Give --gguf"], id="no gguf"),
+        pytest.param([MODEL, "--dtype", "auto"], ["--dtype", "bfloat16"], id="dtype auto"),
+        pytest.param([MODEL, "--dtype", "int8"], ["Unknown dtype"], id="dtype"),
+        pytest.param(["no-such-folder"], ["not a model folder"], id="missing"),
+    ],
+)
+def test_bad_input_is_one_line(decode, options, words):
+    assert decode(*options).is_error(*words)
