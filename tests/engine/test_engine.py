@@ -160,8 +160,12 @@ def test_an_engine_is_freed_with_its_last_reference(model):
     engine = Engine(model)
     dense_tokens(engine, number=3)
     gone = weakref.ref(engine._session)
-    del engine
     gc.collect()
+    gc.disable()
+    try:
+        del engine
+    finally:
+        gc.enable()
     assert gone() is None
 
 

@@ -52,10 +52,11 @@ class Session:
             return
         while len(self._steps) >= _STEPS:
             del self._steps[next(iter(self._steps))]
-        sampler = self._sampler(form)
+        # Not self: memory of this size should not wait for the garbage collector.
+        sampler, cache = self._sampler(form), self._cache
 
         def advance() -> None:
-            sampler(decoder.step(sampler.tokens, self._cache))
+            sampler(decoder.step(sampler.tokens, cache))
 
         if self._device.type == "cuda":
             self._cache.reset()
