@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import EDGES, THRESHOLDS, VECTORS, draw, exact
 from helpers import assert_as_precise_as_torch, relative_error
 from torch import Tensor
 
@@ -46,17 +47,7 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 def _draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
-
-
-def _exact(x: Tensor, weight: Tensor, threshold: float, **vectors: Tensor) -> Tensor:
-    bias = vectors.pop("bias", None)
-    shift = vectors.get("shift")
-    centred = x if shift is None else (x.float() - shift).to(x.dtype)
-    keep = reference.keep_mask(x, threshold, **vectors)
-    product = torch.where(keep, centred, 0).double() @ weight.double()
-    return product if bias is None else product + bias.double()
+    return draw(*shape, dtype=dtype, seed=seed).to(DEVICE)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the tests of this file itself")
@@ -76,13 +67,12 @@ def test_kernels_are_right_in_the_interpreter() -> None:
 
 @pytest.mark.gpu
 @dtypes
-@pytest.mark.parametrize("vectors", ["plain", "scale", "shift", "scale and shift"])
-@pytest.mark.parametrize("threshold", [-1.0, 0.0, 2.0**-24, 0.3, 0.1 + 0.2, INF])
+@pytest.mark.parametrize("vectors", VECTORS)
+@pytest.mark.parametrize("threshold", THRESHOLDS)
 def test_kept_channels_equal_those_of_the_reference(
     dtype: torch.dtype, vectors: str, threshold: float
 ) -> None:
-    edges = [0.0, -0.0, 0.3, -0.3, 1.0, -1.0, 2.0**-24, 1e-40, -1e-40]
-    x = torch.cat([torch.tensor(edges, device=DEVICE), _draw(55)]).to(dtype)
+    x = torch.cat([torch.tensor(EDGES, device=DEVICE), _draw(55)]).to(dtype)
     x[20] = threshold
     scale = _draw(64, seed=1).abs() if "scale" in vectors else None
     shift = _draw(64, seed=2) if "shift" in vectors else None
@@ -141,8 +131,8 @@ def test_product_is_as_precise_as_torch(
         bias=bias,
     )
     by_torch = reference.sparse_gemv(x, weight, 0.4, **vectors)
-    exact = _exact(x, weight, 0.4, **vectors)
-    assert_as_precise_as_torch(launch(operands, tile), by_torch, exact)
+    expected = exact(x, weight, 0.4, **vectors)
+    assert_as_precise_as_torch(launch(operands, tile), by_torch, expected)
 
 
 @pytest.mark.gpu
