@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from teal.foundation.errors import UserError
-from teal.quantization import QuantizedWeight
+from teal.quantization import QuantizedWeight, side_by_side
 from tests.quantization.packers import random_codes
 
 FP8 = torch.float8_e4m3fn
@@ -134,3 +134,22 @@ def test_zeros_of_another_shape_than_the_scales_are_refused():
         QuantizedWeight(
             codes=weight.codes, scales=weight.scales, group_size=32, zeros=weight.zeros[:1]
         )
+
+
+@every_weight
+def test_weights_side_by_side_stand_for_the_same_values(name):
+    weight = WEIGHTS[name]()
+    joined = side_by_side([weight, weight, weight])
+    assert joined.format == weight.format
+    assert torch.equal(joined.dequantize(), torch.cat([weight.dequantize()] * 3, dim=1))
+
+
+def test_a_weight_without_zeros_may_lie_beside_one_with_zeros():
+    pair = [int4_weight((64, 5), has_zeros=False), int4_weight((64, 6))]
+    joined = side_by_side(pair)
+    assert torch.equal(joined.dequantize(), torch.cat([w.dequantize() for w in pair], dim=1))
+
+
+def test_weights_of_unlike_formats_cannot_be_joined():
+    with pytest.raises(UserError, match="int4 of 64 inputs in groups of 32, int8"):
+        side_by_side([int4_weight(), int8_weight()])

@@ -3,7 +3,7 @@
 from teal.quantization.checkpoint import QuantizedCheckpoint
 from teal.quantization.gptq import SecondMoments, quantize_by_moments
 from teal.quantization.rounding import Scheme, round_to_nearest
-from teal.quantization.weight import GROUP_SIZES, QuantizedWeight
+from teal.quantization.weight import GROUP_SIZES, QuantizedWeight, side_by_side
 
 __all__ = [
     "GROUP_SIZES",
@@ -13,4 +13,5 @@ __all__ = [
     "SecondMoments",
     "quantize_by_moments",
     "round_to_nearest",
+    "side_by_side",
 ]

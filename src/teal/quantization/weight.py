@@ -1,6 +1,6 @@
 """One weight of few bits, laid out so that an input channel is one contiguous strip."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -154,3 +154,36 @@ def checked_group_size(group_size: int, in_features: int) -> int:
             f"{', '.join(map(str, GROUP_SIZES))}, and all {in_features} inputs."
         )
     return group_size
+
+
+def side_by_side(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Join weights that share their input into one, their outputs beside each other.
+
+    Args:
+        weights: At least one, of one format, group size and device.
+
+    Returns:
+        The same values, (in_features, sum of out_features).
+
+    Raises:
+        UserError: They differ in format, inputs or group size.
+    """
+    first = weights[0]
+    kinds = {(weight.format, weight.in_features, weight.group_size) for weight in weights}
+    if len(kinds) > 1:
+        shown = ", ".join(f"{f} of {i} inputs in groups of {g}" for f, i, g in sorted(kinds))
+        raise UserError(f"Weights of unlike kinds cannot be joined: {shown}. Quantize them alike.")
+    scales = torch.cat([weight.scales for weight in weights], dim=1)
+    # Codes one by one, because a weight of odd width ends within a byte.
+    codes = torch.cat([weight.integers().view(torch.uint8) for weight in weights], dim=1)
+    if first.format == "int4":
+        zeros = torch.cat([_explicit_zeros(weight) for weight in weights], dim=1)
+        return QuantizedWeight.of_int4(codes, scales, first.group_size, zeros)
+    codes = codes.view(first.codes.dtype)
+    return QuantizedWeight(codes=codes, scales=scales, group_size=first.group_size)
+
+
+def _explicit_zeros(weight: QuantizedWeight) -> Tensor:
+    if weight.zeros is not None:
+        return weight.zeros
+    return torch.full_like(weight.scales, INT4_MIDDLE, dtype=INT4)
