@@ -47,7 +47,7 @@ class Decoder:
         self.weights = weights
         self.observer: Observer | None = None
         self._watch: Callable[[Tensor], None] | None = None
-        self._embedding_multiplier = _embedding_multiplier(architecture, weights.dtype)
+        self.embedding_multiplier = _embedding_multiplier(architecture, weights.dtype)
         # The layers are dense during prefill.
         self._dense = [
             LayerCalls.of(architecture, layer, layer_weights)
@@ -165,8 +165,8 @@ class Decoder:
         places: Iterable[tuple[Tensor, ...]],
     ) -> Tensor:
         hidden = F.embedding(tokens, self.weights.embedding)
-        if self._embedding_multiplier != 1.0:
-            hidden = hidden * self._embedding_multiplier
+        if self.embedding_multiplier != 1.0:
+            hidden = hidden * self.embedding_multiplier
         if self._watch:
             self._watch(hidden)
         for calls, place in zip(layers, places, strict=True):
@@ -175,13 +175,24 @@ class Decoder:
                 self._watch(hidden)
         return hidden
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        hidden = rms_norm(hidden, self.weights.final_norm, self.architecture.epsilon)
-        logits = dense_rows(hidden, self.weights.head).float()
+    def logits_of(self, normed: Tensor) -> Tensor:
+        """Return the logits of hidden states after the final norm.
+
+        Args:
+            normed: (..., hidden_size).
+
+        Returns:
+            (..., vocab_size), float32.
+        """
+        logits = dense_rows(normed, self.weights.head).float()
         if self.architecture.logit_divisor != 1.0:
             logits = logits / self.architecture.logit_divisor
         softcap = self.architecture.logit_softcap
         return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        weights, epsilon = self.weights, self.architecture.epsilon
+        return self.logits_of(rms_norm(hidden, weights.final_norm, epsilon))
 
     def _require_tokens(self, tokens: Tensor) -> Tensor:
         if tokens.dim() != 1 or not len(tokens):

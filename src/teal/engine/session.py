@@ -7,6 +7,7 @@ import torch
 
 from teal.engine.cache import KeyValueCache
 from teal.engine.decoder import Decoder
+from teal.engine.fused import stepper_of
 from teal.engine.generation import GenerationSettings
 from teal.engine.graph import Advance, Row, captured, rows_of
 from teal.engine.sampling import Sampler, SamplingForm
@@ -54,9 +55,10 @@ class Session:
             del self._steps[next(iter(self._steps))]
         # Not self: memory of this size should not wait for the garbage collector.
         sampler, cache = self._sampler(form), self._cache
+        step = stepper_of(decoder, cache)
 
         def advance() -> None:
-            sampler(decoder.step(sampler.tokens, cache))
+            sampler(step(sampler.tokens, cache))
 
         if self._device.type == "cuda":
             self._cache.reset()

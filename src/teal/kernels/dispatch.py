@@ -14,7 +14,7 @@ from teal.kernels.checks import check_attend, check_product, check_rows, gated_w
 from teal.kernels.operands import Operands
 
 try:
-    from teal.kernels import triton_launch
+    from teal.kernels import triton_attention_launch, triton_launch
 except ImportError:
     triton_launch = None  # type: ignore[assignment]
 try:
@@ -134,6 +134,17 @@ def _attend_on_cpu(qkv: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
     return reference_attention.attend(qkv.contiguous(), *tensors, **options)
 
 
+def _attend_on_cuda(qkv: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
+    check_attend(qkv, *tensors)
+    keys, cosines = tensors[0], tensors[3]
+    if triton_launch is None or not triton_attention_launch.fits(
+        keys.shape[-1], cosines, qkv.dtype
+    ):
+        return reference_attention.attend(qkv.contiguous(), *tensors, **options)
+    with torch.cuda.device(qkv.device):
+        return triton_attention_launch.attend(qkv.contiguous(), *tensors, **options)
+
+
 def _dense_rows(x: Tensor, weight: Tensor) -> Tensor:
     check_rows(x, weight)
     return F.linear(x, weight)
@@ -163,5 +174,5 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Tensor]]] = {
         "attend": _attend_on_cpu,
         "dense_rows": _dense_rows_on_cpu,
     },
-    "CUDA": _products(_on_cuda),
+    "CUDA": {**_products(_on_cuda), "attend": _attend_on_cuda},
 }

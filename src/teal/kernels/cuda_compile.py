@@ -1,0 +1,110 @@
+"""Compiles CUDA C++ at run time and launches it, through NVIDIA's own bindings."""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import torch
+from cuda.bindings import driver, nvrtc
+
+# What a kernel parameter can be, beside pointers.
+INT = ctypes.c_int
+FLOAT = ctypes.c_float
+_POINTER = ctypes.c_void_p
+
+Definitions = tuple[tuple[str, int], ...]
+Argument = torch.Tensor | tuple[Any, Any] | None
+
+
+@functools.cache
+def compiled(source: str, definitions: Definitions, architecture: str) -> bytes:
+    """Compile a file of this package for one architecture.
+
+    Args:
+        source: Name of the file in `teal.kernels`.
+        definitions: Macros and their values.
+        architecture: Such as "sm_90".
+
+    Returns:
+        A cubin.
+    """
+    text = (files("teal.kernels") / source).read_text(encoding="utf-8")
+    program = _checked(nvrtc.nvrtcCreateProgram(text.encode(), source.encode(), 0, [], []))
+    options = [f"--gpu-architecture={architecture}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in definitions]
+    (status,) = nvrtc.nvrtcCompileProgram(
+        program, len(options), [option.encode() for option in options]
+    )
+    if int(status):
+        log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"{source} does not compile:\n{log.decode()}")
+    cubin = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+    _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+    nvrtc.nvrtcDestroyProgram(program)
+    return cubin
+
+
+@functools.cache
+def function(source: str, name: str, definitions: Definitions, device: int) -> Any:
+    """Return a kernel that is ready to be launched on a device.
+
+    Args:
+        source: As `compiled`.
+        name: Name of the kernel.
+        definitions: As `compiled`.
+        device: Index of the CUDA device.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()
+        module = _checked(
+            driver.cuModuleLoadData(compiled(source, definitions, f"sm_{major}{minor}"))
+        )
+    return _checked(driver.cuModuleGetFunction(module, name.encode()))
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int],
+    threads: int,
+    arguments: Sequence[Argument],
+    *,
+    dependent: bool,
+) -> None:
+    """Launch a kernel on the current stream.
+
+    Args:
+        kernel: From `function`.
+        grid: Blocks.
+        threads: Threads of a block.
+        arguments: Tensors for pointers, `None` for a null pointer, (value, type) for numbers.
+        dependent: The launch may begin before the one in front has ended.
+    """
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.hStream = torch.cuda.current_stream().cuda_stream
+    if dependent:
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [early], 1
+    values, types = zip(*map(_value_and_type, arguments), strict=True)
+    _checked(driver.cuLaunchKernelEx(config, kernel, (values, types), 0))
+
+
+def _value_and_type(argument: Argument) -> tuple[Any, Any]:
+    if isinstance(argument, tuple):
+        return argument
+    return 0 if argument is None else argument.data_ptr(), _POINTER
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """Return what a call of the bindings gave beside its status."""
+    status, *values = result
+    if int(status):
+        raise RuntimeError(f"CUDA reported {status!r}.")
+    return values[0] if values else None
