@@ -44,7 +44,7 @@ def test_every_model_has_a_panel_with_its_peers(tmp_path: Path) -> None:
         effective_sparsity=0.51,
         token=Timing(median=2.0, low=1.0, high=3.0),
         read=100,
-        limit=1.0,
+        bandwidth=1e9,
         speed_up=1.0,
     )
     peer = replace(ours, runner="transformers", sparsity=0.0, effective_sparsity=0.0)

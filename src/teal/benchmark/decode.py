@@ -31,7 +31,7 @@ class DecodeResult:
         effective_sparsity: Measured over decode steps, weighted by weight size.
         token: Time per token after the first, over repeats, in microseconds.
         read: Bytes that a token has to read: kept weights, head, keys and values.
-        limit: Microseconds to read them at full bandwidth.
+        bandwidth: Bytes per second that memory can deliver.
         speed_up: Time of our dense decoding over this one.
     """
 
@@ -44,13 +44,18 @@ class DecodeResult:
     effective_sparsity: float
     token: Timing
     read: int
-    limit: float
+    bandwidth: float
     speed_up: float
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens per second of decoding."""
         return 1e6 / self.token.median
+
+    @property
+    def limit(self) -> float:
+        """Microseconds to read at full bandwidth what a token has to read."""
+        return self.read / self.bandwidth * 1e6
 
     @property
     def share_of_limit(self) -> float:
@@ -62,6 +67,7 @@ class DecodeResult:
         return {
             **asdict(self),
             "tokens_per_second": self.tokens_per_second,
+            "limit": self.limit,
             "share_of_limit": self.share_of_limit,
         }
 
@@ -134,7 +140,6 @@ def _result(
     bandwidth: float,
     dense: float,
 ) -> DecodeResult:
-    read = subject.bytes_read(effective)
     return DecodeResult(
         model=subject.name,
         runner=runner,
@@ -144,7 +149,7 @@ def _result(
         sparsity=sparsity,
         effective_sparsity=subject.mean_sparsity(effective),
         token=timing,
-        read=read,
-        limit=read / bandwidth * 1e6,
+        read=subject.bytes_read(effective),
+        bandwidth=bandwidth,
         speed_up=dense / timing.median,
     )
