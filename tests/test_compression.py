@@ -84,6 +84,15 @@ def test_gptq_observes_inputs_that_come_from_what_is_quantized_already(batch_siz
     assert torch.equal(weights[name].codes, expected.codes)
 
 
+def test_gptq_runs_each_block_once_to_its_end():
+    model = model_of()
+    ends = []
+    down = model.get_submodule("model.layers.1.mlp.down_proj")
+    down.register_forward_hook(lambda *_: ends.append(1))
+    quantize_model(model, INT4, windows(3))
+    assert len(ends) == 3
+
+
 def test_gptq_leaves_no_hooks():
     model = model_of()
     quantize_model(model, INT4, windows(2))
@@ -127,6 +136,7 @@ def saved(folder, scheme=INT4, model=None, **options):
     return model, weights
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("name", SCHEMES)
 def test_transformers_computes_the_same_logits_from_the_written_folder(name, tmp_path):
     pytest.importorskip("compressed_tensors")

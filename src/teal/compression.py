@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from teal.data import TokenWindows
-from teal.foundation.artifact import read_json, replace_folder
+from teal.foundation.artifact import check_destination, read_json, replace_folder
 from teal.foundation.errors import UserError
 from teal.foundation.progress import Progress, silent
 from teal.foundation.version import __version__
@@ -90,7 +90,7 @@ def save_quantized(
     tokens: TokenWindows | None = None,
     force: bool = False,
 ) -> None:
-    """Write a model folder in the compressed-tensors layout, which transformers and vLLM read.
+    """Write a model folder in the compressed-tensors layout, which transformers reads.
 
     Args:
         folder: Destination, written whole or not at all.
@@ -127,13 +127,12 @@ def check_replaceable(folder: Path, *, force: bool) -> None:
     """Fail early where `save_quantized` would not replace `folder`.
 
     Raises:
-        UserError: It exists and is not to be replaced, or holds something else.
+        UserError: It exists and is not to be replaced, holds something else, or its parent cannot
+            be written.
     """
-    if folder.exists() and not force:
-        raise UserError(
-            f"Output {str(folder)!r} already exists. Choose another, or replace it with --force."
-        )
-    if folder.exists() and not (folder / f"{_KIND}.json").is_file():
+    if not (force and folder.exists()):
+        check_destination(folder)
+    elif not (folder / f"{_KIND}.json").is_file():
         raise UserError(
             f"{str(folder)!r} holds something that teal quantize did not write, which --force "
             "would delete. Choose another output."

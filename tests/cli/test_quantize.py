@@ -71,7 +71,8 @@ def test_an_existing_output_is_kept_without_force(teal, tmp_path):
     assert teal("quantize", MODEL, "--format", "int4", "--out", out, "--force").code == 0
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_any_work(teal, tmp_path):
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(teal, tmp_path, monkeypatch):
+    monkeypatch.setattr("teal.models.loading.load_model", pytest.fail)
     (tmp_path / "file").write_text("")
     outcome = teal("quantize", MODEL, "--format", "int8", "--out", tmp_path / "file" / "model")
     assert outcome.is_error("Cannot write")

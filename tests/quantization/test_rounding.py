@@ -3,6 +3,7 @@ import torch
 
 from teal.foundation.errors import UserError
 from teal.quantization import Scheme, round_to_nearest
+from teal.quantization.rounding import Grid
 from tests.helpers import relative_error
 
 SCHEMES = {
@@ -67,6 +68,15 @@ def test_scales_take_the_dtype_of_the_weight_and_codes_make_up_for_their_roundin
     assert weight.scales.dtype == dtype
     by_rounded_scales = relative_error(weight.dequantize(), exact)
     assert by_rounded_scales < 1.1 * relative_error(in_full.dequantize(), exact)
+
+
+@every_scheme
+def test_what_lies_beyond_the_grid_gets_the_value_at_its_end(name):
+    grid = Grid.fit(dense(), SCHEMES[name], torch.float32)
+    ends = grid.values(grid.codes(torch.stack([dense().amin(0) - 9, dense().amax(0) + 9])))
+    beyond = grid.values(grid.codes(torch.stack([dense().amin(0) - 999, dense().amax(0) + 999])))
+    assert torch.equal(beyond, ends)
+    assert torch.isfinite(beyond).all()
 
 
 def test_a_last_group_may_be_shorter():

@@ -64,7 +64,10 @@ def command(
     json: JsonOption = False,
     force: ForceOption = False,
 ) -> None:
-    """Quantize the projections of a model into a folder that transformers and vLLM open too."""
+    """Quantize the projections of a model into a folder that transformers opens too.
+
+    It is in the compressed-tensors layout.
+    """
     from teal.compression import check_replaceable, quantize_model, save_quantized
     from teal.data import token_windows
     from teal.models.loading import context_length, load_model, load_tokenizer, resolve_device

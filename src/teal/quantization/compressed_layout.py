@@ -1,4 +1,4 @@
-"""The compressed-tensors layout, which transformers and vLLM read: both ways."""
+"""The compressed-tensors layout, which transformers reads: both ways."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,7 @@ _SUPPORTED = (
     "group, in the formats 'pack-quantized', 'int-quantized', 'float-quantized' and "
     "'naive-quantized'"
 )
+_DAMAGED = "The checkpoint is damaged; download it anew."
 # Turns a code from 0 to 255 into one from -128 to 127 and back.
 _SIGN_BIT = 128
 
@@ -35,7 +36,7 @@ class _WeightGroup:
     """What a `quantization_config` says about some projections."""
 
     targets: Sequence[str]
-    format: str
+    is_packed: bool
     bits: int
     group_size: int | None
     is_symmetric: bool
@@ -83,23 +84,18 @@ class CompressedLayout:
         group = next((group for group in self.groups if group.covers(name)), None)
         if group is None:
             raise UserError("No config group covers it. Correct quantization_config.")
-        unsigned_or_codes = _packed(tensors, group.bits) if group.format == _PACKED else None
-        codes = tensors["weight"] if unsigned_or_codes is None else unsigned_or_codes
-        out_features, in_features = codes.shape
-        scales = _scales(tensors["weight_scale"], out_features)
-        group_size = group.group_size or in_features
-        codes = codes.T.contiguous()
+        stored = _unpacked(tensors, group.bits) if group.is_packed else tensors["weight"]
+        scales = _scales(tensors["weight_scale"], len(stored))
+        codes = stored.T.contiguous()
+        group_size = group.group_size or len(codes)
         if group.bits == _BITS["int4"]:
             zeros = None if group.is_symmetric else _zeros(tensors, scales)
             return QuantizedWeight.of_int4(codes, scales, group_size, zeros)
-        if codes.dtype == torch.uint8:
+        if group.is_packed:
             codes = (codes ^ _SIGN_BIT).view(INT8)
         if codes.dtype not in (FP8, INT8):
             raise UserError(f"Its weight is {codes.dtype}, not quantized. {_DAMAGED}")
         return QuantizedWeight(codes=codes, scales=scales, group_size=group_size)
-
-
-_DAMAGED = "The checkpoint is damaged; download it anew."
 
 
 def compressed_tensors(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
@@ -173,7 +169,7 @@ def _weight_group(group: Mapping[str, Any], common_format: str) -> _WeightGroup:
         raise UserError("8-bit codes with zeros are not supported. Quantize symmetrically.")
     return _WeightGroup(
         targets=tuple(group["targets"]),
-        format=str(layout),
+        is_packed=layout == _PACKED,
         bits=int(weights["num_bits"]),
         group_size=int(weights["group_size"]) if strategy == "group" else None,
         is_symmetric=bool(is_symmetric),
@@ -187,7 +183,7 @@ def _matches(name: str, target: str) -> bool:
     return target in ("Linear", name)
 
 
-def _packed(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
+def _unpacked(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
     """Return unsigned codes, (out_features, in_features), uint8."""
     words = tensors["weight_packed"]
     out_features, in_features = tensors["weight_shape"].tolist()
