@@ -113,6 +113,14 @@ def test_an_error_names_projection_and_missing_tensor(suffix, tmp_path):
         QuantizedCheckpoint(tmp_path).read(NAMES[0])
 
 
+def test_a_tensor_of_an_absurd_form_is_one_sentence_too(tmp_path):
+    config, tensors_of = METHODS["compressed-tensors"]
+    tensors = {**tensors_of(drawn(0)), "weight_shape": torch.tensor([48])}
+    write_checkpoint(tmp_path, config, {NAMES[0]: tensors})
+    with pytest.raises(UserError, match=rf"Cannot read {NAMES[0]}.*is damaged"):
+        QuantizedCheckpoint(tmp_path).read(NAMES[0])
+
+
 def test_a_name_that_is_not_quantized_is_refused(tmp_path):
     checkpoint = QuantizedCheckpoint(written(tmp_path))
     with pytest.raises(UserError, match="no quantized lm_head"):

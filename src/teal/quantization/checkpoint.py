@@ -88,7 +88,8 @@ class QuantizedCheckpoint:
         own = [tensor for tensor in self._files if tensor.startswith(prefix)]
         try:
             tensors = {tensor.removeprefix(prefix): self._tensor(tensor) for tensor in own}
-            return self._layout.weight(name, _Tensors(tensors))
+            with well_formed(self.folder):
+                return self._layout.weight(name, _Tensors(tensors))
         except UserError as error:
             raise UserError(f"Cannot read {name} of {str(self.folder)!r}: {error}") from error
 
