@@ -1,7 +1,10 @@
+import gc
+import weakref
+
 import pytest
 import torch
 
-from teal.engine.graph import captured, rows_of
+from teal.engine.graph import CapturedStep, rows_of
 from teal.engine.sampling import Sampler, SamplingForm, SamplingSettings
 
 VOCABULARY = 11
@@ -67,12 +70,25 @@ def test_on_a_cpu_no_step_is_run_ahead():
 def test_a_captured_step_is_the_step():
     model = Counting(torch.device("cuda"))
     model.begin()
-    replay = captured(model.advance, torch.device("cuda"))
+    replay = CapturedStep(model.advance, torch.device("cuda"))
     captured_steps = model.steps
     model.begin()
     rows = list(rows_of(model.sampler, replay, STEPS))
     assert [tokens for tokens, _ in rows] == EXPECTED
     assert model.steps == captured_steps
+
+
+@pytest.mark.gpu
+def test_a_captured_step_keeps_the_memory_that_it_works_on():
+    model = Counting(torch.device("cuda"))
+    memory = weakref.ref(model)
+    replay = CapturedStep(model.advance, torch.device("cuda"))
+    del model
+    gc.collect()
+    assert memory() is not None
+    del replay
+    gc.collect()
+    assert memory() is None
 
 
 @pytest.mark.gpu

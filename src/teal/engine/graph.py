@@ -16,8 +16,8 @@ _AHEAD = 4
 _WARM_UP = 2
 
 
-def captured(advance: Advance, device: torch.device) -> Advance:
-    """Capture one step in a CUDA graph and return its replay.
+class CapturedStep:
+    """One step captured in a CUDA graph; a call replays it.
 
     The step is run before, to compile kernels and to fill caches of libraries: whoever owns its
     state resets that afterwards.
@@ -26,22 +26,26 @@ def captured(advance: Advance, device: torch.device) -> Advance:
         advance: Enqueues the work of a step on the current stream, always on the same memory.
         device: The CUDA device.
     """
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                advance()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            advance()
 
-    def replay() -> None:
+    def __init__(self, advance: Advance, device: torch.device) -> None:
+        # The graph knows addresses only: this keeps alive what they belong to.
+        self._advance = advance
+        self._device = device
         with torch.cuda.device(device):
-            graph.replay()
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    advance()
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                advance()
 
-    return replay
+    def __call__(self) -> None:
+        """Enqueue the step."""
+        with torch.cuda.device(self._device):
+            self._graph.replay()
 
 
 def rows_of(sampler: Sampler, advance: Advance, steps: int) -> Iterator[Row]:

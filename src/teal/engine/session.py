@@ -9,7 +9,7 @@ from teal.engine.cache import KeyValueCache
 from teal.engine.decoder import Decoder
 from teal.engine.fused import stepper_of
 from teal.engine.generation import GenerationSettings
-from teal.engine.graph import Advance, Row, captured, rows_of
+from teal.engine.graph import Advance, CapturedStep, Row, rows_of
 from teal.engine.sampling import Sampler, SamplingForm
 from teal.engine.weights import DecoderWeights
 from teal.models.architectures import Architecture
@@ -63,7 +63,7 @@ class Session:
         if self._device.type == "cuda":
             self._cache.reset()
             sampler.begin(settings, [])
-            self._steps[decoder, form] = captured(advance, self._device)
+            self._steps[decoder, form] = CapturedStep(advance, self._device)
         else:
             self._steps[decoder, form] = advance
 
