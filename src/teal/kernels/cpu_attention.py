@@ -7,9 +7,12 @@ from torch import Tensor
 
 from teal.foundation.errors import UserError
 from teal.kernels.cpu_gemv import ELEMENTS
-from teal.kernels.cpu_numbers import Array, array, exponential, narrow, norm_into, widen
+from teal.kernels.cpu_numbers import Array, array, exponential, narrow, norm_into, prefetch, widen
 from teal.kernels.cpu_threads import available_threads, compiled, run_threaded
 
+LINE_BYTES = 64
+# The hardware asks for no key beyond its page of memory: of head_dim 128, 16 tokens.
+_TOKENS_AHEAD = 16
 # Tokens per task. Sums of tasks are added in order, so the threads do not change the bits.
 CHUNK = 256
 # Below this many entries of keys, waking a thread costs more than it saves.
@@ -230,24 +233,29 @@ def _attend_share(
         row, kv, begin, end = places[task]
         shared = queries[row, kv * group : (kv + 1) * group]
         scores = weights[:, : end - begin]
-        _score(scores, shared, keys[row, kv, begin:end], np.float32(scale))
+        past_keys, past_values = keys[row, kv, begin:end], values[row, kv, begin:end]
+        _score(scores, shared, past_keys, past_values, np.float32(scale))
         if softcap > 0:
             _cap(scores, np.float32(softcap))
         for g in range(group):
             tops[task, g], totals[task, g] = _soften(scores[g])
         sums[task, :, :] = 0
-        _add_values(sums[task], scores, values[row, kv, begin:end])
+        _add_values(sums[task], scores, past_values)
 
 
 @compiled(reorder=True)
-def _score(scores: Array, queries: Array, keys: Array, scale: np.float32) -> None:
-    """Write `scale · q · k` for all queries and keys."""
+def _score(scores: Array, queries: Array, keys: Array, values: Array, scale: np.float32) -> None:
+    """Write `scale · q · k` for all queries and keys; let the values come nearer meanwhile."""
     tokens, width = keys.shape
+    line = LINE_BYTES // keys.itemsize
     # Keys behind the last are the last again: one form of the sum for every number of tokens.
     last = tokens - 1
     for token in range(0, tokens, 4):
         second, third, fourth = min(token + 1, last), min(token + 2, last), min(token + 3, last)
         k0, k1, k2, k3 = keys[token], keys[second], keys[third], keys[fourth]
+        for entry in range(token * width, (token + 4) * width, line):
+            prefetch(keys, entry + _TOKENS_AHEAD * width)
+            prefetch(values, entry)
         for g in range(len(queries)):
             query = queries[g]
             s0 = s1 = s2 = s3 = np.float32(0)
