@@ -63,7 +63,9 @@ def by_transformers(model: Any, tokens: Tensor, plan: SparsityPlan | None = None
 
 
 def assert_close(logits: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCES["logits"])
+    # Relative to the largest: the others are differences of sums as large as that.
+    atol = TOLERANCES["logits"] * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(logits, expected, rtol=0, atol=atol)
 
 
 def plan_at(decoder: Decoder, tokens: Tensor, sparsity: float) -> SparsityPlan:

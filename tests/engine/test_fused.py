@@ -11,7 +11,7 @@ from teal.engine.engine import Engine
 from teal.engine.fused import FusedStep, can_fuse, stepper_of
 from teal.methods import MaskRule
 
-FUSED = ("llama", "mistral", "qwen2", "qwen3", "granite")
+FUSED = ("llama", "mistral", "phi3", "qwen2", "qwen3", "granite")
 # Small, but of sizes that the kernels take.
 SIZES = {"hidden_size": 64, "intermediate_size": 176, "head_dim": 32}
 PROMPT, STEPS = 9, 7

@@ -62,7 +62,6 @@ class FusedStep:
         """Append a token to the stream; see `Decoder.step`."""
         memory, dependent, decoder = self._memory, self._dependent, self._decoder
         places = zip(cache.keys, cache.values, cache.cosines, cache.sines, strict=False)
-        memory.overflow.zero_()
         cuda_step.embed(
             tokens,
             decoder.weights.embedding,

@@ -341,11 +341,12 @@ project(const void* source, const float* gain, const float* thresholds, const u1
     clear[i] = 0;
 }
 
-// Start the residual stream with the embedding of a token.
-extern "C" __global__ void embed(const i64* token, const u16* embedding, i64* hidden, float multiplier,
-                                 int size) {
+// Start the residual stream with the embedding of a token, and a step without overflow.
+extern "C" __global__ void embed(const i64* token, const u16* embedding, i64* hidden, int* overflow,
+                                 float multiplier, int size) {
   int channel = blockIdx.x * blockDim.x + threadIdx.x;
   wait_for_input();
+  if (channel == 0) *overflow = 0;
   if (channel >= size) return;
   float value = rounded(low_half(embedding[*token * size + channel]) * multiplier);
   hidden[channel] = (i64)(value * UNIT);

@@ -171,13 +171,13 @@ def project(
 def embed(
     token: Tensor, embedding: Tensor, memory: StepMemory, multiplier: float, *, dependent: bool
 ) -> None:
-    """Start the residual stream with the embedding of a token, (1,), int64."""
+    """Start a step: no overflow, and the embedding of a token, (1,), int64, as hidden states."""
     size = embedding.shape[1]
     launch(
         function(SOURCE, "embed", _plain_definitions(embedding.dtype), token.device.index),
         (math.ceil(size / _EMBED_THREADS), 1),
         _EMBED_THREADS,
-        [token, embedding, memory.hidden, (multiplier, FLOAT), (size, INT)],
+        [token, embedding, memory.hidden, memory.overflow, (multiplier, FLOAT), (size, INT)],
         dependent=dependent,
     )
 
