@@ -1,11 +1,16 @@
 """What the operands of an operation must be, in sentences with a cure."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from teal.foundation.errors import UserError, unknown_name
 from teal.kernels import reference
-from teal.kernels.operands import Operands
+from teal.kernels.operands import Grid, Operands
+from teal.kernels.reference_quantized import FP8, INT4, INT8
+
+_CODES = (FP8, INT4, INT8)
 
 
 def check_product(operands: Operands) -> None:
@@ -14,26 +19,66 @@ def check_product(operands: Operands) -> None:
     Raises:
         UserError: Shapes, dtypes, devices or numbers of parts do not fit together.
     """
-    x, weight, _, _, _, shift, bias, residual, gain, _, _ = operands
+    x, weight = operands.x, operands.weight
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[0]:
         raise UserError(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}. "
             "Give x (..., in_features) and a channel-major weight (in_features, out_features)."
         )
     _check_alike("weight", weight, x)
-    _check_parts(operands)
-    in_features, out_features = weight.shape
-    _check_shape("shift", shift, (in_features,))
-    _check_shape("gain", gain, (in_features,))
-    if bias is not None:
-        _check_shape("bias", bias, (out_features,))
-        _check_alike("bias", bias, x)
-    if residual is not None:
-        _check_shape("residual", residual, (*x.shape[:-1], out_features))
-        _check_alike("residual", residual, x)
+    _check_beside(operands, weight.shape)
 
 
-def _check_parts(operands: Operands) -> None:
+def check_quantized(operands: Operands, grid: Grid) -> None:
+    """Check the operands of a product with a quantized weight.
+
+    Raises:
+        UserError: Shapes, dtypes, devices or numbers of parts do not fit together.
+    """
+    x, codes = operands.x, operands.weight
+    scales, zeros, group_size = grid
+    if codes.dtype not in _CODES or codes.ndim != 2 or scales.ndim != 2 or group_size < 1:
+        raise UserError(
+            f"codes are {codes.dtype} {tuple(codes.shape)}, scales {tuple(scales.shape)}, in "
+            f"groups of {group_size}. Give a channel-major weight of int8, float8_e4m3fn, or "
+            "int4 packed in uint8, and scales (groups, out_features)."
+        )
+    in_features, out_features = len(codes), scales.shape[1]
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise UserError(
+            f"x has shape {tuple(x.shape)} and codes {tuple(codes.shape)}. "
+            "Give x (..., in_features) and channel-major codes."
+        )
+    grid_shape = (-(-in_features // group_size), out_features)
+    columns = -(-out_features // 2) if codes.dtype == INT4 else out_features
+    _check_shape("codes", codes, (in_features, columns))
+    _check_shape("scales", scales, grid_shape)
+    _check_shape("zeros", zeros, grid_shape)
+    if zeros is not None and not zeros.dtype == codes.dtype == INT4:
+        raise UserError(f"zeros are {zeros.dtype}. Give uint8, and only with int4 codes.")
+    for name, tensor in (("codes", codes), ("scales", scales), ("zeros", zeros)):
+        if tensor is not None and tensor.device != x.device:
+            raise UserError(
+                f"x is on {x.device}, {name} on {tensor.device}. Bring them to one device."
+            )
+    _check_beside(operands, (in_features, out_features))
+
+
+def _check_beside(operands: Operands, shape: Sequence[int]) -> None:
+    """Check what goes with a weight of a shape."""
+    x, in_features, out_features = operands.x, *shape
+    _check_parts(operands, shape)
+    _check_shape("shift", operands.shift, (in_features,))
+    _check_shape("gain", operands.gain, (in_features,))
+    if operands.bias is not None:
+        _check_shape("bias", operands.bias, (out_features,))
+        _check_alike("bias", operands.bias, x)
+    if operands.residual is not None:
+        _check_shape("residual", operands.residual, (*x.shape[:-1], out_features))
+        _check_alike("residual", operands.residual, x)
+
+
+def _check_parts(operands: Operands, shape: Sequence[int]) -> None:
     thresholds, widths, scale = operands.thresholds, operands.widths, operands.scale
     scales = len(widths) if scale is None else len(scale)
     if not widths or not len(thresholds) == len(widths) == scales:
@@ -41,7 +86,7 @@ def _check_parts(operands: Operands) -> None:
             f"{len(widths)} widths, {len(thresholds)} thresholds and scales for {scales} parts. "
             "Give one of each per part."
         )
-    in_features, out_features = operands.weight.shape
+    in_features, out_features = shape
     if scale is not None:
         _check_shape("scale", scale[0], (in_features,))
     if sum(widths) != out_features or (min(widths) < 1 and out_features > 0):
@@ -65,11 +110,11 @@ def check_rows(x: Tensor, weight: Tensor) -> None:
     _check_alike("weight", weight, x)
 
 
-def gated_widths(weight: Tensor, activation: str) -> list[int]:
+def gated_widths(shape: Sequence[int], activation: str) -> list[int]:
     """Return the columns of gate and of up.
 
     Args:
-        weight: Gate and up beside each other, (in_features, 2 · intermediate_size).
+        shape: Of gate and up beside each other, (in_features, 2 · intermediate_size).
         activation: Name in `reference.GATES`.
 
     Raises:
@@ -77,12 +122,12 @@ def gated_widths(weight: Tensor, activation: str) -> list[int]:
     """
     if activation not in reference.GATES:
         raise unknown_name("activation", activation, reference.GATES)
-    if weight.ndim != 2 or weight.shape[1] % 2:
+    if len(shape) != 2 or shape[1] % 2:
         raise UserError(
-            f"The weight has shape {tuple(weight.shape)}. "
+            f"The weight has shape {tuple(shape)}. "
             "Give gate and up beside each other, (in_features, 2 · intermediate_size)."
         )
-    return [weight.shape[1] // 2] * 2
+    return [shape[1] // 2] * 2
 
 
 def check_attend(

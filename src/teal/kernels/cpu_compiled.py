@@ -59,7 +59,7 @@ def product(
     """
     _, in_features, out_features = sizes
     weight = array(element, weights[0], max(0, in_features - 1) * weights[1] + out_features)
-    lists = _make_lists(element, inputs, sizes, parts[0], thresholds, epsilon)
+    lists = make_lists(element, inputs, sizes, parts[0], thresholds, epsilon)
     # The body of a parallel function is slow to compile, so it is small; and an index has one type
     # in both loops, so that what they call is compiled once.
     if threads == 1:
@@ -72,7 +72,7 @@ def product(
 
 
 @compiled()
-def _make_lists(
+def make_lists(
     element: np.generic,
     inputs: tuple[int, int, int, int],
     sizes: tuple[int, int, int],
@@ -118,8 +118,8 @@ def _slab(
     """Compute the columns of one thread."""
     rows, _, out_features = sizes
     if form == BESIDE:
-        begin = _border(parts, lists[2], _per_line(weight), thread, threads)
-        end = _border(parts, lists[2], _per_line(weight), thread + 1, threads)
+        begin = border(parts, lists[2], _per_line(weight), thread, threads)
+        end = border(parts, lists[2], _per_line(weight), thread + 1, threads)
         part_begin = 0
         for i in range(parts[0]):
             part_end = part_begin + parts[1 + i]
@@ -127,7 +127,7 @@ def _slab(
             if last > first:
                 sums = np.zeros((rows, last - first), np.float32)
                 _add_list(element, sums, weight, stride, outputs[0], out_features, first, lists, i)
-                _write(element, sums, outputs, first, out_features)
+                write(element, sums, outputs, first, out_features)
             part_begin = part_end
         return
     half = out_features // 2
@@ -141,8 +141,8 @@ def _slab(
             _add_list(
                 element, both[i], weight, stride, outputs[0], out_features, column, lists, own_list
             )
-        _gate(both[0], both[1], form == GELU)
-        _write(element, both[0], outputs, first, half)
+        gate(both[0], both[1], form == GELU)
+        write(element, both[0], outputs, first, half)
 
 
 @compiled()
@@ -169,7 +169,7 @@ def _add_list(
 
 
 @compiled()
-def _border(
+def border(
     parts: tuple[int, int, int, int], kept: Array, line: int, thread: int, threads: int
 ) -> int:
     """Return the column where the share of a thread begins: equal bytes to read for each."""
@@ -289,7 +289,7 @@ def _add_strips(
 
 
 @compiled()
-def _gate(gates: Array, ups: Array, gelu: bool) -> None:
+def gate(gates: Array, ups: Array, gelu: bool) -> None:
     """Write `activation(gate) · up` over the gates."""
     for row in range(len(gates)):
         gate, up = gates[row], ups[row]
@@ -298,7 +298,7 @@ def _gate(gates: Array, ups: Array, gelu: bool) -> None:
 
 
 @compiled()
-def _write(
+def write(
     element: np.generic, sums: Array, outputs: tuple[int, int, int], first: int, columns: int
 ) -> None:
     """Add the residual to a slab of sums, (T, width), and write it rounded."""

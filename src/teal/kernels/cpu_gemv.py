@@ -1,5 +1,7 @@
 """The products on the CPU: which the compiled kernel computes, and its call."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -45,23 +47,42 @@ def compute(operands: Operands) -> Tensor:
     Returns:
         (..., out_features), or (..., out_features / 2) with an activation, in the dtype of `x`.
     """
-    x, weight, thresholds, widths, scale, shift, bias, residual, gain, epsilon, activation = (
-        operands
-    )
-    dtype = x.dtype
-    if gain is not None and gain.dtype != dtype:
-        x, gain = reference.rms_norm(x, gain, epsilon), None
-    if reference.keeps_everything(thresholds):
-        thresholds, scale = [-1.0], None
-    if scale is None and min(thresholds) == max(thresholds):
-        # One list of kept channels serves all parts.
-        thresholds, widths = thresholds[:1], weight.shape[1:]
+    weight = operands.weight
     if weight.stride(1) != 1 and weight.shape[1] > 1:
         raise UserError(
             f"The weight has strides {weight.stride()}. Its columns must lie side by side: "
             "make it channel-major with weight.contiguous()."
         )
-    in_features, out_features = weight.shape
+    return launch(product, operands, (weight.data_ptr(), weight.stride(0)), weight.shape)
+
+
+def launch(
+    kernel: Callable[..., None],
+    operands: Operands,
+    weight: tuple[object, ...],
+    shape: Sequence[int],
+) -> Tensor:
+    """Call a compiled product.
+
+    Args:
+        kernel: `cpu_compiled.product` or another that takes the same, but for the weight.
+        operands: As in `compute`; of the weight nothing is read here.
+        weight: How the kernel gets the weight.
+        shape: Its in_features and out_features.
+
+    Returns:
+        As `compute`.
+    """
+    x, _, thresholds, widths, scale, shift, bias, residual, gain, epsilon, activation = operands
+    dtype = x.dtype
+    if gain is not None and gain.dtype != dtype:
+        x, gain = reference.rms_norm(x, gain, epsilon), None
+    if reference.keeps_everything(thresholds):
+        thresholds, scale = [-1.0], None
+    in_features, out_features = shape
+    if scale is None and min(thresholds) == max(thresholds):
+        # One list of kept channels serves all parts.
+        thresholds, widths = thresholds[:1], [out_features]
     rows = operands.rows
     threads = thread_count(in_features, out_features)
     # Copies have to live until the kernel is done.
@@ -71,10 +92,10 @@ def compute(operands: Operands) -> Tensor:
     result = torch.empty((*operands.x.shape[:-1], columns), dtype=dtype)
     run_threaded(
         threads,
-        product,
+        kernel,
         ELEMENTS[dtype],
         (_address(x), _address(gain), _address(scale), _address(shift)),
-        (weight.data_ptr(), weight.stride(0)),
+        weight,
         (_address(bias), _address(residual), result.data_ptr()),
         (rows, in_features, out_features),
         (len(widths), *widths, 0, 0)[:4],

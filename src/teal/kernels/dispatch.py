@@ -58,7 +58,7 @@ def _gated(
     gain: Tensor | None = None,
     epsilon: float = 0.0,
 ) -> Tensor:
-    widths = gated_widths(weight, activation)
+    widths = gated_widths(weight.shape, activation)
     operands = Operands(
         x, weight, thresholds, widths, scale, shift, bias, None, gain, epsilon, activation
     )
@@ -70,7 +70,8 @@ def _checked(compute: Compute, operands: Operands) -> Tensor:
     return compute(operands)
 
 
-def _by_reference(operands: Operands) -> Tensor:
+def by_reference(operands: Operands) -> Tensor:
+    """Compute a product in plain PyTorch."""
     x, weight, thresholds, widths, scale, shift, bias, residual, gain, epsilon, activation = (
         operands
     )
@@ -82,7 +83,7 @@ def _by_reference(operands: Operands) -> Tensor:
 
 def _on_cuda(operands: Operands) -> Tensor:
     if not _has_triton_kernel(operands):
-        return _by_reference(operands)
+        return by_reference(operands)
     x = operands.x
     given: dict[str, Any] = {
         name: operand.contiguous() if isinstance(operand, Tensor) else operand
@@ -106,12 +107,13 @@ def _has_triton_kernel(operands: Operands) -> bool:
 
 
 def _on_cpu(operands: Operands) -> Tensor:
-    if _has_numba() and cpu_gemv.can_compute(operands):
+    if has_numba() and cpu_gemv.can_compute(operands):
         return cpu_gemv.compute(operands)
-    return _by_reference(operands)
+    return by_reference(operands)
 
 
-def _has_numba() -> bool:
+def has_numba() -> bool:
+    """Say whether there are CPU kernels; tell once that there are none."""
     if cpu_gemv is None:
         _say_once("numba is not installed: sparse products run dense. Try: pip install 'teal[cpu]'")
     return cpu_gemv is not None
@@ -129,7 +131,7 @@ def _attend(qkv: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
 
 def _attend_on_cpu(qkv: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
     check_attend(qkv, *tensors)
-    if _has_numba() and qkv.dtype in cpu_gemv.ELEMENTS:
+    if has_numba() and qkv.dtype in cpu_gemv.ELEMENTS:
         return cpu_attention.attend(qkv.contiguous(), *tensors, **options)
     return reference_attention.attend(qkv.contiguous(), *tensors, **options)
 
@@ -152,7 +154,7 @@ def _dense_rows(x: Tensor, weight: Tensor) -> Tensor:
 
 def _dense_rows_on_cpu(x: Tensor, weight: Tensor) -> Tensor:
     check_rows(x, weight)
-    if _has_numba() and cpu_rows.can_compute(x, weight):
+    if has_numba() and cpu_rows.can_compute(x, weight):
         return cpu_rows.dense_rows(x, weight)
     return F.linear(x, weight)
 
@@ -165,7 +167,7 @@ def _products(compute: Compute) -> Mapping[str, Callable[..., Tensor]]:
 # By dispatch key of torch; the first serves every device that has no kernels of its own.
 IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Tensor]]] = {
     "CompositeExplicitAutograd": {
-        **_products(_by_reference),
+        **_products(by_reference),
         "attend": _attend,
         "dense_rows": _dense_rows,
     },

@@ -42,3 +42,19 @@ class Operands(NamedTuple):
     def rows(self) -> int:
         """Token rows of `x`."""
         return math.prod(self.x.shape[:-1])
+
+
+class Grid(NamedTuple):
+    """What the codes of a quantized weight stand for: `(code - zero) · scale`.
+
+    The codes take the place of the weight in `Operands`; `reference_quantized` explains all three.
+
+    Attributes:
+        scales: One per group of input channels and output, (groups, out_features).
+        zeros: Code of zero, (groups, out_features), uint8; int4 only.
+        group_size: Input channels per group.
+    """
+
+    scales: Tensor
+    zeros: Tensor | None
+    group_size: int

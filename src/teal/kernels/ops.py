@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from teal.kernels import dispatch
+from teal.kernels.registration import registered
 
 _VECTORS = "Tensor? scale=None, Tensor? shift=None, Tensor? bias=None"
 _NORM = "Tensor? gain=None, float epsilon=0.0"
@@ -207,20 +208,16 @@ def _fake_attend(qkv: Tensor, keys: Tensor, *rest: object, **options: object) ->
     return qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3]))
 
 
-def _register() -> torch.library.Library:
-    library = torch.library.Library("teal", "DEF")  # type: ignore[no-untyped-call]
-    for schema in _SCHEMAS:
-        library.define(schema)  # type: ignore[no-untyped-call]
-    for key, implementations in dispatch.IMPLEMENTATIONS.items():
-        for name, implementation in implementations.items():
-            library.impl(name, implementation, key)  # type: ignore[no-untyped-call]
-    for name in ("sparse_gemv", "sparse_parts"):
-        torch.library.register_fake(f"teal::{name}", _fake_gemv, lib=library)
-    torch.library.register_fake("teal::sparse_gated", _fake_gated, lib=library)
-    torch.library.register_fake("teal::dense_rows", _fake_rows, lib=library)
-    torch.library.register_fake("teal::attend", _fake_attend, lib=library)
-    return library
-
-
 # The registration lives as long as this object.
-_LIBRARY = _register()
+_LIBRARY = registered(
+    "DEF",
+    _SCHEMAS,
+    dispatch.IMPLEMENTATIONS,
+    {
+        "sparse_gemv": _fake_gemv,
+        "sparse_parts": _fake_gemv,
+        "sparse_gated": _fake_gated,
+        "dense_rows": _fake_rows,
+        "attend": _fake_attend,
+    },
+)

@@ -1,0 +1,254 @@
+"""CPU kernel of the products with quantized weights: codes of kept channels are read once.
+
+Legend: `T` rows, `K` in_features, `N` out_features. As in cpu_compiled, which makes the lists; the
+sum of a group of channels is scaled once.
+"""
+
+import numba
+import numpy as np
+
+from teal.kernels.cpu_codes import FP8_FACTOR, HIGH_FACTOR, NIBBLE_BASE
+from teal.kernels.cpu_compiled import (
+    BESIDE,
+    GELU,
+    LINE_BYTES,
+    Lists,
+    border,
+    gate,
+    make_lists,
+    write,
+)
+from teal.kernels.cpu_numbers import Array, array, widen
+from teal.kernels.cpu_quantized_strips import add_nibbles, add_strips
+from teal.kernels.cpu_threads import compiled
+
+# How codes are read.
+INT8_CODES, FP8_CODES, INT4_CODES = 0, 1, 2
+
+# Columns that are summed at once: their sums stay in the first-level cache.
+TILE = 4096
+
+
+_INT4_MIDDLE = 8
+_HIGH_FACTOR, _FP8_FACTOR = np.float32(HIGH_FACTOR), np.float32(FP8_FACTOR)
+_BASE, _ONE = np.float32(NIBBLE_BASE), np.float32(1)
+
+# Addresses of codes, scales (groups, N) and zeros (groups, N) uint8, 0 for none; the bytes between
+# strips of codes; how codes are read; channels per group; any scale, for its type.
+Weight = tuple[int, int, int, int, int, int, np.generic]
+
+
+@compiled(parallel=True)
+def product(
+    element: np.generic,
+    inputs: tuple[int, int, int, int],
+    weight: Weight,
+    outputs: tuple[int, int, int],
+    sizes: tuple[int, int, int],
+    parts: tuple[int, int, int, int],
+    thresholds: tuple[float, float, float],
+    form: int,
+    epsilon: float,
+    threads: int,
+) -> None:
+    """Write `Σ_groups scale · Σ_{j kept} (x_j - shift_j) · (code_j - zero)` + bias + residual.
+
+    Sums are float32.
+
+    Args:
+        element: As in `cpu_compiled.product`, which explains what is not named here.
+        inputs: x, gain, scale and shift.
+        weight: The quantized weight.
+        outputs: bias, residual and result.
+        sizes: T, K, N.
+        parts: Lists and the columns that use each.
+        thresholds: Cut-off per list.
+        form: `BESIDE`, `SILU` or `GELU`.
+        epsilon: Of the norm.
+        threads: Slabs of columns.
+    """
+    lists = make_lists(element, inputs, sizes, parts[0], thresholds, epsilon)
+    # As in cpu_compiled: a small body, and one type of index.
+    if threads == 1:
+        for thread in range(threads):
+            _slab(element, weight, outputs, sizes, parts, form, lists, thread, threads)
+    else:
+        for thread in numba.prange(threads):
+            index: int = np.int64(thread)  # type: ignore[assignment]
+            _slab(element, weight, outputs, sizes, parts, form, lists, index, threads)
+
+
+@compiled()
+def _slab(
+    element: np.generic,
+    weight: Weight,
+    outputs: tuple[int, int, int],
+    sizes: tuple[int, int, int],
+    parts: tuple[int, int, int, int],
+    form: int,
+    lists: Lists,
+    thread: int,
+    threads: int,
+) -> None:
+    """Compute the columns of one thread."""
+    rows, _, out_features = sizes
+    line = 2 * LINE_BYTES if weight[4] == INT4_CODES else LINE_BYTES
+    if form == BESIDE:
+        begin = border(parts, lists[2], line, thread, threads)
+        end = border(parts, lists[2], line, thread + 1, threads)
+        part_begin = 0
+        for i in range(parts[0]):
+            part_end = part_begin + parts[1 + i]
+            first, last = max(begin, part_begin), min(end, part_end)
+            for tile in range(first, last, TILE):
+                sums = np.zeros((rows, min(TILE, last - tile)), np.float32)
+                _add_list(element, sums, weight, outputs[0], sizes, tile, lists, i)
+                write(element, sums, outputs, tile, out_features)
+            part_begin = part_end
+        return
+    half = out_features // 2
+    share = (half + line * threads - 1) // (line * threads) * line
+    for tile in range(thread * share, min((thread + 1) * share, half), TILE):
+        both = np.zeros((2, rows, min(TILE, half - tile)), np.float32)
+        for i in range(2):
+            column, own = i * half + tile, min(i, parts[0] - 1)
+            _add_list(element, both[i], weight, outputs[0], sizes, column, lists, own)
+        gate(both[0], both[1], form == GELU)
+        write(element, both[0], outputs, tile, half)
+
+
+@compiled()
+def _add_list(
+    element: np.generic,
+    sums: Array,
+    weight: Weight,
+    bias: int,
+    sizes: tuple[int, int, int],
+    first: int,
+    lists: Lists,
+    i: int,
+) -> None:
+    """Add the product with the channels of one list, and the bias, to sums, (T, width)."""
+    _, in_features, out_features = sizes
+    groups = (in_features + weight[5] - 1) // max(1, weight[5])
+    scales = array(weight[6], weight[1], groups * out_features)
+    kept = lists[2][i]
+    channels, values = lists[0][i, :kept], lists[1][i, :kept]
+    if weight[4] == INT4_CODES:
+        _add_int4(sums, weight, scales, sizes, first, channels, values)
+    elif weight[4] == INT8_CODES:
+        codes = array(np.int8(0), weight[0], in_features * weight[3])
+        _add_bytes(sums, codes, weight, scales, sizes, first, channels, values, _ONE)
+    else:
+        octets = array(np.uint8(0), weight[0], in_features * weight[3])
+        _add_bytes(sums, octets, weight, scales, sizes, first, channels, values, _FP8_FACTOR)
+    if bias != 0:
+        addends = array(element, bias, out_features)
+        for row in range(len(sums)):
+            total = sums[row]
+            for c in range(len(total)):
+                total[c] += widen(addends[first + c])
+
+
+@compiled()
+def _add_bytes(
+    sums: Array,
+    codes: Array,
+    weight: Weight,
+    scales: Array,
+    sizes: tuple[int, int, int],
+    first: int,
+    channels: Array,
+    values: Array,
+    factor: np.float32,
+) -> None:
+    """Add groups of int8 or fp8 codes to `sums`, (T, width)."""
+    width = sums.shape[1]
+    partial = np.empty_like(sums)
+    begin = 0
+    while begin < len(channels):
+        group = channels[begin] // weight[5]
+        end = _group_end(channels, begin, (group + 1) * weight[5])
+        partial[:] = 0
+        add_strips(partial, codes, weight[3], first, channels, values, begin, end)
+        start = group * sizes[2] + first
+        _add_scaled(sums, partial, scales[start : start + width], factor)
+        begin = end
+
+
+@compiled()
+def _add_int4(
+    sums: Array,
+    weight: Weight,
+    scales: Array,
+    sizes: tuple[int, int, int],
+    first: int,
+    channels: Array,
+    values: Array,
+) -> None:
+    """Add groups of int4 codes to `sums`, (T, width), whose first column may be in mid-byte."""
+    rows, width = sums.shape
+    _, in_features, out_features = sizes
+    codes = array(np.uint8(0), weight[0], in_features * weight[3])
+    first_byte = first // 2
+    size = (first + width + 1) // 2 - first_byte
+    partial = np.empty((2, rows, size), np.float32)
+    zeros = np.empty((2, size), np.float32)
+    zeros[0], zeros[1] = _BASE + _INT4_MIDDLE, _BASE + 16 * _INT4_MIDDLE
+    begin = 0
+    while begin < len(channels):
+        group = channels[begin] // weight[5]
+        end = _group_end(channels, begin, (group + 1) * weight[5])
+        if weight[2] != 0:
+            own = array(np.uint8(0), weight[2] + group * out_features, out_features)
+            _read_zeros(zeros, own, first_byte)
+        partial[:] = 0
+        add_nibbles(partial, codes, weight[3], first_byte, channels, values, begin, end, zeros)
+        start = group * out_features + first
+        _add_interleaved(sums, partial, scales[start : start + width], first % 2)
+        begin = end
+
+
+@compiled()
+def _group_end(channels: Array, begin: int, limit: int) -> int:
+    end = begin
+    while end < len(channels) and channels[end] < limit:
+        end += 1
+    return end
+
+
+@compiled()
+def _read_zeros(zeros: Array, own: Array, first_byte: int) -> None:
+    """Write what the nibbles of a group's zeros become when they are read as codes are."""
+    low, high = zeros[0], zeros[1]
+    pairs = own[2 * first_byte :]
+    for b in range(len(low)):
+        low[b] = _BASE + np.float32(pairs[2 * b])
+        right = min(2 * b + 1, len(pairs) - 1)
+        high[b] = _BASE + 16 * np.float32(pairs[right])
+
+
+@compiled(fuse=True)
+def _add_scaled(sums: Array, partial: Array, scales: Array, factor: np.float32) -> None:
+    for row in range(len(sums)):
+        total, part = sums[row], partial[row]
+        for c in range(len(total)):
+            total[c] += part[c] * (factor * widen(scales[c]))
+
+
+@compiled(fuse=True)
+def _add_interleaved(sums: Array, partial: Array, scales: Array, odd: int) -> None:
+    """Scale lower and upper nibbles, (2, T, bytes), and add them column by column."""
+    width = sums.shape[1]
+    pairs = (width - odd) // 2
+    for row in range(len(sums)):
+        total, low, high = sums[row], partial[0, row], partial[1, row]
+        if odd:
+            total[0] += high[0] * (_HIGH_FACTOR * widen(scales[0]))
+        even, lower, upper = total[odd:], low[odd:], high[odd:]
+        own = scales[odd:]
+        for b in range(pairs):
+            even[2 * b] += lower[b] * widen(own[2 * b])
+            even[2 * b + 1] += upper[b] * (_HIGH_FACTOR * widen(own[2 * b + 1]))
+        if odd + 2 * pairs < width:
+            total[width - 1] += lower[pairs] * widen(scales[width - 1])

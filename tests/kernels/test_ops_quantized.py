@@ -1,0 +1,135 @@
+from typing import Any
+
+import pytest
+import torch
+from cases import draw
+from helpers import relative_error
+from torch import Tensor
+
+from teal.foundation.errors import UserError
+from teal.kernels import dispatch_quantized, ops_quantized
+from teal.quantization import Scheme, round_to_nearest
+
+TINY = 2e-6
+SCHEMES = {
+    "int8": Scheme(format="int8"),
+    "fp8": Scheme(format="fp8"),
+    "int4": Scheme(format="int4", group_size=32),
+    "int4 with zeros": Scheme(format="int4", group_size=32, symmetric=False),
+}
+schemes = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+operations = pytest.mark.parametrize("name", ["quantized_parts", "quantized_gated"])
+
+
+def weight_of(scheme: Scheme, device: torch.device | str) -> tuple[Any, ...]:
+    weight = round_to_nearest(draw(70, 96, seed=1), scheme).to(device)
+    return weight.codes, weight.scales, weight.zeros, weight.group_size
+
+
+def call(name: str, scheme: Scheme, device: torch.device | str) -> tuple[Any, ...]:
+    x, *vectors, residual, gain = (
+        tensor.to(device)
+        for tensor in (
+            draw(2, 1, 70),
+            draw(2, 70, seed=2).abs(),
+            draw(70, seed=3),
+            draw(96, seed=4),
+            draw(2, 1, 96, seed=5),
+            draw(70, seed=6),
+        )
+    )
+    start = (x, *weight_of(scheme, device), [0.5, 0.7])
+    if name == "quantized_gated":
+        return (*start, "silu", *vectors, gain, 1e-5)
+    return (*start, [32, 64], *vectors, residual, gain, 1e-5)
+
+
+@operations
+@schemes
+def test_operations_keep_their_contract_with_torch(
+    name: str, scheme: Scheme, device: torch.device
+) -> None:
+    operation = getattr(torch.ops.teal, name).default
+    checks = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+    # To see whether an operand was changed torch computes with it, which it cannot in fp8.
+    checks = checks[1:] if scheme.format == "fp8" else checks
+    torch.library.opcheck(operation, call(name, scheme, device), test_utils=checks)
+
+
+@operations
+@schemes
+def test_operations_equal_the_reference(name: str, scheme: Scheme, device: torch.device) -> None:
+    arguments = call(name, scheme, device)
+    expected = dispatch_quantized.IMPLEMENTATIONS["CompositeExplicitAutograd"][name](*arguments)
+    result = getattr(ops_quantized, name)(*arguments)
+    assert result.shape == expected.shape
+    assert relative_error(result, expected) < TINY
+
+
+@operations
+@schemes
+def test_operations_compile_into_one_graph(name: str, scheme: Scheme, device: torch.device) -> None:
+    arguments = call(name, scheme, device)
+
+    def doubled(x: Tensor) -> Tensor:
+        return 2 * getattr(ops_quantized, name)(x, *arguments[1:])
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(arguments[0]), doubled(arguments[0]), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@operations
+@schemes
+def test_operations_are_captured_in_a_cuda_graph(name: str, scheme: Scheme) -> None:
+    arguments = call(name, scheme, "cuda")
+    expected = getattr(ops_quantized, name)(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = getattr(ops_quantized, name)(*arguments)
+    graph.replay()
+    torch.testing.assert_close(result, expected, rtol=TINY, atol=TINY)
+
+
+@schemes
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_every_dtype_and_number_of_rows_has_an_implementation(
+    scheme: Scheme, dtype: torch.dtype, rows: int, device: torch.device
+) -> None:
+    x, weight = draw(rows, 70).to(device, dtype), weight_of(scheme, device)
+    result = ops_quantized.quantized_parts(x, *weight, [-1.0], [96])
+    assert result.dtype == dtype
+    dense = round_to_nearest(draw(70, 96, seed=1), scheme).dequantize(torch.float64).to(device)
+    assert relative_error(result, x.double() @ dense) < torch.finfo(dtype).eps + 1e-15
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": draw(1, 71)}, "x has shape"),
+        ({"codes": torch.zeros(70, 48)}, "Give a channel-major weight of int8"),
+        ({"codes": torch.zeros(70, 47, dtype=torch.uint8)}, r"codes has shape .* \(70, 48\)"),
+        ({"codes": torch.zeros(70, 96, dtype=torch.int8)}, "only with int4 codes"),
+        ({"scales": draw(2, 96)}, r"scales has shape \(2, 96\)\. Give \(3, 96\)"),
+        ({"zeros": torch.zeros(3, 48, dtype=torch.uint8)}, "zeros has shape"),
+        ({"zeros": torch.zeros(3, 96)}, "Give uint8"),
+        ({"group_size": 0}, "in groups of 0"),
+        ({"widths": [32, 32]}, "do not sum to the 96 columns"),
+        ({"bias": draw(95)}, r"bias has shape \(95,\)"),
+        ({"residual": draw(1, 96).half()}, "one dtype"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_operands_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    names = ("codes", "scales", "zeros", "group_size")
+    fitting = dict(zip(names, weight_of(SCHEMES["int4 with zeros"], "cpu"), strict=True))
+    fitting |= {"x": draw(1, 70), "thresholds": [0.5, 0.5], "widths": [32, 64]}
+    with pytest.raises(UserError, match=message):
+        ops_quantized.quantized_parts(**{**fitting, **change})
+
+
+def test_an_unknown_activation_names_the_known_ones() -> None:
+    weight = weight_of(SCHEMES["int8"], "cpu")
+    with pytest.raises(UserError, match="Known: gelu_pytorch_tanh, silu"):
+        ops_quantized.quantized_gated(draw(1, 70), *weight, [0.5, 0.5], "relu")
