@@ -1,5 +1,5 @@
 // Kernels of one decode step of one stream: embedding, products of the kept channels, final norm.
-// docs/engine.md explains the scheme with a drawing.
+// docs/fused-step.md explains the scheme with a drawing.
 //
 // What several blocks add to is kept in fixed point, as 64-bit integers with FRACTION_BITS bits
 // after the point: integer addition gives the same bits in any order, so blocks add with atomics
