@@ -42,8 +42,11 @@ fi
 
 pip install --constraint requirements/constraints.txt --editable ".[$extra]"
 
-# CUDA builds of torch bring the Triton that they were made for. Without one, any will do to run the
-# GPU kernels' tests in the interpreter and to compile them ahead.
+# CUDA builds of torch bring the Triton and the bindings that they were made for. Without one, any will
+# do to run the GPU kernels' tests in the interpreter and to compile them ahead.
 if [ "$extra" = dev ] && ! "$venv/bin/python" -c 'import triton' > /dev/null 2>&1; then
   pip install "triton==3.9.0"
+fi
+if [ "$extra" = dev ] && ! "$venv/bin/python" -c 'import cuda.bindings' > /dev/null 2>&1; then
+  pip install "cuda-bindings==13.5.0" "nvidia-cuda-nvrtc==13.5.37"
 fi
