@@ -1,9 +1,8 @@
 """Quantizing the projections of a model, to the nearest values or by GPTQ, and saving it."""
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from teal.data import TokenWindows
-from teal.foundation.artifact import check_destination, read_json, replace_folder
+from teal.foundation.artifact import read_json, replace_folder
 from teal.foundation.errors import UserError
 from teal.foundation.progress import Progress, silent
 from teal.foundation.version import __version__
@@ -113,7 +112,7 @@ def save_quantized(
         "text": None if tokens is None else tokens.provenance.to_dict(),
         "library_version": __version__,
     }
-    with _replaced(folder, force=force), replace_folder(folder) as temporary:
+    with replace_folder(folder, force=force) as temporary:
         tokenizer.save_pretrained(temporary)
         saved: Any = model
         saved.save_pretrained(temporary, state_dict=_state(model, weights, scheme))
@@ -123,42 +122,8 @@ def save_quantized(
         _write_json(temporary / f"{_KIND}.json", record)
 
 
-def check_replaceable(folder: Path, *, force: bool) -> None:
-    """Fail early where `save_quantized` would not replace `folder`.
-
-    Raises:
-        UserError: It exists and is not to be replaced, holds something else, or its parent cannot
-            be written.
-    """
-    if not (force and folder.exists()):
-        check_destination(folder)
-    elif not (folder / f"{_KIND}.json").is_file():
-        raise UserError(
-            f"{str(folder)!r} holds something that teal quantize did not write, which --force "
-            "would delete. Choose another output."
-        )
-
-
 class _SeenEnough(Exception):  # noqa: N818  (no error)
     """Ends the run of a block whose further outputs nobody needs."""
-
-
-@contextmanager
-def _replaced(folder: Path, *, force: bool) -> Iterator[None]:
-    """Keep what is at `folder` aside until the block has put something new there."""
-    check_replaceable(folder, force=force)
-    aside = folder.with_name(f".{folder.name}.replaced")
-    if folder.exists():
-        # A kill may have left an older one, of which nothing is needed any more.
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-    try:
-        yield
-    finally:
-        if aside.exists() and folder.exists():
-            shutil.rmtree(aside)
-        elif aside.exists():
-            aside.rename(folder)
 
 
 def _require_dense(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from teal.foundation.errors import UserError
 
 # One of these files in a folder says that it may be replaced.
-_MARKS = ("plan.json", "stats.json", "report.html")
+_MARKS = ("plan.json", "quantization.json", "report.html", "stats.json")
 
 
 def check_destination(folder: Path, *, force: bool = False) -> None:
