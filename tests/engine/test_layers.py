@@ -35,7 +35,7 @@ def calls_with(rules: dict[str, MaskRule | None], family: str = "llama") -> Laye
     model = tiny_model(family, **({"attention_bias": True} if family == "llama" else {}))
     architecture = architecture_of(model.config)
     dense = LayerCalls.of(architecture, 1, from_model(model).layers[1])
-    return dense.with_rules(architecture.inputs(1), rules)
+    return dense.with_rules(architecture.inputs(1), rules, torch.float32)
 
 
 def rule(threshold: float, **vectors: Tensor) -> MaskRule:
@@ -112,7 +112,7 @@ def test_dense_calls_are_left_as_they_were() -> None:
     model = tiny_model("llama")
     architecture = architecture_of(model.config)
     dense = LayerCalls.of(architecture, 1, from_model(model).layers[1])
-    dense.with_rules(architecture.inputs(1), {f"{MLP}.down_proj": rule(0.5)})
+    dense.with_rules(architecture.inputs(1), {f"{MLP}.down_proj": rule(0.5)}, torch.float32)
     assert dense.down[1] == [KEEP_ALL]
 
 

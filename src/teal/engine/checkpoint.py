@@ -9,8 +9,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from teal.engine.memory import require_memory
+from teal.engine.quantizing import CheckpointSource, RoundedSource, bytes_in, bytes_needed
 from teal.engine.weights import (
     DecoderWeights,
+    Source,
     assemble,
     require_all_read,
     require_shape,
@@ -21,6 +23,8 @@ from teal.foundation.errors import UserError
 from teal.foundation.progress import Progress, silent
 from teal.models.architectures import architecture_of
 from teal.models.loading import load_config
+from teal.quantization import QuantizedCheckpoint, Scheme
+from teal.quantization.checkpoint import quantization_config_of
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -31,6 +35,7 @@ def from_folder(
     folder: str | Path,
     dtype: torch.dtype | None,
     device: torch.device,
+    scheme: Scheme | None = None,
     progress: Progress = silent,
 ) -> DecoderWeights:
     """Read the weights of a model folder tensor by tensor, without building the model.
@@ -38,23 +43,43 @@ def from_folder(
     At its peak this takes the memory of the weights and of the largest tensor.
 
     Args:
-        folder: What `save_pretrained` wrote, in one safetensors file or in several.
+        folder: What `save_pretrained` wrote, in one safetensors file or in several; or a quantized
+            checkpoint, whose projections stay as they are.
         dtype: Dtype of the weights, or `None` for the checkpoint's own.
         device: Where to put them.
+        scheme: Into what projections are quantized as they are read.
         progress: Shows the layers going by.
 
     Raises:
         UserError: The folder is incomplete or damaged, of a model that the engine does not run,
-            or too large for the device.
+            or too large for the device; or it is quantized and a scheme was given.
     """
     config = load_config(str(folder))
     architecture = architecture_of(config)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    require_memory(architecture.num_weights * dtype.itemsize, device, "The weights")
+    quantized = _quantized(Path(folder), scheme)
+    needed = bytes_in(Path(folder)) if quantized else bytes_needed(architecture, dtype, scheme)
+    require_memory(needed, device, "The weights")
     source = _FolderSource(Path(folder), dtype, device)
-    weights = assemble(architecture, source, tied_head=architecture.tied_head, progress=progress)
+    matrices: Source = source
+    if quantized:
+        matrices = CheckpointSource(source, quantized, device, source.names, source.read)
+    elif scheme:
+        matrices = RoundedSource(source, scheme)
+    weights = assemble(architecture, matrices, tied_head=architecture.tied_head, progress=progress)
     require_all_read(architecture, source.names, source.read, repr(str(folder)))
     return weights
+
+
+def _quantized(folder: Path, scheme: Scheme | None) -> QuantizedCheckpoint | None:
+    if not (folder / "config.json").is_file() or quantization_config_of(folder) is None:
+        return None
+    if scheme is not None:
+        raise UserError(
+            f"{str(folder)!r} is quantized already. Open it without quantizing, or quantize the "
+            "model that it came from."
+        )
+    return QuantizedCheckpoint(folder)
 
 
 class _FolderSource:

@@ -11,9 +11,10 @@ from torch import Tensor
 from teal.engine.attention import attend_many
 from teal.engine.cache import KeyValueCache
 from teal.engine.layers import Attention, LayerCalls, Observer, Rules, run_layer
+from teal.engine.products import head_product
 from teal.engine.weights import DecoderWeights
 from teal.foundation.errors import UserError, unknown_name
-from teal.kernels.ops import attend, dense_rows
+from teal.kernels.ops import attend
 from teal.kernels.reference import rms_norm
 from teal.methods import MaskRule
 from teal.models.architectures import Architecture
@@ -77,7 +78,7 @@ class Decoder:
         self._require_fitting(rules)
         inputs = map(self.architecture.inputs, range(self.architecture.num_layers))
         self._layers = tuple(
-            calls.with_rules(entries, rules)
+            calls.with_rules(entries, rules, self.weights.dtype)
             for calls, entries in zip(self._dense, inputs, strict=True)
         )
         self._rules = dict(rules)
@@ -184,7 +185,7 @@ class Decoder:
         Returns:
             (..., vocab_size), float32.
         """
-        logits = dense_rows(normed, self.weights.head).float()
+        logits = head_product(normed, self.weights.head).float()
         if self.architecture.logit_divisor != 1.0:
             logits = logits / self.architecture.logit_divisor
         softcap = self.architecture.logit_softcap

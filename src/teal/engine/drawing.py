@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from teal.engine.memory import require_memory
+from teal.engine.quantizing import RoundedSource, bytes_needed
 from teal.engine.weights import DecoderWeights, assemble
 from teal.foundation.progress import Progress, silent
 from teal.models.architectures import Architecture
+from teal.quantization import Scheme
 
 
 @torch.no_grad()
@@ -17,6 +19,7 @@ def random_weights(
     dtype: torch.dtype,
     device: torch.device,
     seed: int = 0,
+    scheme: Scheme | None = None,
     progress: Progress = silent,
 ) -> DecoderWeights:
     """Draw weights that keep the scale of the hidden states, for measuring speed.
@@ -28,13 +31,15 @@ def random_weights(
         dtype: Dtype of the weights.
         device: Where to put them.
         seed: The same seed gives the same weights on the same kind of device.
+        scheme: Into what the projections are quantized, one after the other.
         progress: Shows the layers going by.
 
     Raises:
         UserError: The weights are too large for the device.
     """
-    require_memory(architecture.num_weights * dtype.itemsize, device, "The weights")
-    source = _RandomSource(architecture, dtype, device, seed)
+    require_memory(bytes_needed(architecture, dtype, scheme), device, "The weights")
+    drawn = _RandomSource(architecture, dtype, device, seed)
+    source = drawn if scheme is None else RoundedSource(drawn, scheme)
     return assemble(architecture, source, tied_head=architecture.tied_head, progress=progress)
 
 

@@ -118,8 +118,8 @@ def stepper_of(decoder: Decoder, cache: KeyValueCache) -> Stepper:
 def can_fuse(decoder: Decoder, cache: KeyValueCache) -> bool:
     """Tell whether `FusedStep` computes the steps of a decoder.
 
-    It does for one stream of a model in bfloat16 or float16, with norms before attention and MLP
-    only, and rules that are a plain threshold.
+    It does for one stream of a model in bfloat16 or float16, not quantized, with norms before
+    attention and MLP only, and rules that are a plain threshold.
     """
     weights, form = decoder.weights, decoder.architecture.form
     if cuda_step is None or weights.device.type != "cuda" or cache.rows > 1:
@@ -139,13 +139,16 @@ def can_fuse(decoder: Decoder, cache: KeyValueCache) -> bool:
         and form.mlp_norm is not None
         and form.attention_post_norm is form.mlp_post_norm is None
         and form.qk_norm != "vector"
-        and not any(map(_has_vectors, decoder.layers))
+        and all(map(_is_plain, decoder.layers))
     )
 
 
-def _has_vectors(calls: LayerCalls) -> bool:
+def _is_plain(calls: LayerCalls) -> bool:
     products = (calls.qkv, calls.o, calls.gate_up, calls.down)
-    return any(scale is not None or shift is not None for *_, scale, shift, _bias in products)
+    return all(
+        isinstance(weight, Tensor) and scale is None and shift is None
+        for weight, _thresholds, _columns, scale, shift, _bias in products
+    )
 
 
 def _layer(decoder: Decoder, calls: LayerCalls) -> _Layer:
@@ -168,6 +171,7 @@ def _projections(
     gain: Tensor | None = None,
 ) -> "cuda_step.Projections":
     weight, thresholds, _, _, _, bias = product
+    assert isinstance(weight, Tensor)
     padded = list(itertools.islice(itertools.chain(thresholds, itertools.repeat(0.0)), 3))
     return cuda_step.Projections(
         weight=weight,

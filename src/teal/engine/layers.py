@@ -7,22 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teal.engine.products import KEEP_ALL, Matrix, fold_shift, gated, parts, strips
 from teal.engine.weights import LayerWeights
 from teal.foundation.errors import UserError
-from teal.kernels.ops import sparse_gated, sparse_parts
-from teal.kernels.reference import fold_shift, rms_norm
+from teal.kernels.reference import rms_norm
 from teal.methods import MaskRule
 from teal.models.architectures import Architecture, ProjectionInput
-
-# Every score is ≥ 0, so this threshold drops nothing.
-KEEP_ALL = -1.0
 
 Rules = Mapping[str, MaskRule | None]
 Observer = Callable[[str, Tensor], None]
 Attention = Callable[..., Tensor]
-# What `sparse_parts` and `sparse_gated` are given between `x` and the rest: weight, thresholds,
+# What `parts` and `gated` are given between `x` and the rest: weight, thresholds,
 # widths or activation, scale, shift, bias.
-Product = tuple[Tensor, list[float], Any, Tensor | None, Tensor | None, Tensor | None]
+Product = tuple[Matrix, list[float], Any, Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -90,19 +87,22 @@ class LayerCalls:
             residual_multiplier=architecture.residual_multiplier,
         )
 
-    def with_rules(self, inputs: Sequence[ProjectionInput], rules: Rules) -> "LayerCalls":
+    def with_rules(
+        self, inputs: Sequence[ProjectionInput], rules: Rules, dtype: torch.dtype
+    ) -> "LayerCalls":
         """Return the calls of the same layer, which drop what the rules say.
 
         Args:
             inputs: The four inputs of the layer.
             rules: By full projection name; what is not named stays dense.
+            dtype: Of the hidden states.
 
         Raises:
             UserError: Rules of projections that share an input centre it differently.
         """
         calls = (self.qkv, self.o, self.gate_up, self.down)
         qkv, o, gate_up, down = (
-            _with_rules(call, [rules.get(name) for name in entry.widths], entry.name)
+            _with_rules(call, [rules.get(name) for name in entry.widths], entry.name, dtype)
             for call, entry in zip(calls, inputs, strict=True)
         )
         return replace(self, qkv=qkv, o=o, gate_up=gate_up, down=down)
@@ -130,7 +130,7 @@ def run_layer(
     """
     if observer:
         observer(calls.names[0], _normed(hidden, calls.norms[0], calls.epsilon))
-    qkv = sparse_parts(hidden, *calls.qkv, None, calls.norms[0], calls.epsilon)
+    qkv = parts(hidden, *calls.qkv, None, calls.norms[0], calls.epsilon)
     if calls.vector_norms:
         qkv = _norm_vectors(qkv, calls.vector_norms, calls.epsilon)
     attended = attend(qkv, *cache, **calls.attend)
@@ -139,10 +139,10 @@ def run_layer(
     hidden = _add(hidden, attended, calls.o, calls.post_norms[0], calls)
     if observer:
         observer(calls.names[2], _normed(hidden, calls.norms[1], calls.epsilon))
-    gated = sparse_gated(hidden, *calls.gate_up, calls.norms[1], calls.epsilon)
+    inner = gated(hidden, *calls.gate_up, calls.norms[1], calls.epsilon)
     if observer:
-        observer(calls.names[3], gated)
-    return _add(hidden, gated, calls.down, calls.post_norms[1], calls)
+        observer(calls.names[3], inner)
+    return _add(hidden, inner, calls.down, calls.post_norms[1], calls)
 
 
 def _add(
@@ -150,8 +150,8 @@ def _add(
 ) -> Tensor:
     """Return `hidden` and the projection of `x` together."""
     if post_norm is None and calls.residual_multiplier == 1.0:
-        return sparse_parts(x, *call, hidden)
-    added = _normed(sparse_parts(x, *call), post_norm, calls.epsilon)
+        return parts(x, *call, hidden)
+    added = _normed(parts(x, *call), post_norm, calls.epsilon)
     return hidden + added * calls.residual_multiplier
 
 
@@ -171,34 +171,36 @@ def _vector_norms(architecture: Architecture, w: LayerWeights) -> tuple[Tensor, 
     return w.q_norm, w.k_norm
 
 
-def _with_rules(call: Product, rules: Sequence[MaskRule | None], name: str) -> Product:
+def _with_rules(
+    call: Product, rules: Sequence[MaskRule | None], name: str, dtype: torch.dtype
+) -> Product:
     weight, thresholds, columns, _, _, bias = call
     if not any(rules):
         return call
     if len(rules) < len(thresholds):
         # The checkpoint has one projection where the product has several parts.
         rules = list(rules) * len(thresholds)
-    shift = _shift(rules, weight, name)
+    shift = _shift(rules, strips(weight), name)
     return (
         weight,
         [rule.threshold if rule else KEEP_ALL for rule in rules],
         columns,
-        _scales(rules, weight),
+        _scales(rules, strips(weight)),
         shift,
-        bias if shift is None else fold_shift(weight, shift, bias),
+        bias if shift is None else fold_shift(weight, shift, bias, dtype),
     )
 
 
-def _scales(rules: Sequence[MaskRule | None], weight: Tensor) -> Tensor | None:
+def _scales(rules: Sequence[MaskRule | None], strips: Tensor) -> Tensor | None:
     """Return the score weights of all parts, (parts, in_features), float32."""
     scales = [rule.scale if rule else None for rule in rules]
     if all(scale is None for scale in scales):
         return None
-    ones = torch.ones(len(weight), device=weight.device)
+    ones = torch.ones(len(strips), device=strips.device)
     return torch.stack([ones if scale is None else scale.to(ones) for scale in scales])
 
 
-def _shift(rules: Sequence[MaskRule | None], weight: Tensor, name: str) -> Tensor | None:
+def _shift(rules: Sequence[MaskRule | None], strips: Tensor, name: str) -> Tensor | None:
     """Return the centre that all rules of an input share, (in_features,), float32."""
     shifts = [rule.shift for rule in rules if rule]
     given = [shift for shift in shifts if shift is not None]
@@ -209,4 +211,4 @@ def _shift(rules: Sequence[MaskRule | None], weight: Tensor, name: str) -> Tenso
             f"The rules of projections that read {name} have different shifts, and the engine "
             "centres an input once. Make a plan with one shift per input."
         )
-    return given[0].to(weight.device, torch.float32)
+    return given[0].to(strips.device, torch.float32)

@@ -6,6 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from teal.engine.quantizing import RoundedSource
 from teal.engine.weights import (
     DecoderWeights,
     assemble,
@@ -16,10 +17,13 @@ from teal.engine.weights import (
 from teal.foundation.errors import UserError
 from teal.foundation.progress import Progress, silent
 from teal.models.architectures import architecture_of
+from teal.quantization import Scheme
 
 
 @torch.no_grad()
-def from_model(model: nn.Module, progress: Progress = silent) -> DecoderWeights:
+def from_model(
+    model: nn.Module, scheme: Scheme | None = None, progress: Progress = silent
+) -> DecoderWeights:
     """Fuse the weights of a Hugging Face model in place and share them with it.
 
     The projections' parameters become views of the fused matrices, so there is no second copy and
@@ -29,6 +33,8 @@ def from_model(model: nn.Module, progress: Progress = silent) -> DecoderWeights:
 
     Args:
         model: A supported causal language model, sparse or dense, changed in place.
+        scheme: Into what the projections are quantized; the model keeps its floats then, and what
+            is quantized comes on top of them.
         progress: Shows the layers going by.
 
     Returns:
@@ -40,7 +46,8 @@ def from_model(model: nn.Module, progress: Progress = silent) -> DecoderWeights:
     architecture = architecture_of(model.config)
     source = _ModelSource(model)
     tied = source.tied("lm_head.weight", model.get_input_embeddings().weight)  # type: ignore[operator]
-    weights = assemble(architecture, source, tied_head=tied, progress=progress)
+    rounded = source if scheme is None else RoundedSource(source, scheme)
+    weights = assemble(architecture, rounded, tied_head=tied, progress=progress)
     require_all_read(architecture, source.names, source.read, type(model).__name__)
     if weights.device.type == "cuda":
         # Blocks of the old sizes, which nothing will fit again.

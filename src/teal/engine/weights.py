@@ -1,12 +1,13 @@
 """The weights of a decoder, fused and channel-major, wherever they come from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from teal.engine.products import Matrix
 from teal.foundation.errors import UserError
 from teal.foundation.progress import Progress, silent
 from teal.models.architectures import Architecture, ProjectionInput
@@ -19,8 +20,9 @@ _COMPUTED = "rotary_emb.inv_freq"
 class LayerWeights:
     """What one decoder layer multiplies with and adds.
 
-    Matrices are channel-major, (in_features, out_features), contiguous. Gains of norms are float32
-    and hold the norm's offset; they and the biases are `None` where the layer has none.
+    Matrices are channel-major, (in_features, out_features), contiguous, of floats or quantized.
+    Gains of norms are float32 and hold the norm's offset; they and the biases are `None` where the
+    layer has none.
 
     Attributes:
         qkv: q, k and v beside each other, (hidden_size, (heads + 2 · kv_heads) · head_dim).
@@ -39,13 +41,13 @@ class LayerWeights:
         k_norm: Gain of the norm of k, (head_dim,) or (kv_heads · head_dim,).
     """
 
-    qkv: Tensor
+    qkv: Matrix
     qkv_bias: Tensor | None
-    o: Tensor
+    o: Matrix
     o_bias: Tensor | None
-    gate_up: Tensor
+    gate_up: Matrix
     gate_up_bias: Tensor | None
-    down: Tensor
+    down: Matrix
     down_bias: Tensor | None
     attention_norm: Tensor | None
     mlp_norm: Tensor | None
@@ -64,17 +66,18 @@ class DecoderWeights:
         layers: One entry per decoder layer.
         final_norm: Gain of the norm before the logits, (hidden_size,), float32.
         head: A row per token id, (vocab_size, hidden_size): logits are `F.linear(h, head)`. The
-            embedding itself where the model ties them.
+            embedding itself where the model ties them. Where it is quantized, it is channel-major
+            as the other matrices are, (hidden_size, vocab_size).
     """
 
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor
-    head: Tensor
+    head: Matrix
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the matrices, and of the hidden states."""
+        """Dtype of the embedding, of matrices that are not quantized, and of the hidden states."""
         return self.embedding.dtype
 
     @property
@@ -89,16 +92,16 @@ class DecoderWeights:
         return sum(tensors.values())
 
     def _tensors(self) -> Iterator[Tensor]:
-        yield from (self.embedding, self.final_norm, self.head)
+        yield from (self.embedding, self.final_norm, *_tensors_of(self.head))
         for layer in self.layers:
-            values = (getattr(layer, field.name) for field in fields(layer))
-            yield from (value for value in values if value is not None)
+            for field in fields(layer):
+                yield from _tensors_of(getattr(layer, field.name))
 
 
 class Source(Protocol):
     """Where weights come from: a model, a folder, or nowhere."""
 
-    def matrix(self, widths: Mapping[str, int], in_features: int) -> Tensor:
+    def matrix(self, widths: Mapping[str, int], in_features: int) -> Matrix:
         """Return projections beside each other, channel-major.
 
         Args:
@@ -199,6 +202,12 @@ def require_all_read(
         )
 
 
+def _tensors_of(value: Matrix | None) -> Iterable[Tensor]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, Tensor) else value.tensors().values()
+
+
 def _layer(architecture: Architecture, source: Source, layer: int) -> LayerWeights:
     attention, o, mlp, down = architecture.inputs(layer)
     form = architecture.form
@@ -227,7 +236,7 @@ def _layer(architecture: Architecture, source: Source, layer: int) -> LayerWeigh
     )
 
 
-def _matrix(source: Source, entry: ProjectionInput) -> Tensor:
+def _matrix(source: Source, entry: ProjectionInput) -> Matrix:
     widths = {f"{name}.weight": width for name, width in entry.widths.items()}
     return source.matrix(widths, entry.in_features)
 
