@@ -17,7 +17,8 @@ from teal.kernels import reference
 
 pytest.importorskip("triton")
 
-from teal.kernels.triton_launch import Operands, launch
+from teal.kernels.operands import Operands
+from teal.kernels.triton_launch import launch
 from teal.kernels.triton_tiles import Tile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

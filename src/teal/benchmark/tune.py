@@ -11,6 +11,7 @@ from teal.benchmark.gemv import ACTIVATION, Product
 from teal.benchmark.shapes import Shape
 from teal.foundation.errors import UserError
 from teal.foundation.progress import Progress, silent
+from teal.kernels.operands import Operands
 from teal.kernels.triton_tiles import Tile, TileRow
 
 try:
@@ -76,7 +77,7 @@ def _time(product: Product, tile: Tile, threshold: float) -> float:
     activation = ACTIVATION if product.shape.form == "gated" else None
 
     def call(i: int) -> Tensor:
-        operands = triton_launch.Operands(
+        operands = Operands(
             x=product.x,
             weight=product.weights[i % len(product.weights)],
             thresholds=[threshold] * len(widths),

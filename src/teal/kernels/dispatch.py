@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,12 +85,12 @@ def _on_cuda(operands: Operands) -> Tensor:
     if not _has_triton_kernel(operands):
         return by_reference(operands)
     x = operands.x
-    given: dict[str, Any] = {
-        name: operand.contiguous() if isinstance(operand, Tensor) else operand
-        for name, operand in operands._replace(x=x.reshape(-1, x.shape[-1]))._asdict().items()
-    }
+    contiguous: Iterator[Any] = (
+        operand.contiguous() if isinstance(operand, Tensor) else operand
+        for operand in operands._replace(x=x.reshape(-1, x.shape[-1]))
+    )
     with torch.cuda.device(x.device):
-        result = triton_launch.launch(triton_launch.Operands(**given))
+        result = triton_launch.launch(Operands(*contiguous))
     return result.view(*x.shape[:-1], result.shape[-1])
 
 

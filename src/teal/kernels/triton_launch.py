@@ -3,13 +3,13 @@
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
 from teal.foundation.errors import UserError
+from teal.kernels.operands import Operands
 from teal.kernels.triton_gemv import sparse_gemv_kernel
 from teal.kernels.triton_tiles import Tile, tile_for
 
@@ -23,45 +23,6 @@ _STREAMS = 64
 _TILES = 1 << 14
 
 
-@dataclass(frozen=True, kw_only=True)
-class Operands:
-    """What one launch computes from.
-
-    Attributes:
-        x: Activations, (T, K), contiguous.
-        weight: Channel-major weight, (K, N), contiguous, in the dtype of `x`.
-        thresholds: One per part.
-        widths: Columns of each part, summing to N.
-        activation: "silu" or "gelu_pytorch_tanh" for the product of two parts, gate and up;
-            `None` for parts beside each other.
-        scale: (parts, K), contiguous, or `None`.
-        shift: (K,), contiguous, or `None`.
-        bias: (N,), contiguous, or `None`.
-        residual: Added to the result, (T, columns of the result), contiguous, or `None`.
-        gain: Weight of an RMSNorm applied to `x` first, (K,), contiguous, or `None`.
-        epsilon: Of that norm.
-    """
-
-    x: Tensor
-    weight: Tensor
-    thresholds: Sequence[float]
-    widths: Sequence[int]
-    activation: str | None = None
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    bias: Tensor | None = None
-    residual: Tensor | None = None
-    gain: Tensor | None = None
-    epsilon: float = 0.0
-
-    @property
-    def form(self) -> str:
-        """Name of the fused form, as in the table of tiles."""
-        if self.activation is not None:
-            return "gated"
-        return "plain" if len(self.widths) == 1 else "parts"
-
-
 def launch(operands: Operands, tile: Tile | None = None) -> Tensor:
     """Compute one product on the GPU, in one launch.
 
@@ -69,7 +30,8 @@ def launch(operands: Operands, tile: Tile | None = None) -> Tensor:
     program of a column tile to arrive adds the partial sums of all of them.
 
     Args:
-        operands: On one CUDA device, of 1 to `MAX_ROWS` rows and 1 to `MAX_PARTS` parts.
+        operands: On one CUDA device and contiguous, `x` of 1 to `MAX_ROWS` rows, (T, K), for 1 to
+            `MAX_PARTS` parts.
         tile: How to cut the product; by default what the table has for its shape.
 
     Returns:
@@ -78,7 +40,7 @@ def launch(operands: Operands, tile: Tile | None = None) -> Tensor:
     x, weight = operands.x, operands.weight
     rows, in_features = x.shape
     columns = weight.shape[1]
-    tile = tile or tile_for(operands.form, in_features, columns)
+    tile = tile or tile_for(_form(operands), in_features, columns)
     gated = operands.activation is not None
     parts = operands.widths[:1] if gated else operands.widths
     result = x.new_empty((rows, sum(parts)))
@@ -133,6 +95,13 @@ def launch(operands: Operands, tile: Tile | None = None) -> Tensor:
 def groups(tile: Tile, element_size: int) -> int:
     """Return how many strips a program loads at once, each thread 16 bytes of one."""
     return max(1, _WARP * tile.warps * _LOAD_BYTES // element_size // tile.block_n)
+
+
+def _form(operands: Operands) -> str:
+    """Return the name of the fused form, as in the table of tiles."""
+    if operands.activation is not None:
+        return "gated"
+    return "plain" if len(operands.widths) == 1 else "parts"
 
 
 def _starts(widths: Sequence[int]) -> list[int]:
