@@ -8,7 +8,7 @@ from torch import Tensor
 
 from teal.engine.decoder import Decoder, Stepper
 from teal.engine.engine import Engine
-from teal.engine.fused import FusedStep, can_fuse, stepper_of
+from teal.engine.fused import FusedStep, obstacle, stepper_of
 from teal.methods import MaskRule
 
 FUSED = ("llama", "mistral", "phi3", "qwen2", "qwen3", "granite")
@@ -114,9 +114,9 @@ def test_nan_in_a_weight_makes_the_logits_nan_for_good_reason() -> None:
 def test_only_what_the_kernels_compute_is_fused(family: str) -> None:
     decoder = _decoder(family)
     cache = cache_for(decoder)
-    assert can_fuse(decoder, cache) is (family in FUSED)
-    assert not can_fuse(decoder, cache_for(decoder, rows=2))
-    assert not can_fuse(_decoder(family, torch.float32), cache)
+    assert (obstacle(decoder, cache) is None) is (family in FUSED)
+    assert obstacle(decoder, cache_for(decoder, rows=2)) == "there is more than one stream"
+    assert "bfloat16" in (obstacle(_decoder(family, torch.float32), cache) or "")
 
 
 @pytest.mark.gpu
@@ -125,10 +125,12 @@ def test_rules_with_vectors_take_the_general_path() -> None:
     name = "model.layers.0.mlp.down_proj"
     decoder.set_rules({name: MaskRule(threshold=0.1, scale=torch.ones(176))})
     cache = cache_for(decoder)
-    assert not can_fuse(decoder, cache)
+    assert "scale or shift" in (obstacle(decoder, cache) or "")
     assert stepper_of(decoder, cache) == decoder.step
 
 
-def test_nothing_is_fused_on_a_cpu() -> None:
+def test_nothing_is_fused_on_a_cpu_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
     decoder = decoder_of(_model("llama"))
-    assert stepper_of(decoder, cache_for(decoder)) == decoder.step
+    with caplog.at_level("INFO"):
+        assert stepper_of(decoder, cache_for(decoder)) == decoder.step
+    assert "the weights are not on a GPU" in caplog.text

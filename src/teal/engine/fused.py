@@ -5,8 +5,8 @@ call reads it, this one hands over sums in fixed point, makes the lists of kept 
 are used, and lets each launch begin before the one in front has ended.
 """
 
-import importlib.util
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,10 +17,15 @@ from teal.engine.cache import KeyValueCache
 from teal.engine.decoder import Decoder, Stepper
 from teal.engine.layers import LayerCalls, Product
 
-if importlib.util.find_spec("cuda") and importlib.util.find_spec("triton"):
+try:
     from teal.kernels import cuda_step, triton_attention_launch
-else:
+except ImportError:
     cuda_step = triton_attention_launch = None  # type: ignore[assignment]
+
+_log = logging.getLogger(__name__)
+
+# The first that rounds to bfloat16.
+_AMPERE = (8, 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,35 +117,47 @@ def stepper_of(decoder: Decoder, cache: KeyValueCache) -> Stepper:
         decoder: With rules as they shall be applied.
         cache: The streams.
     """
-    return FusedStep(decoder, cache) if can_fuse(decoder, cache) else decoder.step
+    reason = obstacle(decoder, cache)
+    if reason is None:
+        return FusedStep(decoder, cache)
+    _log.info("Decoding operation by operation: %s.", reason)
+    return decoder.step
 
 
-def can_fuse(decoder: Decoder, cache: KeyValueCache) -> bool:
-    """Tell whether `FusedStep` computes the steps of a decoder.
+def obstacle(decoder: Decoder, cache: KeyValueCache) -> str | None:
+    """Say what keeps `FusedStep` from computing the steps of a decoder; `None` where nothing does.
 
-    It does for one stream of a model in bfloat16 or float16, not quantized, with norms before
-    attention and MLP only, and rules that are a plain threshold.
+    Args:
+        decoder: With rules as they shall be applied.
+        cache: The streams.
     """
-    weights, form = decoder.weights, decoder.architecture.form
-    if cuda_step is None or weights.device.type != "cuda" or cache.rows > 1:
-        return False
-    architecture = decoder.architecture
+    architecture, device = decoder.architecture, decoder.weights.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _AMPERE:
+        return "the weights are not on a GPU of compute capability 8.0 or later"
+    if cuda_step is None:
+        return "NVIDIA's Python bindings or Triton are not installed"
+    dtype, form = decoder.weights.dtype, architecture.form
     sizes = (
         architecture.hidden_size,
         architecture.q_size,
         architecture.kv_size,
         architecture.intermediate_size,
     )
-    return (
-        weights.dtype in cuda_step.DTYPES
-        and all(size % cuda_step.ALIGNMENT == 0 for size in sizes)
-        and triton_attention_launch.fits(architecture.head_dim, cache.cosines[0], weights.dtype)
-        and form.attention_norm is not None
-        and form.mlp_norm is not None
-        and form.attention_post_norm is form.mlp_post_norm is None
-        and form.qk_norm != "vector"
-        and all(map(_is_plain, decoder.layers))
-    )
+    heads_fit = triton_attention_launch.fits(architecture.head_dim, cache.cosines[0], dtype)
+    obstacles = {
+        "there is more than one stream": cache.rows > 1,
+        "the weights are not bfloat16 or float16": dtype not in cuda_step.DTYPES,
+        "sizes are no multiples of 8": any(size % cuda_step.ALIGNMENT for size in sizes),
+        "heads are of an unusual size or turned in part": not heads_fit,
+        "norms are not before attention and MLP alone": None in (form.attention_norm, form.mlp_norm)
+        or form.attention_post_norm is not None
+        or form.mlp_post_norm is not None,
+        "q and k are normed as a whole": form.qk_norm == "vector",
+        "weights are quantized or rules have a scale or shift": not all(
+            map(_is_plain, decoder.layers)
+        ),
+    }
+    return next((reason for reason, is_there in obstacles.items() if is_there), None)
 
 
 def _is_plain(calls: LayerCalls) -> bool:
