@@ -12,7 +12,7 @@ from teal.kernels import reference
 
 pytest.importorskip("cuda.bindings")
 
-from teal.kernels.cuda_compile import compiled
+from teal.kernels.cuda_compile import can_compile, compiled
 from teal.kernels.cuda_step import (
     ALIGNMENT,
     DTYPES,
@@ -117,6 +117,11 @@ def test_products_compile_to_wide_loads_without_spills(
     assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}
     wide = re.findall(r"LDG\.E\.NA\.128\.CONSTANT", told("--dump-sass"))
     assert len(wide) >= cut.unroll
+
+
+def test_the_compiler_says_which_gpus_it_knows() -> None:
+    assert can_compile((9, 0))
+    assert not can_compile((3, 7))
 
 
 def test_a_source_that_does_not_compile_is_shown_with_the_compilers_words() -> None:

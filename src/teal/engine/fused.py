@@ -18,9 +18,9 @@ from teal.engine.decoder import Decoder, Stepper
 from teal.engine.layers import LayerCalls, Product
 
 try:
-    from teal.kernels import cuda_step, triton_attention_launch
+    from teal.kernels import cuda_compile, cuda_step, triton_attention_launch
 except ImportError:
-    cuda_step = triton_attention_launch = None  # type: ignore[assignment]
+    cuda_step = None  # type: ignore[assignment]
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +65,10 @@ class FusedStep:
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         """Append a token to the stream; see `Decoder.step`."""
+        with torch.cuda.device(self._memory.hidden.device):
+            return self._step(tokens, cache)
+
+    def _step(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         memory, dependent, decoder = self._memory, self._dependent, self._decoder
         places = zip(cache.keys, cache.values, cache.cosines, cache.sines, strict=False)
         cuda_step.embed(
@@ -136,6 +140,8 @@ def obstacle(decoder: Decoder, cache: KeyValueCache) -> str | None:
         return "the weights are not on a GPU of compute capability 8.0 or later"
     if cuda_step is None:
         return "NVIDIA's Python bindings or Triton are not installed"
+    if not cuda_compile.can_compile(torch.cuda.get_device_capability(device)):
+        return "NVIDIA's run-time compiler is not installed or does not know this GPU"
     dtype, form = decoder.weights.dtype, architecture.form
     sizes = (
         architecture.hidden_size,

@@ -19,6 +19,18 @@ Argument = torch.Tensor | tuple[Any, Any] | None
 
 
 @functools.cache
+def can_compile(capability: tuple[int, int]) -> bool:
+    """Tell whether NVIDIA's run-time compiler is here and knows GPUs of a compute capability."""
+    try:
+        known: list[int] = _checked(nvrtc.nvrtcGetSupportedArchs())
+    except RuntimeError:
+        # The bindings look for the library at the first call.
+        return False
+    major, minor = capability
+    return 10 * major + minor in known
+
+
+@functools.cache
 def compiled(source: str, definitions: Definitions, architecture: str) -> bytes:
     """Compile a file of this package for one architecture.
 
