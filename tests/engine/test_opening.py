@@ -48,6 +48,7 @@ def test_a_model_in_memory_shares_its_weights():
         pytest.param("no-such-folder", {}, "not a model folder", id="missing"),
         pytest.param(MODEL, {"device": "tpu"}, "Unknown device", id="device"),
         pytest.param(MODEL, {"dtype": "int8"}, "Unknown dtype", id="dtype"),
+        pytest.param(MODEL, {"quantize": "int3"}, "Unknown format 'int3'", id="format"),
         pytest.param(tiny_model("llama"), {"dtype": "float32"}, "stays as it is", id="in memory"),
         pytest.param(torch.nn.Linear(2, 2), {}, "not a Hugging Face", id="no model"),
     ],

@@ -129,3 +129,10 @@ def test_model_without_a_head_is_refused() -> None:
     del model.lm_head
     with pytest.raises(UserError, match=r"lacks lm_head\.weight\. Give a complete"):
         from_model(model)
+
+
+def test_model_that_transformers_quantized_is_refused() -> None:
+    model = tiny_model("llama")
+    model.config.quantization_config = {"quant_method": "awq"}
+    with pytest.raises(UserError, match=r"opened this model quantized\. Give its folder"):
+        from_model(model)

@@ -118,7 +118,6 @@ def test_family_that_only_transformers_runs_is_refused(monkeypatch: pytest.Monke
     ("family", "field", "value", "message"),
     [
         ("llama", "hidden_act", "relu", r"'relu', .* Supported: gelu_pytorch_tanh, silu\. Run"),
-        ("llama", "quantization_config", {"bits": 4}, r"quantized\. Give the unquantized"),
         ("qwen2", "layer_types", ["full_attention", "linear_attention"], r"type 'linear_att.* Run"),
         ("gemma3_text", "use_bidirectional_attention", True, r"later tokens .* Give a causal"),
     ],

@@ -29,6 +29,7 @@ from teal.engine.stopping import Tokenizer
 from teal.foundation.errors import UserError
 from teal.linear import DECODE_ROWS
 from teal.plan import SparsityPlan
+from teal.quantization import Scheme
 
 # Decoders of other sparsities that are kept; each holds a list of arguments, and no weights.
 _DECODERS = 8
@@ -50,6 +51,10 @@ class Engine:
         dtype: "auto", "float32", "bfloat16" or "float16"; a model in memory stays as it is.
         capacity: Tokens of prompt and continuation that each stream can hold; by default memory
             grows with what is asked for, up to the model's context.
+        quantize: "int8", "int4" or "fp8", or a scheme: into what projections are rounded to the
+            nearest values while they are read. A quantized checkpoint is opened as it is. A model
+            in memory stays as it is beside them.
+        quantize_head: Round the head to int8 too.
 
     Attributes:
         tokenizer: What token ids mean, or `None`.
@@ -69,9 +74,18 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         capacity: int | None = None,
+        quantize: str | Scheme | None = None,
+        quantize_head: bool = False,
     ) -> None:
         if not isinstance(model, OpenedModel):
-            model = open_model(model, tokenizer=tokenizer, device=device, dtype=dtype)
+            model = open_model(
+                model,
+                tokenizer=tokenizer,
+                device=device,
+                dtype=dtype,
+                quantize=quantize,
+                quantize_head=quantize_head,
+            )
         self._architecture = model.architecture
         self._weights = model.weights
         self._plan = plan

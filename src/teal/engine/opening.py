@@ -1,6 +1,6 @@
 """What the engine needs of a model, from an object in memory, a folder or the hub."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from teal.engine.checkpoint import from_folder
+from teal.engine.quantizing import quantized_head
 from teal.engine.sharing import from_model
 from teal.engine.stopping import Tokenizer
 from teal.engine.weights import DecoderWeights
@@ -17,6 +18,7 @@ from teal.foundation.errors import UserError
 from teal.models.architectures import Architecture, architecture_of
 from teal.models.families import model_type_of
 from teal.models.loading import load_config, load_tokenizer, resolve_device, resolve_dtype
+from teal.quantization import Scheme
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -44,6 +46,8 @@ def open_model(
     tokenizer: Tokenizer | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | Scheme | None = None,
+    quantize_head: bool = False,
 ) -> OpenedModel:
     """Open a model for the engine.
 
@@ -53,37 +57,55 @@ def open_model(
         tokenizer: The model's; by default the one in the folder, if there is one.
         device: "auto", "cpu" or "cuda"; a model in memory stays where it is.
         dtype: "auto", "float32", "bfloat16" or "float16"; a model in memory stays as it is.
+        quantize: "int8", "int4" or "fp8", or a scheme: into what projections are rounded to the
+            nearest values, one after the other. A quantized checkpoint is opened as it is.
+        quantize_head: Round the head to int8 too.
 
     Raises:
         UserError: There is no such model, the engine does not run it, it does not fit into memory,
-            or a device or dtype was given for a model in memory.
+            a device or dtype was given for a model in memory, or it is quantized already.
     """
+    scheme = Scheme(format=quantize) if isinstance(quantize, str) else quantize
     if isinstance(model, nn.Module):
-        return _from_memory(model, tokenizer, device, dtype)
+        _require_as_it_is(device, dtype)
+        opened = _from_memory(model, tokenizer, scheme)
+    else:
+        opened = _from_files(str(model), tokenizer, device, dtype, scheme)
+    return replace(opened, weights=quantized_head(opened.weights)) if quantize_head else opened
+
+
+def _from_files(
+    model: str, tokenizer: Tokenizer | None, device: str, dtype: str, scheme: Scheme | None
+) -> OpenedModel:
     place, number = resolve_device(device), resolve_dtype(dtype)
-    config = load_config(str(model))
+    config = load_config(model)
     architecture = architecture_of(config)
-    folder = model if Path(model).is_dir() else snapshot_download(str(model), allow_patterns=_FILES)
+    folder = model if Path(model).is_dir() else snapshot_download(model, allow_patterns=_FILES)
     return OpenedModel(
         architecture=architecture,
-        weights=from_folder(folder, number if isinstance(number, torch.dtype) else None, place),
+        weights=from_folder(
+            folder, number if isinstance(number, torch.dtype) else None, place, scheme
+        ),
         tokenizer=tokenizer or _tokenizer_in(Path(folder)),
         end_tokens=_end_tokens(_generation_config(Path(folder), config)),
     )
 
 
-def _from_memory(
-    model: nn.Module, tokenizer: Tokenizer | None, device: str, dtype: str
-) -> OpenedModel:
+def _require_as_it_is(device: str, dtype: str) -> None:
     if (device, dtype) != ("auto", "auto"):
         raise UserError(
             "A device or dtype was given for a model in memory, which stays as it is. "
             "Move or cast the model first, or give its folder."
         )
+
+
+def _from_memory(
+    model: nn.Module, tokenizer: Tokenizer | None, scheme: Scheme | None
+) -> OpenedModel:
     model_type_of(model)
     return OpenedModel(
         architecture=architecture_of(model.config),
-        weights=from_model(model),
+        weights=from_model(model, scheme),
         tokenizer=tokenizer,
         end_tokens=_end_tokens(model.generation_config),
     )

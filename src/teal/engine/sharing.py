@@ -41,8 +41,14 @@ def from_model(
         The weights, in the dtype and on the device of the model.
 
     Raises:
-        UserError: The engine does not run such a model, or it is not all in one dtype and place.
+        UserError: The engine does not run such a model, it is quantized, or not all in one dtype
+            and place.
     """
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UserError(
+            "transformers opened this model quantized. Give its folder, which the engine opens "
+            "as it is."
+        )
     architecture = architecture_of(model.config)
     source = _ModelSource(model)
     tied = source.tied("lm_head.weight", model.get_input_embeddings().weight)  # type: ignore[operator]

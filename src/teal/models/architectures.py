@@ -214,8 +214,6 @@ def _require_form(config: Any, family: Family) -> LayerForm:
             f"The engine does not know what a layer of {config.model_type!r} computes. Run the "
             "model with transformers, or give its family a form: see docs/extending.md."
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError("The weights of this model are quantized. Give the unquantized model.")
     if getattr(config, "use_bidirectional_attention", None):
         raise UserError(
             "This model attends to later tokens too, so it cannot generate. Give a causal model."
