@@ -78,6 +78,24 @@ def test_several_prompts_are_several_streams(generate):
         assert stream["prompt"] + stream["text"] in table
 
 
+def test_weights_of_few_bits_continue_the_prompt_in_their_own_way(generate):
+    dense = generate("--max-new-tokens", 40)
+    quantized = generate("--max-new-tokens", 40, "--quantize", "int4", "--quantize-head")
+    assert quantized.code == 0
+    assert quantized.out.startswith(PROMPT)
+    assert quantized.out != dense.out
+
+
+def test_a_quantized_folder_is_continued_as_its_rounded_model(teal, generate, tmp_path):
+    assert teal("quantize", MODEL, "--format", "int8", "--out", tmp_path / "q").code == 0
+    options = ("--prompt", PROMPT, "--max-new-tokens", 24)
+    folder = teal("generate", tmp_path / "q", *options)
+    assert folder.code == 0
+    assert folder.out == generate("--max-new-tokens", 24, "--quantize", "int8").out
+    again = teal("generate", tmp_path / "q", *options, "--quantize", "int4")
+    assert again.is_error("is quantized already", "Open it without")
+
+
 def test_chat_puts_the_prompt_into_the_template(teal, tmp_path):
     shutil.copytree(MODEL, tmp_path / "model")
     config = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
@@ -97,6 +115,9 @@ def test_chat_puts_the_prompt_into_the_template(teal, tmp_path):
             ["--prompt", "x", "--max-new-tokens", "5000"], ["context of 1024"], id="too long"
         ),
         pytest.param(["--prompt", "x", "--plan", "nope"], ["'nope'", "plan.json"], id="no plan"),
+        pytest.param(
+            ["--prompt", "x", "--quantize", "int3"], ["Unknown format 'int3'"], id="format"
+        ),
         pytest.param(["--prompt", "x", "--chat"], ["no chat template"], id="no chat template"),
         pytest.param(["--prompt", "x"] * 9, ["9 prompts", "1 to 8"], id="too many"),
         pytest.param(["--prompt", "x", "--top-p", "0"], ["top_p 0.0 is out of range"], id="top-p"),

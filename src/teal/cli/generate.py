@@ -59,6 +59,13 @@ def command(
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="Text to stop before; may be repeated.")
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option("--quantize", help="Round projections to int8, int4 or fp8 while reading."),
+    ] = None,
+    quantize_head: Annotated[
+        bool, typer.Option("--quantize-head", help="Round the output head to int8.")
+    ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     json: JsonOption = False,
@@ -73,7 +80,15 @@ def command(
     loaded_plan = SparsityPlan.load(plan) if plan else None
     tokenizer = load_tokenizer(model)
     prompts = [encode_prompt(text, tokenizer, is_chat=chat) for text in prompt]
-    engine = Engine(model, loaded_plan, tokenizer=tokenizer, device=device, dtype=dtype)
+    engine = Engine(
+        model,
+        loaded_plan,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        quantize_head=quantize_head,
+    )
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
