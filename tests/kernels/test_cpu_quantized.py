@@ -245,9 +245,20 @@ def test_bits_do_not_depend_on_the_number_of_threads(
     assert all(map(torch.equal, by_two, results()))
 
 
+@dtypes
 @schemes
-def test_more_rows_than_the_kernel_takes_go_to_the_reference(scheme: Scheme) -> None:
-    weight = weight_of(scheme, (64, 32), torch.float32)
-    operands = Operands(draw(9, 64), weight.codes, [0.5], [32])
+@pytest.mark.parametrize("shape", [(129, 64), (700, 257)], ids=str)
+def test_floats_have_the_bits_of_the_reference(
+    dtype: torch.dtype, scheme: Scheme, shape: tuple[int, int], two_threads: None
+) -> None:
+    weight = weight_of(scheme, shape, dtype)
+    operands = Operands(draw(9, shape[0], dtype=dtype), weight.codes, [0.5], [shape[1]])
     grid = Grid(weight.scales, weight.zeros, weight.group_size)
-    assert not cpu_quantized.can_compute(operands, grid)
+    assert torch.equal(cpu_quantized.dequantized(operands, grid), weight.dequantize(dtype))
+
+
+@schemes
+def test_more_rows_than_the_kernel_takes_are_multiplied_with_floats(scheme: Scheme) -> None:
+    x, weight = draw(9, 130), weight_of(scheme, (130, 71), torch.float32)
+    expected = exact(x, weight.dequantize(torch.float64), 0.4)
+    assert_as_precise_as_torch(multiplied(x, weight, 0.4), by_torch(x, weight, 0.4), expected)

@@ -2,9 +2,15 @@
 
 from torch import Tensor
 
-from teal.kernels import cpu_gemv
+from teal.kernels import cpu_dequantize, cpu_gemv
 from teal.kernels.cpu_gemv import ELEMENTS
-from teal.kernels.cpu_quantized_compiled import FP8_CODES, INT4_CODES, INT8_CODES, product
+from teal.kernels.cpu_quantized_compiled import (
+    FP8_CODES,
+    INT4_CODES,
+    INT8_CODES,
+    Weight,
+    product,
+)
 from teal.kernels.operands import Grid, Operands
 from teal.kernels.reference_quantized import FP8, INT4, INT8
 
@@ -12,10 +18,15 @@ _CODES = {FP8: FP8_CODES, INT4: INT4_CODES, INT8: INT8_CODES}
 
 
 def can_compute(operands: Operands, grid: Grid) -> bool:
-    """Say whether the kernel computes this, or the reference has to."""
+    """Say whether the kernel computes this, or the product has to be one with floats."""
+    return cpu_gemv.can_compute(operands) and can_dequantize(operands, grid)
+
+
+def can_dequantize(operands: Operands, grid: Grid) -> bool:
+    """Say whether the floats can be had from the kernel, or only from the reference."""
     tensors = (operands.weight, grid.scales, grid.zeros)
     return (
-        cpu_gemv.can_compute(operands)
+        operands.x.dtype in ELEMENTS
         and grid.scales.dtype in ELEMENTS
         and all(tensor is None or tensor.is_contiguous() for tensor in tensors)
     )
@@ -35,15 +46,28 @@ def compute(operands: Operands, grid: Grid) -> Tensor:
     Returns:
         (..., out_features), or (..., out_features / 2) with an activation, in the dtype of `x`.
     """
-    codes = operands.weight
-    scales, zeros, group_size = grid
-    weight = (
+    shape = (len(operands.weight), grid.scales.shape[1])
+    return cpu_gemv.launch(product, operands, _addresses(operands.weight, grid), shape)
+
+
+def dequantized(operands: Operands, grid: Grid) -> Tensor:
+    """Return the weight as floats, such that `can_dequantize`.
+
+    Returns:
+        (in_features, out_features), in the dtype of `x`, bit-equal to the reference.
+    """
+    shape = (len(operands.weight), grid.scales.shape[1])
+    weight = _addresses(operands.weight, grid)
+    return cpu_dequantize.dequantized(weight, shape, operands.x.dtype)
+
+
+def _addresses(codes: Tensor, grid: Grid) -> Weight:
+    return (
         codes.data_ptr(),
-        scales.data_ptr(),
-        0 if zeros is None else zeros.data_ptr(),
+        grid.scales.data_ptr(),
+        0 if grid.zeros is None else grid.zeros.data_ptr(),
         codes.shape[1],
         _CODES[codes.dtype],
-        group_size,
-        ELEMENTS[scales.dtype],
+        grid.group_size,
+        ELEMENTS[grid.scales.dtype],
     )
-    return cpu_gemv.launch(product, operands, weight, (len(codes), scales.shape[1]))

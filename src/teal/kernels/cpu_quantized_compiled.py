@@ -4,6 +4,8 @@ Legend: `T` rows, `K` in_features, `N` out_features. As in cpu_compiled, which m
 sum of a group of channels is scaled once.
 """
 
+from typing import Any
+
 import numba
 import numpy as np
 
@@ -35,7 +37,7 @@ _BASE, _ONE = np.float32(NIBBLE_BASE), np.float32(1)
 
 # Addresses of codes, scales (groups, N) and zeros (groups, N) uint8, 0 for none; the bytes between
 # strips of codes; how codes are read; channels per group; any scale, for its type.
-Weight = tuple[int, int, int, int, int, int, np.generic]
+Weight = tuple[int, int, int, int, int, int, Any]
 
 
 @compiled(parallel=True)
@@ -201,7 +203,7 @@ def _add_int4(
         end = _group_end(channels, begin, (group + 1) * weight[5])
         if weight[2] != 0:
             own = array(np.uint8(0), weight[2] + group * out_features, out_features)
-            _read_zeros(zeros, own, first_byte)
+            read_zeros(zeros, own, first_byte)
         partial[:] = 0
         add_nibbles(partial, codes, weight[3], first_byte, channels, values, begin, end, zeros)
         start = group * out_features + first
@@ -218,7 +220,7 @@ def _group_end(channels: Array, begin: int, limit: int) -> int:
 
 
 @compiled()
-def _read_zeros(zeros: Array, own: Array, first_byte: int) -> None:
+def read_zeros(zeros: Array, own: Array, first_byte: int) -> None:
     """Write what the nibbles of a group's zeros become when they are read as codes are."""
     low, high = zeros[0], zeros[1]
     pairs = own[2 * first_byte :]

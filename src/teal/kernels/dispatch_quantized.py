@@ -67,6 +67,8 @@ def _by_reference(operands: Operands, grid: Grid) -> Tensor:
 def _on_cpu(operands: Operands, grid: Grid) -> Tensor:
     if has_numba() and cpu_quantized.can_compute(operands, grid):
         return cpu_quantized.compute(operands, grid)
+    if has_numba() and cpu_quantized.can_dequantize(operands, grid):
+        return by_reference(operands._replace(weight=cpu_quantized.dequantized(operands, grid)))
     return _by_reference(operands, grid)
 
 
