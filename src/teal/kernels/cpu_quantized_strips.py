@@ -94,25 +94,28 @@ def add_nibbles(
             v4, v5 = _value(values, i + 4, row, end), _value(values, i + 5, row, end)
             v6, v7 = _value(values, i + 6, row, end), _value(values, i + 7, row, end)
             for c in range(width):
+                zero = z0[c]
                 low[c] += (
-                    v0 * (low_nibble(w0[c]) - z0[c])
-                    + v1 * (low_nibble(w1[c]) - z0[c])
-                    + v2 * (low_nibble(w2[c]) - z0[c])
-                    + v3 * (low_nibble(w3[c]) - z0[c])
-                    + v4 * (low_nibble(w4[c]) - z0[c])
-                    + v5 * (low_nibble(w5[c]) - z0[c])
-                    + v6 * (low_nibble(w6[c]) - z0[c])
-                    + v7 * (low_nibble(w7[c]) - z0[c])
+                    v0 * (low_nibble(w0[c]) - zero)
+                    + v1 * (low_nibble(w1[c]) - zero)
+                    + v2 * (low_nibble(w2[c]) - zero)
+                    + v3 * (low_nibble(w3[c]) - zero)
+                    + v4 * (low_nibble(w4[c]) - zero)
+                    + v5 * (low_nibble(w5[c]) - zero)
+                    + v6 * (low_nibble(w6[c]) - zero)
+                    + v7 * (low_nibble(w7[c]) - zero)
                 )
+            for c in range(width):
+                zero = z1[c]
                 high[c] += (
-                    v0 * (high_nibble(w0[c]) - z1[c])
-                    + v1 * (high_nibble(w1[c]) - z1[c])
-                    + v2 * (high_nibble(w2[c]) - z1[c])
-                    + v3 * (high_nibble(w3[c]) - z1[c])
-                    + v4 * (high_nibble(w4[c]) - z1[c])
-                    + v5 * (high_nibble(w5[c]) - z1[c])
-                    + v6 * (high_nibble(w6[c]) - z1[c])
-                    + v7 * (high_nibble(w7[c]) - z1[c])
+                    v0 * (high_nibble(w0[c]) - zero)
+                    + v1 * (high_nibble(w1[c]) - zero)
+                    + v2 * (high_nibble(w2[c]) - zero)
+                    + v3 * (high_nibble(w3[c]) - zero)
+                    + v4 * (high_nibble(w4[c]) - zero)
+                    + v5 * (high_nibble(w5[c]) - zero)
+                    + v6 * (high_nibble(w6[c]) - zero)
+                    + v7 * (high_nibble(w7[c]) - zero)
                 )
 
 
