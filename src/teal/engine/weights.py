@@ -21,8 +21,8 @@ class LayerWeights:
     """What one decoder layer multiplies with and adds.
 
     Matrices are channel-major, (in_features, out_features), contiguous, of floats or quantized.
-    Gains of norms are float32 and hold the norm's offset; they and the biases are `None` where the
-    layer has none.
+    Gains of norms hold the norm's offset; they are float32, on the CPU in the dtype of the others
+    where that is exact. They and the biases are `None` where the layer has none.
 
     Attributes:
         qkv: q, k and v beside each other, (hidden_size, (heads + 2 · kv_heads) · head_dim).
@@ -64,7 +64,7 @@ class DecoderWeights:
     Attributes:
         embedding: A row per token id, (vocab_size, hidden_size).
         layers: One entry per decoder layer.
-        final_norm: Gain of the norm before the logits, (hidden_size,), float32.
+        final_norm: Gain of the norm before the logits, (hidden_size,).
         head: A row per token id, (vocab_size, hidden_size): logits are `F.linear(h, head)`. The
             embedding itself where the model ties them. Where it is quantized, it is channel-major
             as the other matrices are, (hidden_size, vocab_size).
@@ -247,7 +247,11 @@ def _bias(source: Source, entry: ProjectionInput, present: bool) -> Tensor | Non
 
 
 def _gain(architecture: Architecture, source: Source, name: str, size: int) -> Tensor:
-    return source.vector({f"{name}.weight": size}).float() + architecture.form.norm_offset
+    gain = source.vector({f"{name}.weight": size})
+    if gain.device.type == "cpu" and architecture.form.norm_offset == 0:
+        # A product on the CPU applies a norm itself whose gain has the dtype of the activations.
+        return gain
+    return gain.float() + architecture.form.norm_offset
 
 
 def _head_gain(
