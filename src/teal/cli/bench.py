@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from teal.cli import bench_decode
-from teal.cli.console import percent, print_json, print_table, progress_bar, say
+from teal.cli.console import print_json, print_table, progress_bar, say
 from teal.cli.options import JsonOption
+from teal.foundation.formatting import percent
 
 if TYPE_CHECKING:
     import torch

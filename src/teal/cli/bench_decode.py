@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from teal.cli.console import percent, print_json, print_table, progress_bar, quiet_libraries
+from teal.cli.console import print_json, print_table, progress_bar, quiet_libraries
 from teal.cli.options import DeviceOption, JsonOption
+from teal.foundation.formatting import percent
 
 if TYPE_CHECKING:
     from teal.benchmark.decode import DecodeResult

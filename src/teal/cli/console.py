@@ -10,10 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-# Handed on to the verbs that still look for them here.
-from teal.foundation.formatting import percent as percent
-from teal.foundation.formatting import with_error as with_error
-
 Item = TypeVar("Item")
 
 _REPORT_AFTER = 2.0

@@ -12,14 +12,7 @@ import typer
 
 from teal.allocation import GreedySettings, allocate, greedy_path
 from teal.calibration import CalibrationStats, calibrate
-from teal.cli.console import (
-    percent,
-    print_table,
-    progress_bar,
-    quiet_libraries,
-    say,
-    with_error,
-)
+from teal.cli.console import print_table, progress_bar, quiet_libraries, say
 from teal.cli.generate import encode_prompt
 from teal.cli.options import DeviceOption, DtypeOption, resolve_sequence_length
 from teal.cli.stdlib_text import calibration_text, held_out_text
@@ -27,6 +20,7 @@ from teal.data import Text, check_no_overlap, token_windows
 from teal.engine.engine import Engine
 from teal.evaluation import Evaluation, compare
 from teal.foundation.artifact import check_destination, write_text
+from teal.foundation.formatting import percent, with_error
 from teal.foundation.version import __version__
 from teal.models.loading import context_length, load_model, load_tokenizer
 from teal.plan import SparsityPlan
