@@ -26,14 +26,6 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 INF, NAN = math.inf, math.nan
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """Fill what torch.empty returns with NaN, so that unwritten results show."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()

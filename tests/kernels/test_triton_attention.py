@@ -1,13 +1,10 @@
 """Run on a GPU where there is one, else in Triton's interpreter, in a process of its own."""
 
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import AttentionCase, attended
+from cases import AttentionCase, assert_right_in_the_interpreter, attended
 from helpers import assert_as_precise_as_torch, relative_error
 from torch import Tensor
 
@@ -41,14 +38,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """Fill what torch.empty returns with NaN, so that unwritten results show."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def _given(case: AttentionCase, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, object]]:
     options = case.arguments(dtype)
     moved = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in options.items()}
@@ -58,16 +47,7 @@ def _given(case: AttentionCase, dtype: torch.dtype) -> tuple[list[Tensor], dict[
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the tests of this file itself")
 @pytest.mark.slow
 def test_kernels_are_right_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    run = subprocess.run(
-        [*command, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
+    assert_right_in_the_interpreter(__file__)
 
 
 @pytest.mark.gpu

@@ -2,14 +2,11 @@
 
 import math
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import EDGES, THRESHOLDS, VECTORS, draw, exact
+from cases import EDGES, THRESHOLDS, VECTORS, assert_right_in_the_interpreter, draw, exact
 from helpers import assert_as_precise_as_torch, relative_error
 from torch import Tensor
 
@@ -39,14 +36,6 @@ tiles = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """Fill what torch.empty returns with NaN, so that unwritten results show."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def _draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return draw(*shape, dtype=dtype, seed=seed).to(DEVICE)
 
@@ -54,16 +43,7 @@ def _draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the tests of this file itself")
 @pytest.mark.slow
 def test_kernels_are_right_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    run = subprocess.run(
-        [*command, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
+    assert_right_in_the_interpreter(__file__)
 
 
 @pytest.mark.gpu
