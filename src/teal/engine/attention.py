@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal.kernels.reference import rms_norm
-from teal.kernels.reference_attention import rotate
+from teal.kernels.reference_attention import covered, placed
 
 
 def attend_many(
@@ -50,13 +49,13 @@ def attend_many(
     heads = qkv.view(tokens, -1, head_dim).transpose(0, 1)
     q, k, v = heads.tensor_split([-2 * kv_heads, -kv_heads])
     cosine, sine = cosines[positions], sines[positions]
-    q = rotate(q if q_gain is None else rms_norm(q, q_gain, epsilon), cosine, sine)
-    k = rotate(k if k_gain is None else rms_norm(k, k_gain, epsilon), cosine, sine)
+    q = placed(q, q_gain, epsilon, cosine, sine)
+    k = placed(k, k_gain, epsilon, cosine, sine)
     keys[:, length - tokens :] = k
     values[:, length - tokens :] = v
 
     if softcap > 0:
-        attended = _capped(q, keys, values, _mask(positions, length, window), scale, softcap)
+        attended = _capped(q, keys, values, covered(positions, length, window), scale, softcap)
     else:
         # Without a mask torch takes its fastest kernels.
         causal = length == tokens and (window == 0 or length <= window)
@@ -64,18 +63,12 @@ def attend_many(
             q[None],
             keys[None],
             values[None],
-            attn_mask=None if causal else _mask(positions, length, window),
+            attn_mask=None if causal else covered(positions, length, window),
             is_causal=causal,
             scale=scale,
             enable_gqa=True,
         )[0]
     return attended.transpose(0, 1).reshape(tokens, -1)
-
-
-def _mask(positions: Tensor, length: int, window: int) -> Tensor:
-    """Return which of `length` tokens each position covers, (tokens, length), bool."""
-    age = positions[:, None] - torch.arange(length, device=positions.device)
-    return (age >= 0) & (age < window) if window > 0 else age >= 0
 
 
 def _capped(

@@ -46,10 +46,14 @@ def _parts(compute: Compute, *operands: Any) -> Tensor:
     return _checked(compute, Operands(*operands))
 
 
-def _gated(
-    compute: Compute,
+def _gated(compute: Compute, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return _checked(compute, gated_operands(x, weight, weight.shape, *rest))
+
+
+def gated_operands(
     x: Tensor,
     weight: Tensor,
+    shape: Sequence[int],
     thresholds: Sequence[float],
     activation: str,
     scale: Tensor | None = None,
@@ -57,12 +61,28 @@ def _gated(
     bias: Tensor | None = None,
     gain: Tensor | None = None,
     epsilon: float = 0.0,
-) -> Tensor:
-    widths = gated_widths(weight.shape, activation)
-    operands = Operands(
+) -> Operands:
+    """Return the operands of gate and up from the arguments of an operation.
+
+    Args:
+        x: As `ops.sparse_gated`, and so the rest.
+        weight: Floats or codes.
+        shape: Of the weight as floats.
+        thresholds: Of gate and of up.
+        activation: Of the gate.
+        scale: Score weights.
+        shift: Centre per channel.
+        bias: Added to the products.
+        gain: Of an RMSNorm in front.
+        epsilon: Of that norm.
+
+    Raises:
+        UserError: The activation is unknown, or the weight is not two halves.
+    """
+    widths = gated_widths(shape, activation)
+    return Operands(
         x, weight, thresholds, widths, scale, shift, bias, None, gain, epsilon, activation
     )
-    return _checked(compute, operands)
 
 
 def _checked(compute: Compute, operands: Operands) -> Tensor:

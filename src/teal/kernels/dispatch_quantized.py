@@ -1,13 +1,13 @@
 """Who computes an operation on a quantized weight: checks, then the kernel of the device."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from teal.kernels.checks import check_quantized, gated_widths
-from teal.kernels.dispatch import by_reference, has_numba
+from teal.kernels.checks import check_quantized
+from teal.kernels.dispatch import by_reference, gated_operands, has_numba
 from teal.kernels.operands import Grid, Operands
 from teal.kernels.reference_quantized import dequantized
 
@@ -38,18 +38,9 @@ def _gated(
     scales: Tensor,
     zeros: Tensor | None,
     group_size: int,
-    thresholds: Sequence[float],
-    activation: str,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    bias: Tensor | None = None,
-    gain: Tensor | None = None,
-    epsilon: float = 0.0,
+    *rest: Any,
 ) -> Tensor:
-    widths = gated_widths(scales.shape, activation)
-    operands = Operands(
-        x, codes, thresholds, widths, scale, shift, bias, None, gain, epsilon, activation
-    )
+    operands = gated_operands(x, codes, scales.shape, *rest)
     return _checked(compute, operands, Grid(scales, zeros, group_size))
 
 

@@ -6,16 +6,14 @@ import torch
 from torch import Tensor
 
 from teal.kernels import dispatch
-from teal.kernels.registration import registered
+from teal.kernels.registration import NORM, VECTORS, registered
 
-_VECTORS = "Tensor? scale=None, Tensor? shift=None, Tensor? bias=None"
-_NORM = "Tensor? gain=None, float epsilon=0.0"
 _SCHEMAS = (
-    f"sparse_gemv(Tensor x, Tensor weight, float threshold, {_VECTORS}) -> Tensor",
-    f"sparse_parts(Tensor x, Tensor weight, float[] thresholds, SymInt[] widths, {_VECTORS}, "
-    f"Tensor? residual=None, {_NORM}) -> Tensor",
-    f"sparse_gated(Tensor x, Tensor weight, float[] thresholds, str activation, {_VECTORS}, "
-    f"{_NORM}) -> Tensor",
+    f"sparse_gemv(Tensor x, Tensor weight, float threshold, {VECTORS}) -> Tensor",
+    f"sparse_parts(Tensor x, Tensor weight, float[] thresholds, SymInt[] widths, {VECTORS}, "
+    f"Tensor? residual=None, {NORM}) -> Tensor",
+    f"sparse_gated(Tensor x, Tensor weight, float[] thresholds, str activation, {VECTORS}, "
+    f"{NORM}) -> Tensor",
     "attend(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor positions, Tensor cosines, "
     "Tensor sines, *, float scale, int window=0, float softcap=0.0, Tensor? q_gain=None, "
     "Tensor? k_gain=None, float epsilon=0.0) -> Tensor",

@@ -6,16 +6,13 @@ import torch
 from torch import Tensor
 
 from teal.kernels import dispatch_quantized
-from teal.kernels.registration import registered
+from teal.kernels.registration import NORM, VECTORS, registered
 
 _WEIGHT = "Tensor x, Tensor codes, Tensor scales, Tensor? zeros, int group_size"
-_VECTORS = "Tensor? scale=None, Tensor? shift=None, Tensor? bias=None"
-_NORM = "Tensor? gain=None, float epsilon=0.0"
 _SCHEMAS = (
-    f"quantized_parts({_WEIGHT}, float[] thresholds, SymInt[] widths, {_VECTORS}, "
-    f"Tensor? residual=None, {_NORM}) -> Tensor",
-    f"quantized_gated({_WEIGHT}, float[] thresholds, str activation, {_VECTORS}, {_NORM}) "
-    "-> Tensor",
+    f"quantized_parts({_WEIGHT}, float[] thresholds, SymInt[] widths, {VECTORS}, "
+    f"Tensor? residual=None, {NORM}) -> Tensor",
+    f"quantized_gated({_WEIGHT}, float[] thresholds, str activation, {VECTORS}, {NORM}) -> Tensor",
 )
 
 

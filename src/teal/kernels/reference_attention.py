@@ -49,8 +49,8 @@ def attend(
     rows, kv_heads, capacity, head_dim = keys.shape
     q, k, v = qkv.view(rows, -1, head_dim).tensor_split([-2 * kv_heads, -kv_heads], dim=1)
     cosine, sine = cosines[positions, None], sines[positions, None]
-    q = rotate(q if q_gain is None else rms_norm(q, q_gain, epsilon), cosine, sine)
-    k = rotate(k if k_gain is None else rms_norm(k, k_gain, epsilon), cosine, sine)
+    q = placed(q, q_gain, epsilon, cosine, sine)
+    k = placed(k, k_gain, epsilon, cosine, sine)
     streams = torch.arange(rows, device=qkv.device)
     keys[streams, :, positions] = k
     values[streams, :, positions] = v
@@ -58,11 +58,43 @@ def attend(
     scores = q.view(rows, kv_heads, -1, head_dim).float() @ keys.float().mT * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    age = positions[:, None] - torch.arange(capacity, device=qkv.device)
-    covered = (age >= 0) & (age < window) if window > 0 else age >= 0
-    weights = scores.masked_fill(~covered[:, None, None], float("-inf")).softmax(-1)
-    past = values.float().masked_fill(~covered[:, None, :, None], 0.0)
+    hidden = ~covered(positions, capacity, window)
+    weights = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1)
+    past = values.float().masked_fill(hidden[:, None, :, None], 0.0)
     return (weights @ past).to(qkv.dtype).view(rows, -1)
+
+
+def placed(
+    heads: Tensor, gain: Tensor | None, epsilon: float, cosine: Tensor, sine: Tensor
+) -> Tensor:
+    """Norm heads, where there is a gain, and turn them to their positions.
+
+    Args:
+        heads: Queries or keys, (..., head_dim).
+        gain: Weight of an RMSNorm per head, (head_dim,).
+        epsilon: Of that norm.
+        cosine: As `rotate`.
+        sine: As `rotate`.
+
+    Returns:
+        (..., head_dim), in the dtype of `heads`.
+    """
+    return rotate(heads if gain is None else rms_norm(heads, gain, epsilon), cosine, sine)
+
+
+def covered(positions: Tensor, length: int, window: int) -> Tensor:
+    """Return which of `length` tokens attention from each position covers.
+
+    Args:
+        positions: Where attention comes from, (T,), int64.
+        length: Tokens in the cache.
+        window: How many it covers at most, the newest; 0 for all.
+
+    Returns:
+        (T, length), bool.
+    """
+    age = positions[:, None] - torch.arange(length, device=positions.device)
+    return (age >= 0) & (age < window) if window > 0 else age >= 0
 
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
