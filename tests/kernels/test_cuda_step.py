@@ -15,7 +15,6 @@ pytest.importorskip("cuda.bindings")
 from teal.kernels.cuda_compile import can_compile, compiled
 from teal.kernels.cuda_step import (
     ALIGNMENT,
-    DTYPES,
     SOURCE,
     UNIT,
     Input,
@@ -27,6 +26,7 @@ from teal.kernels.cuda_step import (
     final_norm,
     project,
 )
+from teal.kernels.cuda_strips import DTYPES
 
 EPSILON = 1e-5
 HEADS, SPLITS, HEAD_DIM = 4, 8, 32
@@ -88,9 +88,9 @@ def _source(kind: Input, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return _fixed(both).cuda(), (reference.GATES[kind](gate) * up).to(dtype).cuda()
 
 
-def _memory(dtype: torch.dtype) -> StepMemory:
+def _memory(dtype: torch.dtype, device: str = "cuda") -> StepMemory:
     parts = (HEADS, SPLITS, HEAD_DIM)
-    return StepMemory(584, 296, 1048, parts, dtype, torch.device("cuda"))
+    return StepMemory(584, 296, 1048, parts, dtype, torch.device(device))
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
@@ -105,7 +105,9 @@ def test_products_compile_to_wide_loads_without_spills(
     clusters = architecture != "sm_80"
     projections = _projections(kind, torch.bfloat16, "cpu", [0.5] * len(SHAPES[kind][1]))
     cut = cut_for(projections, clusters=clusters)
-    definitions = definitions_of(projections, cut, (SPLITS, HEAD_DIM + 2), clusters)
+    definitions = definitions_of(
+        projections, cut, _memory(torch.bfloat16, "cpu"), clusters=clusters
+    )
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled(SOURCE, definitions, architecture))
 

@@ -16,9 +16,12 @@ from torch import Tensor
 from teal.engine.cache import KeyValueCache
 from teal.engine.decoder import Decoder, Stepper
 from teal.engine.layers import LayerCalls, Product
+from teal.engine.products import Matrix
+from teal.kernels.operands import Grid
+from teal.models.architectures import Architecture
 
 try:
-    from teal.kernels import cuda_compile, cuda_step, triton_attention_launch
+    from teal.kernels import cuda_compile, cuda_step, cuda_strips, triton_attention_launch
 except ImportError:
     cuda_step = None  # type: ignore[assignment]
 
@@ -143,24 +146,20 @@ def obstacle(decoder: Decoder, cache: KeyValueCache) -> str | None:
     if not cuda_compile.can_compile(torch.cuda.get_device_capability(device)):
         return "NVIDIA's run-time compiler is not installed or does not know this GPU"
     dtype, form = decoder.weights.dtype, architecture.form
-    sizes = (
-        architecture.hidden_size,
-        architecture.q_size,
-        architecture.kv_size,
-        architecture.intermediate_size,
-    )
+    sizes = (architecture.hidden_size, architecture.q_size, architecture.intermediate_size)
     heads_fit = triton_attention_launch.fits(architecture.head_dim, cache.cosines[0], dtype)
     obstacles = {
         "there is more than one stream": cache.rows > 1,
-        "the weights are not bfloat16 or float16": dtype not in cuda_step.DTYPES,
+        "the weights are not bfloat16 or float16": dtype not in cuda_strips.DTYPES,
         "sizes are no multiples of 8": any(size % cuda_step.ALIGNMENT for size in sizes),
         "heads are of an unusual size or turned in part": not heads_fit,
         "norms are not before attention and MLP alone": None in (form.attention_norm, form.mlp_norm)
         or form.attention_post_norm is not None
         or form.mlp_post_norm is not None,
         "q and k are normed as a whole": form.qk_norm == "vector",
-        "weights are quantized or rules have a scale or shift": not all(
-            map(_is_plain, decoder.layers)
+        "rules have a scale or shift": not all(map(_is_plain, decoder.layers)),
+        "projections are of widths that strips cannot be cut at": not all(
+            _can_load(calls, architecture, dtype) for calls in decoder.layers
         ),
     }
     return next((reason for reason, is_there in obstacles.items() if is_there), None)
@@ -169,19 +168,34 @@ def obstacle(decoder: Decoder, cache: KeyValueCache) -> str | None:
 def _is_plain(calls: LayerCalls) -> bool:
     products = (calls.qkv, calls.o, calls.gate_up, calls.down)
     return all(
-        isinstance(weight, Tensor) and scale is None and shift is None
-        for weight, _thresholds, _columns, scale, shift, _bias in products
+        scale is None and shift is None
+        for _weight, _thresholds, _columns, scale, shift, _bias in products
     )
 
 
+def _can_load(calls: LayerCalls, architecture: Architecture, dtype: torch.dtype) -> bool:
+    return all(
+        cuda_strips.can_load(*_codes_and_grid(product[0]), widths, dtype)
+        for product, widths in _products(calls, architecture)
+    )
+
+
+def _products(
+    calls: LayerCalls, architecture: Architecture
+) -> Sequence[tuple[Product, Sequence[int]]]:
+    """Return qkv, o, gate and up, and down, each with the widths of its parts."""
+    qkv, o, gate_up, down = calls.qkv, calls.o, calls.gate_up, calls.down
+    halves = [architecture.intermediate_size] * 2
+    return (qkv, qkv[2]), (o, o[2]), (gate_up, halves), (down, down[2])
+
+
 def _layer(decoder: Decoder, calls: LayerCalls) -> _Layer:
-    architecture = decoder.architecture
-    intermediate = [architecture.intermediate_size] * 2
+    qkv, o, gate_up, down = _products(calls, decoder.architecture)
     return _Layer(
-        qkv=_projections(calls.qkv, calls.qkv[2], "hidden", calls, calls.norms[0]),
-        o=_projections(calls.o, calls.o[2], "attention", calls),
-        gate_up=_projections(calls.gate_up, intermediate, "hidden", calls, calls.norms[1]),
-        down=_projections(calls.down, calls.down[2], architecture.activation, calls),
+        qkv=_projections(*qkv, "hidden", calls, calls.norms[0]),
+        o=_projections(*o, "attention", calls),
+        gate_up=_projections(*gate_up, "hidden", calls, calls.norms[1]),
+        down=_projections(*down, decoder.architecture.activation, calls),
         calls=calls,
     )
 
@@ -194,12 +208,13 @@ def _projections(
     gain: Tensor | None = None,
 ) -> "cuda_step.Projections":
     weight, thresholds, _, _, _, bias = product
-    assert isinstance(weight, Tensor)
+    codes, grid = _codes_and_grid(weight)
     padded = list(itertools.islice(itertools.chain(thresholds, itertools.repeat(0.0)), 3))
     return cuda_step.Projections(
-        weight=weight,
+        weight=codes,
+        grid=grid,
         widths=widths,
-        thresholds=torch.tensor(padded, device=weight.device),
+        thresholds=torch.tensor(padded, device=codes.device),
         input=source,  # type: ignore[arg-type]
         is_dense=max(thresholds) < 0.0,
         bias=bias,
@@ -207,3 +222,9 @@ def _projections(
         epsilon=calls.epsilon,
         multiplier=1.0 if gain is not None else calls.residual_multiplier,
     )
+
+
+def _codes_and_grid(weight: Matrix) -> tuple[Tensor, Grid | None]:
+    if isinstance(weight, Tensor):
+        return weight, None
+    return weight.codes, Grid(weight.scales, weight.zeros, weight.group_size)

@@ -14,6 +14,9 @@ INT = ctypes.c_int
 FLOAT = ctypes.c_float
 _POINTER = ctypes.c_void_p
 
+# What the sources include.
+_HEADERS = ("cuda_numbers.cuh", "cuda_strips.cuh")
+
 Definitions = tuple[tuple[str, int], ...]
 Argument = torch.Tensor | tuple[Any, Any] | None
 
@@ -42,8 +45,16 @@ def compiled(source: str, definitions: Definitions, architecture: str) -> bytes:
     Returns:
         A cubin.
     """
-    text = (files("teal.kernels") / source).read_text(encoding="utf-8")
-    program = _checked(nvrtc.nvrtcCreateProgram(text.encode(), source.encode(), 0, [], []))
+    text, headers = _text(source), {name: _text(name) for name in _HEADERS}
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(
+            text,
+            source.encode(),
+            len(headers),
+            list(headers.values()),
+            [name.encode() for name in headers],
+        )
+    )
     options = [f"--gpu-architecture={architecture}", "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in definitions]
     (status,) = nvrtc.nvrtcCompileProgram(
@@ -106,6 +117,10 @@ def launch(
         config.attrs, config.numAttrs = [early], 1
     values, types = zip(*map(_value_and_type, arguments), strict=True)
     _checked(driver.cuLaunchKernelEx(config, kernel, (values, types), 0))
+
+
+def _text(source: str) -> bytes:
+    return (files("teal.kernels") / source).read_bytes()
 
 
 def _value_and_type(argument: Argument) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Launches the kernels of a fused decode step of one stream; see cuda_step.cu."""
+"""Launches the kernels of a fused decode step of one stream; see cuda_step.cu and cuda_ends.cu."""
 
 import math
 from collections.abc import Sequence
@@ -9,50 +9,28 @@ import torch
 from torch import Tensor
 
 from teal.kernels.cuda_compile import FLOAT, INT, Definitions, function, launch
+from teal.kernels.cuda_strips import (
+    FRACTION_BITS,
+    Cut,
+    strip_definitions,
+)
+from teal.kernels.operands import Grid
 
 SOURCE = "cuda_step.cu"
-DTYPES = (torch.bfloat16, torch.float16)
-FRACTION_BITS = 40
+_ENDS = "cuda_ends.cu"
 UNIT = 2.0**-FRACTION_BITS
 
-# Sizes are multiples of what one thread loads.
+# Hidden states are read in pairs, activations of heads in eights.
 ALIGNMENT = 8
 
 # What the input of a product is made from.
 Input = Literal["hidden", "attention", "silu", "gelu_pytorch_tanh"]
 _INPUTS: tuple[Input, ...] = ("hidden", "attention", "silu", "gelu_pytorch_tanh")
 
-_WARP_COLUMNS = 256
 _NORM_THREADS = 1024
 _EMBED_THREADS = 256
 # Dense products begin with this many channels of a chunk before their input is known.
 _PREFETCH = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """How a product is cut into blocks.
-
-    Attributes:
-        chunk: Channels of a block, a multiple of 32.
-        warps_n: Warps beside each other, 256 columns each.
-        warps_k: Warps that share the channels of the block.
-        unroll: Strips that a thread has under way.
-        blocks: Blocks that fit into one multiprocessor, for the compiler.
-        cluster: Blocks that share the reading of the hidden states at most.
-    """
-
-    chunk: int
-    warps_n: int
-    warps_k: int
-    unroll: int
-    blocks: int
-    cluster: int = 1
-
-    @property
-    def columns(self) -> int:
-        """Columns of a block."""
-        return _WARP_COLUMNS * self.warps_n
 
 
 # The fastest for Llama-3-8B at 50 % on an H200, where neighbours are within 2 %.
@@ -70,8 +48,8 @@ class Projections:
     """Up to three projections of one input, beside each other.
 
     Attributes:
-        weight: Channel-major, (K, N), contiguous; K and all widths multiples of `ALIGNMENT`.
-        widths: Columns of each.
+        weight: Channel-major floats or codes, (K, …), contiguous; K a multiple of `ALIGNMENT`.
+        widths: Columns of each, which sum to N; see `cuda_strips.can_load`.
         thresholds: One for each, (3,), float32, on the device; below zero to drop nothing.
         input: What the input is made from: the residual stream through an RMSNorm, what the splits
             of attention gave, or sums of gate and up.
@@ -80,6 +58,7 @@ class Projections:
         gain: Gain of the RMSNorm, (K,), float32, for "hidden".
         epsilon: Of that norm.
         multiplier: Of the result.
+        grid: What codes stand for; `None` for floats.
     """
 
     weight: Tensor
@@ -91,6 +70,7 @@ class Projections:
     gain: Tensor | None = None
     epsilon: float = 0.0
     multiplier: float = 1.0
+    grid: Grid | None = None
 
 
 class StepMemory:
@@ -145,19 +125,20 @@ def project(
         memory: Where the overflow flag and the shape of attention are.
         dependent: The launch may begin before the one in front has ended.
     """
+    weight, grid = projections.weight, projections.grid
     cut = cut_for(projections, clusters=dependent)
-    in_features = projections.weight.shape[0]
-    tiles = sum(math.ceil(width / cut.columns) for width in projections.widths)
-    definitions = definitions_of(projections, cut, memory.parts.shape[2:], dependent)
+    definitions = definitions_of(projections, cut, memory, clusters=dependent)
     launch(
         function(SOURCE, "project", definitions, sums.device.index),
-        (tiles, math.ceil(in_features / cut.chunk)),
-        32 * cut.warps_n * cut.warps_k,
+        (cut.tiles(projections.widths, weight.dtype), math.ceil(len(weight) / cut.chunk)),
+        cut.threads,
         [
             source,
             projections.gain,
             projections.thresholds,
-            projections.weight,
+            weight,
+            None if grid is None else grid.scales,
+            None if grid is None else grid.zeros,
             projections.bias,
             sums,
             clear,
@@ -176,7 +157,7 @@ def embed(
     """Start a step: no overflow, and the embedding of a token, (1,), int64, as hidden states."""
     size = embedding.shape[1]
     launch(
-        function(SOURCE, "embed", _plain_definitions(embedding.dtype), token.device.index),
+        function(_ENDS, "embed", _definitions_of_ends(embedding.dtype), token.device.index),
         (math.ceil(size / _EMBED_THREADS), 1),
         _EMBED_THREADS,
         [token, embedding, memory.hidden, memory.overflow, (multiplier, FLOAT), (size, INT)],
@@ -186,9 +167,9 @@ def embed(
 
 def final_norm(gain: Tensor, epsilon: float, memory: StepMemory, *, dependent: bool) -> None:
     """Write the normed residual stream to `memory.normed`, NaN everywhere after an overflow."""
-    definitions = _plain_definitions(memory.normed.dtype)
+    definitions = _definitions_of_ends(memory.normed.dtype)
     launch(
-        function(SOURCE, "final_norm", definitions, gain.device.index),
+        function(_ENDS, "final_norm", definitions, gain.device.index),
         (1, 1),
         _NORM_THREADS,
         [
@@ -210,37 +191,34 @@ def cut_for(projections: Projections, *, clusters: bool) -> Cut:
         projections: What is computed.
         clusters: Whether the device has clusters of blocks.
     """
-    in_features, columns = projections.weight.shape
+    weight, widths = projections.weight, projections.widths
     if projections.input == "attention":
-        return _lengthened(_ATTENDED, in_features >= _LONG_ATTENDED)
+        return _lengthened(_ATTENDED, len(weight) >= _LONG_ATTENDED)
     if projections.input != "hidden":
-        return _lengthened(_GATED, in_features >= _LONG_GATED)
-    cut = _WIDE if columns >= _MANY_COLUMNS else _NARROW
-    tiles = sum(math.ceil(width / cut.columns) for width in projections.widths)
+        return _lengthened(_GATED, len(weight) >= _LONG_GATED)
+    cut = _WIDE if sum(widths) >= _MANY_COLUMNS else _NARROW
     # A cluster has to divide the tiles evenly.
+    tiles = cut.tiles(widths, weight.dtype)
     return replace(cut, cluster=math.gcd(tiles, cut.cluster) if clusters else 1)
 
 
 def definitions_of(
-    projections: Projections, cut: Cut, splits_and_row: Sequence[int], clusters: bool
+    projections: Projections, cut: Cut, memory: StepMemory, *, clusters: bool
 ) -> Definitions:
     """Return what the kernel `project` is compiled with.
 
     Args:
         projections: What is computed.
         cut: How it is cut.
-        splits_and_row: Splits of the context and entries of each, head_dim + 2.
+        memory: Where the dtype of activations and the shape of attention are.
         clusters: Whether the device is of compute capability 9.0 or later.
     """
-    in_features, columns = projections.weight.shape
-    widths = projections.widths
+    widths, columns = projections.widths, sum(projections.widths)
     starts = [sum(widths[:part]) for part in range(1, len(widths))]
-    splits, row = splits_and_row
     start_1, start_2 = [*starts, columns, columns][:2]
+    splits, row = memory.parts.shape[2:]
     given = {
         "SOURCE": _INPUTS.index(projections.input),
-        "K": in_features,
-        "N": columns,
         "START_1": start_1,
         "START_2": start_2,
         "HEAD_DIM": row - 2,
@@ -248,30 +226,15 @@ def definitions_of(
         "HAS_BIAS": int(projections.bias is not None),
         "PREFETCH": _PREFETCH if projections.is_dense and clusters else 0,
     }
-    return _definitions(projections.weight.dtype, cut, given)
+    strips = strip_definitions(
+        projections.weight, projections.grid, columns, memory.normed.dtype, cut
+    )
+    return (*strips, *sorted(given.items()))
 
 
 def _lengthened(cut: Cut, is_long: bool) -> Cut:
     return replace(cut, chunk=2 * cut.chunk) if is_long else cut
 
 
-def _plain_definitions(dtype: torch.dtype) -> Definitions:
-    """Return the definitions of the kernels that no sizes are compiled into."""
-    sizes = dict.fromkeys(("K", "N", "START_1", "START_2", "HEAD_DIM", "SPLITS"), ALIGNMENT)
-    given = {**sizes, "SOURCE": 0, "HAS_BIAS": 0, "PREFETCH": 0}
-    return _definitions(dtype, _ATTENDED, given)
-
-
-def _definitions(dtype: torch.dtype, cut: Cut, given: dict[str, int]) -> Definitions:
-    both = {
-        **given,
-        "BFLOAT16": int(dtype == torch.bfloat16),
-        "FRACTION_BITS": FRACTION_BITS,
-        "CHUNK": cut.chunk,
-        "WARPS_N": cut.warps_n,
-        "WARPS_K": cut.warps_k,
-        "UNROLL": cut.unroll,
-        "BLOCKS": cut.blocks,
-        "CLUSTER": cut.cluster,
-    }
-    return tuple(sorted(both.items()))
+def _definitions_of_ends(dtype: torch.dtype) -> Definitions:
+    return ("BFLOAT16", int(dtype == torch.bfloat16)), ("FRACTION_BITS", FRACTION_BITS)

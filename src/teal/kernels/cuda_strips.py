@@ -1,0 +1,127 @@
+"""How the CUDA kernels cut a product into blocks, and what they are told of its weight."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from teal.kernels.cuda_compile import Definitions
+from teal.kernels.operands import Grid
+from teal.kernels.reference_quantized import FP8, INT4, INT8
+
+# Of activations.
+DTYPES = (torch.bfloat16, torch.float16)
+FRACTION_BITS = 40
+
+WARP = 32
+_LOAD_BITS = 128
+# Numbers in cuda_strips.cuh, and bits of a weight.
+_FORMATS = {
+    torch.bfloat16: (0, 16),
+    torch.float16: (0, 16),
+    INT8: (1, 8),
+    FP8: (2, 8),
+    INT4: (3, 4),
+}
+_SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How a product is cut into blocks.
+
+    Attributes:
+        chunk: Channels of a block, a multiple of 32 · warps_k.
+        warps_n: Warps beside each other, 512 bytes of a strip each.
+        warps_k: Warps that share the channels of the block.
+        unroll: Strips that a thread has under way.
+        blocks: Blocks that fit into one multiprocessor, for the compiler.
+        cluster: Blocks that work together at most.
+    """
+
+    chunk: int
+    warps_n: int
+    warps_k: int
+    unroll: int
+    blocks: int
+    cluster: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return WARP * self.warps_n * self.warps_k
+
+    def columns(self, dtype: torch.dtype) -> int:
+        """Columns of a block for a weight, or codes, of `dtype`."""
+        return columns_per_load(dtype) * WARP * self.warps_n
+
+    def tiles(self, widths: Sequence[int], dtype: torch.dtype) -> int:
+        """Blocks beside each other for parts of some widths."""
+        return sum(math.ceil(width / self.columns(dtype)) for width in widths)
+
+
+def columns_per_load(dtype: torch.dtype) -> int:
+    """Return how many weights, or codes, of `dtype` a thread loads at once."""
+    return _LOAD_BITS // _FORMATS[dtype][1]
+
+
+def can_load(
+    weight: Tensor, grid: Grid | None, widths: Sequence[int], activations: torch.dtype
+) -> bool:
+    """Tell whether the kernels know the format of a weight and its strips begin at even addresses.
+
+    Args:
+        weight: Floats or codes.
+        grid: What the codes stand for.
+        widths: Columns of each part.
+        activations: Their dtype.
+    """
+    if weight.dtype not in _FORMATS or activations not in DTYPES:
+        return False
+    if grid is None and weight.dtype != activations:
+        return False
+    if grid is not None and grid.scales.dtype not in _SCALES:
+        return False
+    return all(width % columns_per_load(weight.dtype) == 0 for width in widths)
+
+
+def strip_definitions(
+    weight: Tensor, grid: Grid | None, columns: int, activations: torch.dtype, cut: Cut
+) -> Definitions:
+    """Return what cuda_strips.cuh is compiled with.
+
+    Args:
+        weight: Floats or codes, a strip per input channel.
+        grid: What the codes stand for.
+        columns: Of the weight as floats.
+        activations: Their dtype.
+        cut: How the product is cut.
+    """
+    in_features = weight.shape[0]
+    definitions = {
+        "BFLOAT16": int(activations == torch.bfloat16),
+        "FRACTION_BITS": FRACTION_BITS,
+        "K": in_features,
+        "N": columns,
+        "FORMAT": _FORMATS[weight.dtype][0],
+        "CHUNK": cut.chunk,
+        "WARPS_N": cut.warps_n,
+        "WARPS_K": cut.warps_k,
+        "UNROLL": cut.unroll,
+        "BLOCKS": cut.blocks,
+        "CLUSTER": cut.cluster,
+    }
+    if grid is not None:
+        has_one_group = grid.scales.shape[0] == 1
+        definitions |= {
+            "GROUP": _next_multiple(in_features, cut.chunk) if has_one_group else grid.group_size,
+            "SCALES": _SCALES[grid.scales.dtype],
+            "HAS_ZEROS": int(grid.zeros is not None),
+        }
+    return tuple(sorted(definitions.items()))
+
+
+def _next_multiple(size: int, of: int) -> int:
+    return math.ceil(size / of) * of
