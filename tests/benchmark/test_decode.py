@@ -38,6 +38,16 @@ def test_dense_sparse_and_peers_are_measured(results: tuple[list[DecodeResult], 
     assert 0.3 < sparse.effective_sparsity < 0.7
 
 
+def test_records_say_of_what_the_weights_are() -> None:
+    workload = Workload(prompt_tokens=8, new_tokens=4, repeats=1)
+    opened = open_model(tiny_model("llama"), quantize="int8", quantize_head=True)
+    ours, peer = measure(Subject("tiny", opened, workload), [], [Slow()], bandwidth=1e9)
+    quantized = {"format": "int8", "group_size": None, "head_format": "int8"}
+    floats = {"format": "float", "group_size": None, "head_format": "float"}
+    assert (ours.to_dict()["weights"], peer.to_dict()["weights"]) == (quantized, floats)
+    assert peer.read > 3 * ours.read
+
+
 def test_the_first_round_is_not_counted(results: tuple[list[DecodeResult], Slow]) -> None:
     assert results[1].calls == [(8, 12)] * 3
 

@@ -33,6 +33,17 @@ def test_a_token_reads_what_is_kept_and_head_and_cache(subject: Subject) -> None
     assert saved == 4 * 64 * 128 / 2
 
 
+def test_a_token_reads_codes_scales_and_a_head_of_codes() -> None:
+    model = tiny_model("llama", hidden_size=64, intermediate_size=128)
+    opened = open_model(model, quantize="int8", quantize_head=True)
+    subject = Subject("tiny", opened, WORKLOAD)
+    codes, scales = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128, 2 * 64 + 64 + 2 * 128 + 64
+    cached = 4 * 2 * 2 * 32 * (8 + 6)
+    head = 97 * 64 + 97 * 4
+    assert subject.bytes_read({}) == 2 * (codes + 4 * scales) + head + cached
+    assert subject.bytes_of_floats() == Subject("tiny", open_model(model), WORKLOAD).bytes_read({})
+
+
 def test_a_window_bounds_what_is_read_of_the_cache() -> None:
     fields = {"use_sliding_window": False, "sliding_window": 5}
     model = tiny_model("mistral", **fields)

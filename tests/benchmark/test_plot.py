@@ -6,6 +6,7 @@ import pytest
 from teal.benchmark.decode import DecodeResult
 from teal.benchmark.gemv import GemvResult
 from teal.benchmark.plot import save_decode_plot, save_plot
+from teal.benchmark.reading import WeightsRead
 from teal.benchmark.shapes import Shape
 from teal.benchmark.timer import Timing
 
@@ -32,12 +33,13 @@ def test_every_product_has_a_panel(tmp_path: Path) -> None:
     assert drawing.count('id="axes_') == 2
 
 
-def test_every_model_has_a_panel_with_its_peers(tmp_path: Path) -> None:
+def test_every_model_has_a_panel_with_its_formats_and_peers(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     ours = DecodeResult(
         model="first",
         runner="teal",
         dtype="bfloat16",
+        weights=WeightsRead(format="int8"),
         prompt_tokens=4,
         new_tokens=8,
         sparsity=0.5,
@@ -48,7 +50,9 @@ def test_every_model_has_a_panel_with_its_peers(tmp_path: Path) -> None:
         speed_up=1.0,
     )
     peer = replace(ours, runner="transformers", sparsity=0.0, effective_sparsity=0.0)
-    save_decode_plot([ours, peer, replace(ours, model="second")], tmp_path / "plot.svg")
+    floats = replace(ours, weights=WeightsRead())
+    save_decode_plot([ours, floats, peer, replace(ours, model="second")], tmp_path / "plot.svg")
     drawing = (tmp_path / "plot.svg").read_text()
     assert drawing.count('id="axes_') == 2
-    assert "<!-- transformers -->" in drawing
+    for line in ("transformers", "int8: teal", "float: limit of memory"):
+        assert f"<!-- {line} -->" in drawing

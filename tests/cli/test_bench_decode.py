@@ -42,9 +42,41 @@ def test_a_profile_shows_the_operations_of_a_step(decode):
     assert "teal::sparse_parts" in out
 
 
+def test_formats_are_measured_one_after_the_other(decode):
+    formats = ("--quantize", "none", "--quantize", "int8", "--quantize", "int4")
+    options = ("--sparsity", "0.5", "--group-size", 32, "--quantize-head", "--json")
+    for model in (MODEL, "--config=" + SIZES):
+        results = decode(model, *formats, *options).json["results"]
+        dense = [row for row in results if not row["sparsity"]]
+        weights = [row["weights"] for row in dense]
+        assert [row["format"] for row in weights] == ["float", "int8", "int4"]
+        assert [row["group_size"] for row in weights] == [None, None, 32]
+        assert [row["head_format"] for row in weights] == ["float", "int8", "int8"]
+        assert dense[0]["read"] > dense[1]["read"] > dense[2]["read"]
+        assert all(row["speed_up"] == 1.0 for row in dense)
+
+
+def test_a_table_names_format_and_group_size(decode):
+    out = decode("--config", SIZES, "--quantize", "int4", "--group-size", 32, "--sparsity", 0.5).out
+    assert "int4/32" in out
+
+
+def test_a_head_alone_can_be_rounded(decode):
+    options = ("--config", SIZES, "--quantize-head", "--sparsity", "0.5", "--json")
+    for row in decode(*options).json["results"]:
+        assert row["weights"] == {"format": "float", "group_size": None, "head_format": "int8"}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        pytest.param([MODEL, "--quantize", "int3"], ["Unknown format 'int3'"], id="format"),
+        pytest.param(
+            [MODEL, "--quantize", "int8", "--group-size", 64], ["--quantize int4"], id="no groups"
+        ),
+        pytest.param(
+            [MODEL, "--quantize", "int4", "--group-size", 48], ["Group size 48"], id="groups"
+        ),
         pytest.param([], ["no model to measure"], id="no model"),
         pytest.param(["--config", "llama-9"], ["Unknown configuration"], id="configuration"),
         pytest.param([MODEL, "--sparsity", "half"], ["no list of fractions"], id="sparsity"),

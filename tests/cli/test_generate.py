@@ -118,6 +118,9 @@ def test_chat_puts_the_prompt_into_the_template(teal, tmp_path):
         pytest.param(
             ["--prompt", "x", "--quantize", "int3"], ["Unknown format 'int3'"], id="format"
         ),
+        pytest.param(
+            ["--prompt", "x", "--group-size", 64], ["Give --quantize int4"], id="no groups"
+        ),
         pytest.param(["--prompt", "x", "--chat"], ["no chat template"], id="no chat template"),
         pytest.param(["--prompt", "x"] * 9, ["9 prompts", "1 to 8"], id="too many"),
         pytest.param(["--prompt", "x", "--top-p", "0"], ["top_p 0.0 is out of range"], id="top-p"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from teal.benchmark.decode_peers import Peer
 from teal.benchmark.decode_subject import Subject
+from teal.benchmark.reading import WeightsRead
 from teal.benchmark.timer import Timing, summary_of
 from teal.engine.engine import Engine
 from teal.foundation.progress import Progress, silent
@@ -24,20 +25,22 @@ class DecodeResult:
     Attributes:
         model: Name of the model.
         runner: "teal", or the name of a peer.
-        dtype: Of the weights.
+        dtype: Of activations, and of weights that are floats.
+        weights: What the weights are made of; floats for a peer.
         prompt_tokens: Tokens in the prompt.
         new_tokens: Tokens decoded.
         sparsity: Target; 0 is dense.
         effective_sparsity: Measured over decode steps, weighted by weight size.
         token: Time per token after the first, over repeats, in microseconds.
-        read: Bytes that a token has to read: kept weights, head, keys and values.
+        read: Bytes that a token has to read: kept weights, scales, head, keys and values.
         bandwidth: Bytes per second that memory can deliver.
-        speed_up: Time of our dense decoding over this one.
+        speed_up: Time of our dense decoding with the same weights over this one.
     """
 
     model: str
     runner: str
     dtype: str
+    weights: WeightsRead
     prompt_tokens: int
     new_tokens: int
     sparsity: float
@@ -140,16 +143,18 @@ def _result(
     bandwidth: float,
     dense: float,
 ) -> DecodeResult:
+    is_ours = runner == OURS
     return DecodeResult(
         model=subject.name,
         runner=runner,
         dtype=subject.dtype,
+        weights=subject.weights if is_ours else WeightsRead(),
         prompt_tokens=subject.workload.prompt_tokens,
         new_tokens=subject.workload.new_tokens,
         sparsity=sparsity,
         effective_sparsity=subject.mean_sparsity(effective),
         token=timing,
-        read=subject.bytes_read(effective),
+        read=subject.bytes_read(effective) if is_ours else subject.bytes_of_floats(),
         bandwidth=bandwidth,
         speed_up=dense / timing.median,
     )

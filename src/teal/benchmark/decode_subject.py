@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from teal.benchmark.reading import WeightsRead, bytes_kept
 from teal.engine.cache import KeyValueCache
 from teal.engine.decoder import Decoder
 from teal.engine.engine import Engine
 from teal.engine.layers import Observer
 from teal.engine.opening import OpenedModel
+from teal.engine.products import bytes_of
 from teal.foundation.errors import UserError
 from teal.foundation.provenance import TextProvenance
 from teal.foundation.version import __version__
@@ -94,7 +96,12 @@ class Subject:
     @property
     def dtype(self) -> str:
         """Name of the weights' dtype."""
-        return str(self._weights.embedding.dtype).removeprefix("torch.")
+        return str(self._weights.dtype).removeprefix("torch.")
+
+    @property
+    def weights(self) -> WeightsRead:
+        """What the projections and the head are made of."""
+        return WeightsRead.of(self._weights)
 
     def check(self) -> None:
         """Compare a step with a prefill of the same tokens.
@@ -159,23 +166,33 @@ class Subject:
             sparsities: Effective sparsity by projection; what is not named is dense.
 
         Returns:
-            Bytes of kept weights, head, keys and values.
+            Bytes of kept weights, of codes with all their scales and zeros, of head, keys and
+            values.
         """
-        a, identity = self._architecture, self._architecture.identity
         kept = sum(
-            identity.weight_size(name) * (1.0 - sparsities.get(name, 0.0))
-            for name in identity.shapes
+            bytes_kept(matrix, entry.widths, sparsities)
+            for index, layer in enumerate(self._weights.layers)
+            for matrix, entry in zip(layer.matrices, self._architecture.inputs(index), strict=True)
         )
-        length = self.workload.prompt_tokens + self.workload.new_tokens // 2
-        cached = 2 * a.kv_size * sum(min(length, window or length) for window in a.windows)
-        return round(
-            (kept + a.vocab_size * a.hidden_size + cached) * self._weights.embedding.itemsize
-        )
+        return round(kept + bytes_of(self._weights.head) + self._bytes_cached())
+
+    def bytes_of_floats(self) -> int:
+        """Return what a token has to read where no weight is of few bits and none is skipped."""
+        a = self._architecture
+        weights = sum(map(a.identity.weight_size, a.identity.shapes))
+        floats = weights + a.vocab_size * a.hidden_size
+        return floats * self._weights.dtype.itemsize + self._bytes_cached()
 
     def mean_sparsity(self, sparsities: Mapping[str, float]) -> float:
         """Return the mean over all projections, weighted by weight size."""
         dense = dict.fromkeys(self._architecture.identity.shapes, 0.0)
         return self._architecture.identity.mean_sparsity(dense | dict(sparsities))
+
+    def _bytes_cached(self) -> int:
+        a, workload = self._architecture, self.workload
+        length = workload.prompt_tokens + workload.new_tokens // 2
+        tokens = sum(min(length, window or length) for window in a.windows)
+        return 2 * a.kv_size * tokens * self._weights.dtype.itemsize
 
     def _thresholds(self, sparsities: Sequence[float]) -> dict[float, dict[str, float]]:
         found: dict[float, dict[str, float]] = {sparsity: {} for sparsity in sparsities}
@@ -227,7 +244,7 @@ class Subject:
             self._architecture,
             1,
             self.capacity,
-            self._weights.embedding.dtype,
+            self._weights.dtype,
             self._weights.device,
         )
 

@@ -37,7 +37,7 @@ def save_plot(results: Sequence[GemvResult], path: Path) -> None:
 
 
 def save_decode_plot(results: Sequence[DecodeResult], path: Path) -> None:
-    """Draw one panel per model: our tokens/s, the limit, and a line per peer.
+    """Draw one panel per model: our tokens/s and the limit per format, and a line per peer.
 
     Args:
         results: Of one or more models.
@@ -49,18 +49,26 @@ def save_decode_plot(results: Sequence[DecodeResult], path: Path) -> None:
     models = list(dict.fromkeys(result.model for result in results))
     panels = _Panels(len(models))
     for axes, model in zip(panels.axes, models, strict=True):
-        mine = [row for row in results if row.model == model and row.runner == OURS]
-        rows = sorted(mine, key=lambda row: row.effective_sparsity)
-        sparsity = [100 * row.effective_sparsity for row in rows]
-        axes.plot(sparsity, [1e6 / row.limit for row in rows], ":", label="limit of memory")
-        axes.plot(sparsity, [row.tokens_per_second for row in rows], "o-", label=OURS)
-        peers = (row for row in results if row.model == model and row.runner != OURS)
-        for index, peer in enumerate(peers):
-            axes.axhline(
-                peer.tokens_per_second, linestyle="--", color=f"C{index + 2}", label=peer.runner
-            )
+        here = [row for row in results if row.model == model]
+        mine = [row for row in here if row.runner == OURS]
+        kinds = list(dict.fromkeys(row.weights for row in mine))
+        for index, kind in enumerate(kinds):
+            _draw_lines(axes, [row for row in mine if row.weights == kind], f"C{index}")
+        for index, peer in enumerate(row for row in here if row.runner != OURS):
+            color = f"C{index + len(kinds)}"
+            axes.axhline(peer.tokens_per_second, linestyle="--", color=color, label=peer.runner)
         axes.set(title=model, xlabel="effective sparsity, %", ylabel="tokens/s", ylim=(0, None))
     panels.save(path)
+
+
+def _draw_lines(axes: "Axes", rows: Sequence[DecodeResult], color: str) -> None:
+    """Draw one kind of weights: our tokens/s, and the limit in the same colour."""
+    rows = sorted(rows, key=lambda row: row.effective_sparsity)
+    sparsity = [100 * row.effective_sparsity for row in rows]
+    name = str(rows[0].weights)
+    speeds, limits = [row.tokens_per_second for row in rows], [1e6 / row.limit for row in rows]
+    axes.plot(sparsity, limits, ":", color=color, label=f"{name}: limit of memory")
+    axes.plot(sparsity, speeds, "o-", color=color, label=f"{name}: {OURS}")
 
 
 class _Panels:

@@ -1,19 +1,26 @@
 """`teal bench decode`: how fast does a whole model decode, beside dense, limit and peers?"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from teal.cli.console import print_json, print_table, progress_bar, quiet_libraries
-from teal.cli.options import DeviceOption, JsonOption
+from teal.cli.options import (
+    AS_IT_IS,
+    DeviceOption,
+    GroupSizeOption,
+    JsonOption,
+    QuantizeSeveralOption,
+    schemes_of,
+)
 from teal.foundation.formatting import percent
 
 if TYPE_CHECKING:
     from teal.benchmark.decode import DecodeResult
-    from teal.benchmark.decode_subject import Subject, Workload
+    from teal.benchmark.decode_subject import Subject
     from teal.benchmark.profile import KernelTime
 
 EXAMPLES = """Examples:
@@ -23,6 +30,9 @@ teal bench decode models/py-16m --sparsity 0.5 --peer transformers
 teal bench decode --config llama-3-8b --sparsity 0.4,0.5,0.65 --plot decode.png
 
 teal bench decode --config hidden=2048,intermediate=5632,layers=8,heads=16,vocab=32000
+
+teal bench decode --config llama-3-8b --quantize none --quantize int8 --quantize int4
+--quantize-head
 """
 
 SPARSITIES = "0.4,0.5,0.65"
@@ -65,6 +75,14 @@ def decode(
     gguf: Annotated[
         Path | None, typer.Option("--gguf", help="The model for --peer llama-cpp.")
     ] = None,
+    quantize: QuantizeSeveralOption = None,
+    group_size: GroupSizeOption = None,
+    quantize_head: Annotated[
+        bool,
+        typer.Option(
+            "--quantize-head", help="Round the output head to int8, but not for --quantize none."
+        ),
+    ] = False,
     dtype: Annotated[
         str, typer.Option("--dtype", help="bfloat16, float16 or float32.")
     ] = "bfloat16",
@@ -82,7 +100,8 @@ def decode(
 ) -> None:
     """Time the decoding of one stream, end to end: kernels, sampling and the way to the host.
 
-    Thresholds are set on the spot, from a dense pass over random tokens. The share of the limit
+    Thresholds are set on the spot, from a dense pass over random tokens, for each format of the
+    weights. A speed-up is that over dense decoding with the same weights. The share of the limit
     is that of the time to read all kept weights, the head and the cache at the speed that a plain
     sum reads memory in the same run.
     """
@@ -92,16 +111,23 @@ def decode(
     from teal.benchmark.machine import describe_machine
     from teal.benchmark.roofline import read_bandwidth
     from teal.cli.bench import fractions_of
+    from teal.cli.bench_sources import Sources
     from teal.models.loading import resolve_device
 
     quiet_libraries()
     place, fractions = resolve_device(device), fractions_of(sparsity)
     workload = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
     check_peers(peer or ())
-    sources = _Sources(models or (), config or (), device=device, dtype=dtype)
+    formats = [
+        (scheme, quantize_head and not (quantize and scheme is None))
+        for scheme in schemes_of(quantize or [AS_IT_IS], group_size)
+    ]
+    sources = Sources(models or (), config or (), formats, device=device, dtype=dtype)
     if profile:
         for subject in sources.subjects(workload):
             _print_kernels(subject, fractions)
+            # Its memory is free before the next one takes any.
+            del subject
         return
     bandwidth = read_bandwidth(place)
     results: list[DecodeResult] = []
@@ -125,76 +151,9 @@ def decode(
         _print(results)
 
 
-class _Sources:
-    """The models of a call, opened one after the other."""
-
-    def __init__(
-        self, models: Sequence[str], configs: Sequence[str], *, device: str, dtype: str
-    ) -> None:
-        from teal.benchmark.configs import config_of
-        from teal.foundation.errors import UserError
-        from teal.models.loading import resolve_dtype
-
-        if not models and not configs:
-            raise UserError("There is no model to measure. Give a MODEL or a --config.")
-        if dtype == "auto":
-            raise UserError("Give a --dtype to compare in: bfloat16, float16 or float32.")
-        resolve_dtype(dtype)
-        self._models = models
-        self._configs = {name: config_of(name) for name in configs}
-        self._device = device
-        self._dtype = dtype
-
-    def subjects(self, workload: "Workload") -> "Iterator[Subject]":
-        """Open the models."""
-        from teal.benchmark.decode_subject import Subject
-        from teal.engine.opening import open_model
-
-        for model in self._models:
-            yield Subject(
-                model, open_model(model, device=self._device, dtype=self._dtype), workload
-            )
-        for name in self._configs:
-            yield Subject(name, self._random(name), workload)
-
-    def peer_model(self, name: str, peers: Sequence[str]) -> Any:
-        """Return the Hugging Face model that peers run, or `None` where none needs it."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        from teal.benchmark.decode_peers import LLAMA_CPP
-        from teal.models.loading import load_model, resolve_device, resolve_dtype
-
-        if not set(peers) - {LLAMA_CPP}:
-            return None
-        if name not in self._configs:
-            return load_model(name, device=self._device, dtype=self._dtype)
-        with torch.device(resolve_device(self._device)):
-            return AutoModelForCausalLM.from_config(
-                self._configs[name], dtype=resolve_dtype(self._dtype)
-            ).eval()
-
-    def _random(self, name: str) -> Any:
-        import torch
-
-        from teal.engine.drawing import random_weights
-        from teal.engine.opening import OpenedModel
-        from teal.models.architectures import architecture_of
-        from teal.models.loading import resolve_device
-
-        architecture = architecture_of(self._configs[name])
-        weights = random_weights(
-            architecture,
-            getattr(torch, self._dtype),
-            resolve_device(self._device),
-            progress=progress_bar,
-        )
-        return OpenedModel(architecture=architecture, weights=weights)
-
-
 def _print(results: "Sequence[DecodeResult]") -> None:
-    columns = ["runner", "sparsity", "effective", "tokens/s", "ms/token", "10–90 %"]
-    columns += ["limit ms", "of limit", "speed-up"]
+    columns = ["runner", "weights", "head", "sparsity", "effective", "tokens/s", "ms/token"]
+    columns += ["10–90 %", "limit ms", "of limit", "speed-up"]
     for model in dict.fromkeys(result.model for result in results):
         mine = [result for result in results if result.model == model]
         title = (
@@ -207,6 +166,8 @@ def _print(results: "Sequence[DecodeResult]") -> None:
 def _row(result: "DecodeResult") -> list[str]:
     return [
         result.runner,
+        _kind(result.weights.format, result.weights.group_size),
+        _kind(result.weights.head_format),
         percent(result.sparsity),
         percent(result.effective_sparsity),
         f"{result.tokens_per_second:.1f}",
@@ -218,6 +179,10 @@ def _row(result: "DecodeResult") -> list[str]:
     ]
 
 
+def _kind(weight_format: str, group_size: int | None = None) -> str:
+    return f"{weight_format}/{group_size}" if group_size else weight_format
+
+
 def _print_kernels(subject: "Subject", fractions: Sequence[float]) -> None:
     from teal.benchmark.profile import profile_step
 
@@ -225,7 +190,9 @@ def _print_kernels(subject: "Subject", fractions: Sequence[float]) -> None:
         kernels = profile_step(engine.decoder(), subject.prompt, subject.capacity)
         whole = sum(kernel.microseconds for kernel in kernels)
         rows = [_kernel_row(kernel, whole) for kernel in kernels[:_SHOWN_KERNELS]]
-        title = f"{_model_name(subject.name)}, {percent(sparsity)} sparse: {whole:.0f} µs a step"
+        kind = _kind(subject.weights.format, subject.weights.group_size)
+        model = f"{_model_name(subject.name)}, {kind}"
+        title = f"{model}, {percent(sparsity)} sparse: {whole:.0f} µs a step"
         print_table(title, ["kernel", "calls", "µs", "share"], rows)
 
 

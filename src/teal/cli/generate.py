@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from teal.cli.console import print_json, quiet_libraries
-from teal.cli.options import DeviceOption, DtypeOption, JsonOption, ModelArgument, PlanOption
+from teal.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    GroupSizeOption,
+    JsonOption,
+    ModelArgument,
+    PlanOption,
+    QuantizeHeadOption,
+    QuantizeOption,
+    scheme_of,
+)
 
 if TYPE_CHECKING:
     from teal.engine.engine import Engine
@@ -59,13 +69,9 @@ def command(
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="Text to stop before; may be repeated.")
     ] = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option("--quantize", help="Round projections to int8, int4 or fp8 while reading."),
-    ] = None,
-    quantize_head: Annotated[
-        bool, typer.Option("--quantize-head", help="Round the output head to int8.")
-    ] = False,
+    quantize: QuantizeOption = None,
+    group_size: GroupSizeOption = None,
+    quantize_head: QuantizeHeadOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     json: JsonOption = False,
@@ -77,6 +83,7 @@ def command(
     from teal.plan import SparsityPlan
 
     quiet_libraries()
+    scheme = scheme_of(quantize, group_size)
     loaded_plan = SparsityPlan.load(plan) if plan else None
     tokenizer = load_tokenizer(model)
     prompts = [encode_prompt(text, tokenizer, is_chat=chat) for text in prompt]
@@ -86,7 +93,7 @@ def command(
         tokenizer=tokenizer,
         device=device,
         dtype=dtype,
-        quantize=quantize,
+        quantize=scheme,
         quantize_head=quantize_head,
     )
     options = GenerationOptions(

@@ -1,9 +1,13 @@
 """Arguments and options that several verbs share."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from teal.quantization import Scheme
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model folder, or a name on the Hugging Face hub.")
@@ -37,10 +41,83 @@ DtypeOption = Annotated[
         "--dtype", help="auto, float32, bfloat16 or float16; auto is the checkpoint's own."
     ),
 ]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option("--quantize", help="Round projections to int8, int4 or fp8 while reading."),
+]
+QuantizeSeveralOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--quantize",
+        help="Round projections to int8, int4 or fp8 while reading; none leaves the model as it "
+        "is. May be repeated.",
+    ),
+]
+GroupSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        "--group-size", help="Inputs that share a scale, int4 only: 128 (default), 64 or 32."
+    ),
+]
+QuantizeHeadOption = Annotated[
+    bool, typer.Option("--quantize-head", help="Round the output head to int8.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 
 LONGEST_WINDOW = 2048
+# Among several formats, the model as it is.
+AS_IT_IS = "none"
+
+
+def scheme_of(quantize: str | None, group_size: int | None) -> "Scheme | None":
+    """Return what `--quantize` and `--group-size` ask for, or `None` for the model as it is.
+
+    Raises:
+        UserError: There is no such format or group size, or there are groups of nothing.
+    """
+    from teal.quantization import Scheme
+
+    if quantize is None:
+        require_groups([], group_size)
+        return None
+    return Scheme(format=quantize, group_size=group_size)
+
+
+def schemes_of(quantize: Sequence[str], group_size: int | None) -> "list[Scheme | None]":
+    """Return a scheme for each `--quantize`; `--group-size` goes to int4 alone.
+
+    Args:
+        quantize: Formats, or `AS_IT_IS` for `None`.
+        group_size: Inputs that share a scale.
+
+    Raises:
+        UserError: As `scheme_of`.
+    """
+    from teal.quantization import Scheme
+
+    require_groups(quantize, group_size)
+    return [
+        None
+        if name == AS_IT_IS
+        else Scheme(format=name, group_size=group_size if name == "int4" else None)
+        for name in dict.fromkeys(quantize)
+    ]
+
+
+def require_groups(quantize: Sequence[str], group_size: int | None) -> None:
+    """Check that a group size has something to be for.
+
+    Raises:
+        UserError: No format has groups.
+    """
+    from teal.foundation.errors import UserError
+
+    if group_size is not None and "int4" not in quantize:
+        raise UserError(
+            f"A group size of {group_size} was given, and only int4 has groups. Give --quantize "
+            "int4 too, or leave --group-size out."
+        )
 
 
 def resolve_sequence_length(asked: int | None, context: int) -> int:

@@ -11,6 +11,7 @@ from teal.cli.options import (
     DeviceOption,
     DtypeOption,
     ForceOption,
+    GroupSizeOption,
     JsonOption,
     ModelArgument,
     OptionalTextOption,
@@ -39,12 +40,7 @@ def command(
     model: ModelArgument,
     weight_format: Annotated[str, typer.Option("--format", help="int8, int4 or fp8.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the quantized model.")],
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            "--group-size", help="Inputs that share a scale, int4 only: 128 (default), 64 or 32."
-        ),
-    ] = None,
+    group_size: GroupSizeOption = None,
     asymmetric: Annotated[
         bool,
         typer.Option(

@@ -16,6 +16,9 @@ KEEP_ALL = -1.0
 # A channel-major weight, (in_features, out_features).
 Matrix = Tensor | QuantizedWeight
 
+# What a weight is that has no format of few bits.
+FLOAT = "float"
+
 
 def parts(
     x: Tensor, weight: Matrix, thresholds: Sequence[float], widths: Sequence[int], *rest: object
@@ -83,6 +86,16 @@ def fold_shift(weight: Matrix, shift: Tensor, bias: Tensor | None, dtype: torch.
     """
     floats = weight if isinstance(weight, Tensor) else weight.dequantize()
     return reference.fold_shift(floats, shift, bias).to(dtype)
+
+
+def format_of(weight: Matrix) -> str:
+    """Return `FLOAT`, "fp8", "int4" or "int8"."""
+    return FLOAT if isinstance(weight, Tensor) else weight.format
+
+
+def bytes_of(weight: Matrix) -> int:
+    """Return the bytes of the floats, or of codes, scales and zeros."""
+    return weight.nbytes if isinstance(weight, Tensor) else weight.bytes
 
 
 def strips(weight: Matrix) -> Tensor:

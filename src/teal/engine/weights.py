@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from teal.engine.products import Matrix
+from teal.engine.products import Matrix, format_of
 from teal.foundation.errors import UserError
 from teal.foundation.progress import Progress, silent
 from teal.models.architectures import Architecture, ProjectionInput
@@ -56,6 +56,11 @@ class LayerWeights:
     q_norm: Tensor | None
     k_norm: Tensor | None
 
+    @property
+    def matrices(self) -> tuple[Matrix, Matrix, Matrix, Matrix]:
+        """The matrices in the order of `Architecture.inputs`."""
+        return self.qkv, self.o, self.gate_up, self.down
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecoderWeights:
@@ -79,6 +84,12 @@ class DecoderWeights:
     def dtype(self) -> torch.dtype:
         """Dtype of the embedding, of matrices that are not quantized, and of the hidden states."""
         return self.embedding.dtype
+
+    @property
+    def format(self) -> str:
+        """Of the projections: "float", "int8", "int4" or "fp8"; "fp8+int4" where they differ."""
+        formats = {format_of(matrix) for layer in self.layers for matrix in layer.matrices}
+        return "+".join(sorted(formats))
 
     @property
     def device(self) -> torch.device:
