@@ -21,7 +21,7 @@ from teal.kernels.operands import Grid
 from teal.models.architectures import Architecture
 
 try:
-    from teal.kernels import cuda_compile, cuda_step, cuda_strips, triton_attention_launch
+    from teal.kernels import cuda_compile, cuda_mlp, cuda_step, cuda_strips, triton_attention_launch
 except ImportError:
     cuda_step = None  # type: ignore[assignment]
 
@@ -40,6 +40,7 @@ class _Layer:
     gate_up: "cuda_step.Projections"
     down: "cuda_step.Projections"
     calls: LayerCalls
+    has_fused_mlp: bool
 
 
 class FusedStep:
@@ -63,7 +64,7 @@ class FusedStep:
             weights.dtype,
             weights.device,
         )
-        self._layers = [_layer(decoder, calls) for calls in decoder.layers]
+        self._layers = [_layer(decoder, calls, self._dependent) for calls in decoder.layers]
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
@@ -99,7 +100,8 @@ class FusedStep:
         sines: Tensor,
     ) -> None:
         m, dependent = self._memory, self._dependent
-        cuda_step.project(layer.qkv, m.hidden, m.qkv, m.gate_up, m, dependent=dependent)
+        later = None if layer.has_fused_mlp else m.gate_up
+        cuda_step.project(layer.qkv, m.stream, m.qkv, later, m, dependent=dependent)
         triton_attention_launch.attend_parts(
             m.qkv,
             keys,
@@ -112,9 +114,12 @@ class FusedStep:
             unit=cuda_step.UNIT,
             dependent=dependent,
         )
-        cuda_step.project(layer.o, m.parts, m.hidden, m.qkv, m, dependent=dependent)
-        cuda_step.project(layer.gate_up, m.hidden, m.gate_up, None, m, dependent=dependent)
-        cuda_step.project(layer.down, m.gate_up, m.hidden, None, m, dependent=dependent)
+        cuda_step.project(layer.o, m.parts, m.stream, m.qkv, m, dependent=dependent)
+        if layer.has_fused_mlp:
+            cuda_mlp.mlp(layer.gate_up, layer.down, m, dependent=dependent)
+        else:
+            cuda_step.project(layer.gate_up, m.stream, m.gate_up, None, m, dependent=dependent)
+            cuda_step.project(layer.down, m.gate_up, m.stream, None, m, dependent=dependent)
 
 
 def stepper_of(decoder: Decoder, cache: KeyValueCache) -> Stepper:
@@ -189,14 +194,24 @@ def _products(
     return (qkv, qkv[2]), (o, o[2]), (gate_up, halves), (down, down[2])
 
 
-def _layer(decoder: Decoder, calls: LayerCalls) -> _Layer:
-    qkv, o, gate_up, down = _products(calls, decoder.architecture)
+def _layer(decoder: Decoder, calls: LayerCalls, has_clusters: bool) -> _Layer:
+    products = _products(calls, decoder.architecture)
+    qkv, o, gate_up, down = (
+        _projections(*product, source, calls, gain)
+        for product, source, gain in zip(
+            products,
+            ("hidden", "attention", "hidden", decoder.architecture.activation),
+            (calls.norms[0], None, calls.norms[1], None),
+            strict=True,
+        )
+    )
     return _Layer(
-        qkv=_projections(*qkv, "hidden", calls, calls.norms[0]),
-        o=_projections(*o, "attention", calls),
-        gate_up=_projections(*gate_up, "hidden", calls, calls.norms[1]),
-        down=_projections(*down, decoder.architecture.activation, calls),
+        qkv=qkv,
+        o=o,
+        gate_up=gate_up,
+        down=down,
         calls=calls,
+        has_fused_mlp=has_clusters and cuda_mlp.can_fuse(gate_up, down),
     )
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -15,10 +16,27 @@ FLOAT = ctypes.c_float
 _POINTER = ctypes.c_void_p
 
 # What the sources include.
-_HEADERS = ("cuda_numbers.cuh", "cuda_strips.cuh")
+_HEADERS = ("cuda_numbers.cuh", "cuda_strips.cuh", "cuda_hidden.cuh", "cuda_slices.cuh")
+# Constant of a source that says how much shared memory the host has to provide.
+_SHARED_BYTES = b"shared_bytes"
+# Clusters of more blocks are not the same on every GPU.
+_PORTABLE_CLUSTER = 8
 
 Definitions = tuple[tuple[str, int], ...]
 Argument = torch.Tensor | tuple[Any, Any] | None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel on a device.
+
+    Attributes:
+        handle: Of the driver.
+        shared_bytes: Shared memory of a block, beside what is in the kernel's own declaration.
+    """
+
+    handle: Any
+    shared_bytes: int
 
 
 @functools.cache
@@ -71,7 +89,7 @@ def compiled(source: str, definitions: Definitions, architecture: str) -> bytes:
 
 
 @functools.cache
-def function(source: str, name: str, definitions: Definitions, device: int) -> Any:
+def function(source: str, name: str, definitions: Definitions, device: int) -> Kernel:
     """Return a kernel that is ready to be launched on a device.
 
     Args:
@@ -86,11 +104,20 @@ def function(source: str, name: str, definitions: Definitions, device: int) -> A
         module = _checked(
             driver.cuModuleLoadData(compiled(source, definitions, f"sm_{major}{minor}"))
         )
-    return _checked(driver.cuModuleGetFunction(module, name.encode()))
+        handle = _checked(driver.cuModuleGetFunction(module, name.encode()))
+        shared_bytes = _shared_bytes(module)
+        attributes = driver.CUfunction_attribute
+        if shared_bytes:
+            size = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(handle, size, shared_bytes))
+        if dict(definitions).get("CLUSTER", 1) > _PORTABLE_CLUSTER:
+            any_size = attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            _checked(driver.cuFuncSetAttribute(handle, any_size, 1))
+    return Kernel(handle, shared_bytes)
 
 
 def launch(
-    kernel: Any,
+    kernel: Kernel,
     grid: tuple[int, int],
     threads: int,
     arguments: Sequence[Argument],
@@ -109,6 +136,7 @@ def launch(
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = kernel.shared_bytes
     config.hStream = torch.cuda.current_stream().cuda_stream
     if dependent:
         early = driver.CUlaunchAttribute()
@@ -116,7 +144,16 @@ def launch(
         early.value.programmaticStreamSerializationAllowed = 1
         config.attrs, config.numAttrs = [early], 1
     values, types = zip(*map(_value_and_type, arguments), strict=True)
-    _checked(driver.cuLaunchKernelEx(config, kernel, (values, types), 0))
+    _checked(driver.cuLaunchKernelEx(config, kernel.handle, (values, types), 0))
+
+
+def _shared_bytes(module: Any) -> int:
+    status, pointer, _size = driver.cuModuleGetGlobal(module, _SHARED_BYTES)
+    if int(status):
+        return 0
+    value = ctypes.c_int()
+    _checked(driver.cuMemcpyDtoH(ctypes.addressof(value), pointer, ctypes.sizeof(value)))
+    return value.value
 
 
 def _text(source: str) -> bytes:

@@ -6,7 +6,8 @@
 
 constexpr int NORM_THREADS = 1024;
 
-// Start the residual stream with the embedding of a token, and a step without overflow.
+// Start the residual stream with the embedding of a token, and a step without overflow. The second
+// buffer of the stream is cleared.
 extern "C" __global__ void embed(const i64* token, const u16* embedding, i64* hidden, int* overflow,
                                  float multiplier, int size) {
   int channel = blockIdx.x * blockDim.x + threadIdx.x;
@@ -15,6 +16,7 @@ extern "C" __global__ void embed(const i64* token, const u16* embedding, i64* hi
   if (channel >= size) return;
   float value = rounded(low_half(embedding[*token * size + channel]) * multiplier);
   hidden[channel] = (i64)(value * UNIT);
+  hidden[size + channel] = 0;
 }
 
 // Write the normed residual stream for the head; NaN everywhere after an overflow.

@@ -8,50 +8,12 @@
 // Set on the compiler's command line, beside what cuda_strips.cuh wants: SOURCE, START_1, START_2,
 // HEAD_DIM, SPLITS, HAS_BIAS, BLOCKS, CLUSTER, PREFETCH.
 
-#include "cuda_strips.cuh"
+#include "cuda_hidden.cuh"
 
 #define HIDDEN 0
 #define ATTENTION 1
 #define SILU 2
 #define GELU_TANH 3
-
-// Beyond this a sum of many blocks could leave 64 bits.
-constexpr float LARGEST = (float)(1ll << (62 - FRACTION_BITS));
-
-__device__ __forceinline__ void cluster_arrive() {
-#if CLUSTER > 1
-  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_wait() {
-#if CLUSTER > 1
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}
-
-// 1 / rms of the hidden states; the blocks of a cluster share the reading.
-__device__ __forceinline__ float inverse_rms(const i64* hidden, float epsilon) {
-#if CLUSTER > 1
-  __shared__ float of_blocks[CLUSTER];
-  u32 rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  float sum = block_squares<THREADS>(hidden, K / 2, rank * THREADS + threadIdx.x, CLUSTER * THREADS);
-  cluster_wait();  // every block of the cluster has begun
-  if (threadIdx.x < CLUSTER) {
-    u32 here = (u32)__cvta_generic_to_shared(of_blocks + rank), there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(threadIdx.x));
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(sum) : "memory");
-  }
-  cluster_arrive();
-  cluster_wait();
-  sum = 0.0f;
-  for (int block = 0; block < CLUSTER; block++) sum += of_blocks[block];
-#else
-  float sum = block_squares<THREADS>(hidden, K / 2, threadIdx.x, THREADS);
-#endif
-  return rsqrtf(sum / K + epsilon);
-}
 
 // What the splits of the context gave, put together in their order.
 __device__ __forceinline__ float attended(const float* parts, int channel) {
@@ -77,11 +39,9 @@ __device__ __forceinline__ float attended(const float* parts, int channel) {
   return sum / weights;
 }
 
-__device__ __forceinline__ float gated(const i64* sums, int channel) {
+__device__ __forceinline__ float gated_sums(const i64* sums, int channel) {
   float gate = to_float(__ldcg(sums + channel)), up = to_float(__ldcg(sums + K + channel));
-  // (1 + tanh(z)) / 2 = sigmoid(2 z)
-  float inner = SOURCE == SILU ? gate : 1.5957691216057308f * gate * (1.0f + 0.044715f * gate * gate);
-  return gate / (1.0f + __expf(-inner)) * up;
+  return gated(SOURCE == SILU, gate, up);
 }
 
 // Fill `x` with this thread's channels of the chunk, rounded to the activations' dtype.
@@ -106,7 +66,7 @@ __device__ __forceinline__ void read_input(const void* source, const float* gain
 #elif SOURCE == ATTENTION
     x[i] = inside ? rounded(attended(static_cast<const float*>(source), channel)) : 0.0f;
 #else
-    x[i] = inside ? rounded(gated(static_cast<const i64*>(source), channel)) : 0.0f;
+    x[i] = inside ? rounded(gated_sums(static_cast<const i64*>(source), channel)) : 0.0f;
 #endif
   }
 }
@@ -136,7 +96,7 @@ __device__ __forceinline__ void warp_sums(const List& list, const Scales& scales
 }
 
 // Add the sums of all warps of a block, in their order, to fixed-point sums.
-__device__ __forceinline__ void add_fixed(const float (&total)[PER_LANE], const Scales& scales,
+__device__ __forceinline__ void add_block(const float (&total)[PER_LANE], const Scales& scales,
                                           i64* sums, const u16* bias, int columns, float multiplier,
                                           int* overflow) {
   // Threads lie apart so that they write to different banks.
@@ -157,12 +117,7 @@ __device__ __forceinline__ void add_fixed(const float (&total)[PER_LANE], const 
 #if HAS_BIAS
     if (blockIdx.y == 0) sum += low_half(bias[i]);
 #endif
-    sum *= multiplier;
-    // NaN and infinity do not fit either.
-    if (fabsf(sum) < LARGEST)
-      atomicAdd(reinterpret_cast<u64*>(sums) + i, (u64)(i64)(sum * UNIT));
-    else
-      *overflow = 1;
+    add_fixed(sums + i, sum * multiplier, overflow);
   }
 }
 
@@ -217,7 +172,7 @@ project(const void* source, const float* gain, const float* thresholds, const u8
   list.fill(keeps, x, first_channel);
   float total[PER_LANE] = {};
   warp_sums(list, scales, first_channel, weight, total);
-  add_fixed(total, scales, sums + first_column, bias + first_column, end - first_column, multiplier,
+  add_block(total, scales, sums + first_column, bias + first_column, end - first_column, multiplier,
             overflow);
 
   int block = blockIdx.y * gridDim.x + blockIdx.x;

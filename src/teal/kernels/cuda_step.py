@@ -30,7 +30,7 @@ _INPUTS: tuple[Input, ...] = ("hidden", "attention", "silu", "gelu_pytorch_tanh"
 _NORM_THREADS = 1024
 _EMBED_THREADS = 256
 # Dense products begin with this many channels of a chunk before their input is known.
-_PREFETCH = 16
+PREFETCH = 16
 
 
 # The fastest for Llama-3-8B at 50 % on an H200, where neighbours are within 2 %.
@@ -77,9 +77,11 @@ class StepMemory:
     """Sums of a decode step, shared by all layers.
 
     Attributes:
-        hidden: Residual stream, (hidden_size,), int64, in units of `UNIT`.
-        qkv: Sums of q, k and v, as `hidden`.
-        gate_up: Sums of gate and up, as `hidden`.
+        hidden: Buffers of the residual stream, (3, hidden_size), int64, in units of `UNIT`. Kernels
+            that read and add to it in one launch read one and add to the next.
+        complete: Which of them holds the stream after the launches so far.
+        qkv: Sums of q, k and v, (size,), as `hidden`.
+        gate_up: Sums of gate and up, as `qkv`.
         parts: What the splits of the context gave, (1, heads, splits, head_dim + 2), float32.
         overflow: 1 once a sum did not fit or was NaN, (1,), int32.
         normed: The residual stream after the final norm, (1, hidden_size).
@@ -94,16 +96,28 @@ class StepMemory:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        def sums(size: int) -> Tensor:
+        def sums(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.int64, device=device)
 
-        self.hidden = sums(hidden_size)
+        self.hidden = sums(3, hidden_size)
+        self.complete = 0
         self.qkv = sums(qkv_size)
         self.gate_up = sums(2 * intermediate_size)
         heads, splits, head_dim = parts
         self.parts = torch.zeros(1, heads, splits, head_dim + 2, device=device)
         self.overflow = torch.zeros(1, dtype=torch.int32, device=device)
         self.normed = torch.zeros(1, hidden_size, dtype=dtype, device=device)
+
+    @property
+    def stream(self) -> Tensor:
+        """The residual stream after the launches so far, (hidden_size,)."""
+        return self.hidden[self.complete]
+
+    def advance(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the stream, what to add its successor to, and what to clear."""
+        first = self.complete
+        self.complete = (first + 1) % len(self.hidden)
+        return self.hidden[first], self.stream, self.hidden[(first + 2) % len(self.hidden)]
 
 
 def project(
@@ -125,7 +139,7 @@ def project(
         memory: Where the overflow flag and the shape of attention are.
         dependent: The launch may begin before the one in front has ended.
     """
-    weight, grid = projections.weight, projections.grid
+    weight = projections.weight
     cut = cut_for(projections, clusters=dependent)
     definitions = definitions_of(projections, cut, memory, clusters=dependent)
     launch(
@@ -137,8 +151,7 @@ def project(
             projections.gain,
             projections.thresholds,
             weight,
-            None if grid is None else grid.scales,
-            None if grid is None else grid.zeros,
+            *grid_tensors(projections.grid),
             projections.bias,
             sums,
             clear,
@@ -156,6 +169,7 @@ def embed(
 ) -> None:
     """Start a step: no overflow, and the embedding of a token, (1,), int64, as hidden states."""
     size = embedding.shape[1]
+    memory.complete = 0
     launch(
         function(_ENDS, "embed", _definitions_of_ends(embedding.dtype), token.device.index),
         (math.ceil(size / _EMBED_THREADS), 1),
@@ -173,7 +187,7 @@ def final_norm(gain: Tensor, epsilon: float, memory: StepMemory, *, dependent: b
         (1, 1),
         _NORM_THREADS,
         [
-            memory.hidden,
+            memory.stream,
             gain,
             memory.overflow,
             memory.normed,
@@ -224,12 +238,17 @@ def definitions_of(
         "HEAD_DIM": row - 2,
         "SPLITS": splits,
         "HAS_BIAS": int(projections.bias is not None),
-        "PREFETCH": _PREFETCH if projections.is_dense and clusters else 0,
+        "PREFETCH": PREFETCH if projections.is_dense and clusters else 0,
     }
     strips = strip_definitions(
         projections.weight, projections.grid, columns, memory.normed.dtype, cut
     )
     return (*strips, *sorted(given.items()))
+
+
+def grid_tensors(grid: Grid | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return scales and zeros as a kernel takes them."""
+    return (None, None) if grid is None else (grid.scales, grid.zeros)
 
 
 def _lengthened(cut: Cut, is_long: bool) -> Cut:

@@ -26,7 +26,6 @@ constexpr int PER_LANE = 8 * LOAD_BYTES / BITS;  // columns
 constexpr int WARP_N = WARP * PER_LANE;
 constexpr int THREADS = WARP * WARPS_N * WARPS_K;
 constexpr int BLOCK_N = WARP_N * WARPS_N;
-constexpr int WORDS = CHUNK / WARP;
 constexpr int PER_THREAD = (CHUNK + THREADS - 1) / THREADS;
 constexpr u64 STRIP_BYTES = (u64)N * BITS / 8;
 
@@ -90,6 +89,7 @@ __device__ __forceinline__ void add_strip(const uint4& strip, float value, float
 
 // Add the strips first, first + stride, … of a list for this thread's columns; return the sum of
 // their activations.
+template <u64 BYTES = STRIP_BYTES>
 __device__ __forceinline__ float add_strips(const Entry* list, int first, int end, int stride,
                                             const u8* weight, float (&sums)[PER_LANE]) {
   float values_sum = 0.0f;
@@ -102,7 +102,7 @@ __device__ __forceinline__ float add_strips(const Entry* list, int first, int en
       int entry = first + u * stride;
       Entry here = list[min(entry, end - 1)];
       values[u] = entry < end ? here.value : 0.0f;
-      strips[u] = load_strip(weight + here.channel * STRIP_BYTES);
+      strips[u] = load_strip(weight + here.channel * BYTES);
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
@@ -113,12 +113,16 @@ __device__ __forceinline__ float add_strips(const Entry* list, int first, int en
   return values_sum;
 }
 
-// The kept channels of a chunk, in order.
-struct List {
-  Entry entries[CHUNK];
+// The kept ones of up to SIZE channels that follow each other, in order.
+template <int SIZE>
+struct KeptChannels {
+  static constexpr int WORDS = (SIZE + WARP - 1) / WARP;
+  static constexpr int PER_THREAD = (SIZE + THREADS - 1) / THREADS;
+
+  Entry entries[SIZE];
   u32 words[WORDS];
 
-  // Fill it: thread t has the channels i · THREADS + t of the chunk.
+  // Fill it: thread t has the channels i · THREADS + t.
   __device__ __forceinline__ void fill(const bool (&keeps)[PER_THREAD], const float (&x)[PER_THREAD],
                                        int first_channel) {
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -155,10 +159,19 @@ struct List {
   }
 };
 
+using List = KeptChannels<CHUNK>;
+
 #if FORMAT == FLOATS
+
+template <int ROWS, int COLUMNS>
+struct ScaleTile {
+  __device__ __forceinline__ void ask(const void*, const u8*, int, int, int, int, int) {}
+};
+
 struct Scales {
   __device__ __forceinline__ void ask(const void*, const u8*, int, int, int) {}
 };
+
 #else
 
 #if SCALES == SCALES_FLOAT32
@@ -177,39 +190,34 @@ __device__ __forceinline__ float to_float(Scale scale) {
 }
 #endif
 
-// Scales and zeros of the groups of a chunk for the columns of a block.
-struct Scales {
-  // Groups that begin in a chunk, or the one that it lies in.
-  static constexpr int GROUPS = GROUP < CHUNK ? CHUNK / GROUP : 1;
-
-  alignas(LOAD_BYTES) Scale scales[GROUPS][BLOCK_N];
+// Scales and zeros of some groups and columns, in shared memory.
+template <int ROWS, int COLUMNS>
+struct ScaleTile {
+  alignas(LOAD_BYTES) Scale scales[ROWS][COLUMNS];
 #if HAS_ZEROS
-  alignas(LOAD_BYTES) u8 zeros[GROUPS][BLOCK_N];
+  alignas(LOAD_BYTES) u8 zeros[ROWS][COLUMNS];
 #endif
 
-  // Copy them in the background; they depend on no input.
-  __device__ __forceinline__ void ask(const void* all_scales, const u8* all_zeros, int first_channel,
-                                      int first_column, int columns) {
-    int first_group = first_channel / GROUP;
-#pragma unroll
-    for (int group = 0; group < GROUPS; group++) {
-      if (first_channel + group * GROUP >= K) break;
-      u64 start = (u64)(first_group + group) * N + first_column;
-      copy(scales[group], static_cast<const Scale*>(all_scales) + start, columns);
+  // Copy them in the background from tables with `row_size` columns; they depend on no input.
+  __device__ __forceinline__ void ask(const void* all_scales, const u8* all_zeros, int first_row,
+                                      int rows, int row_size, int first_column, int columns) {
+    for (int row = 0; row < min(ROWS, rows); row++) {
+      u64 start = (u64)(first_row + row) * row_size + first_column;
+      copy(scales[row], static_cast<const Scale*>(all_scales) + start, columns);
 #if HAS_ZEROS
-      copy(zeros[group], all_zeros + start, columns);
+      copy(zeros[row], all_zeros + start, columns);
 #endif
     }
   }
 
-  // The scale of a column and, of int4, the zero, in the group of a channel of the chunk.
-  __device__ __forceinline__ float scale(int channel, int column) const {
-    return to_float(scales[channel / GROUP % GROUPS][column]);
+  __device__ __forceinline__ float scale(int row, int column) const {
+    return to_float(scales[row][column]);
   }
 
-  __device__ __forceinline__ float zero(int channel, int column) const {
+  // Code of zero; int4 only.
+  __device__ __forceinline__ float zero(int row, int column) const {
 #if HAS_ZEROS
-    return (float)zeros[channel / GROUP % GROUPS][column];
+    return (float)zeros[row][column];
 #else
     return 8.0f;
 #endif
@@ -219,11 +227,33 @@ struct Scales {
   template <typename T>
   static __device__ __forceinline__ void copy(T* to, const T* from, int columns) {
     constexpr int AT_ONCE = LOAD_BYTES / sizeof(T);
-    for (int i = threadIdx.x * AT_ONCE; i < min(BLOCK_N, columns); i += THREADS * AT_ONCE)
+    for (int i = threadIdx.x * AT_ONCE; i < min(COLUMNS, columns); i += THREADS * AT_ONCE)
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
                        (u32)__cvta_generic_to_shared(to + i)),
                    "l"(from + i)
                    : "memory");
+  }
+};
+
+// Those of a chunk of channels and the columns of a block.
+struct Scales {
+  // Groups that begin in a chunk, or the one that it lies in.
+  static constexpr int GROUPS = GROUP < CHUNK ? CHUNK / GROUP : 1;
+
+  ScaleTile<GROUPS, BLOCK_N> tile;
+
+  __device__ __forceinline__ void ask(const void* all_scales, const u8* all_zeros, int first_channel,
+                                      int first_column, int columns) {
+    tile.ask(all_scales, all_zeros, first_channel / GROUP, (K - first_channel + GROUP - 1) / GROUP, N,
+             first_column, columns);
+  }
+
+  __device__ __forceinline__ float scale(int channel, int column) const {
+    return tile.scale(channel / GROUP % GROUPS, column);
+  }
+
+  __device__ __forceinline__ float zero(int channel, int column) const {
+    return tile.zero(channel / GROUP % GROUPS, column);
   }
 };
 

@@ -1,0 +1,69 @@
+// The residual stream in fixed point, and blocks that work together as a cluster.
+//
+// Set on the compiler's command line, beside what cuda_strips.cuh wants: CLUSTER.
+
+#pragma once
+
+#include "cuda_strips.cuh"
+
+// Beyond this a sum of many blocks could leave 64 bits.
+constexpr float LARGEST = (float)(1ll << (62 - FRACTION_BITS));
+
+// Add to a fixed-point sum, or say that it does not fit.
+__device__ __forceinline__ void add_fixed(i64* sum, float value, int* overflow) {
+  // NaN and infinity do not fit either.
+  if (fabsf(value) < LARGEST)
+    atomicAdd(reinterpret_cast<u64*>(sum), (u64)(i64)(value * UNIT));
+  else
+    *overflow = 1;
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+#if CLUSTER > 1
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if CLUSTER > 1
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Write to the shared memory of another block of the cluster, where `mine` lies in this block's.
+__device__ __forceinline__ void store_at_rank(float* mine, u32 rank, float value) {
+  u32 here = (u32)__cvta_generic_to_shared(mine), there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+}
+
+// 1 / rms of the hidden states; the blocks of a cluster share the reading.
+__device__ __forceinline__ float inverse_rms(const i64* hidden, float epsilon) {
+#if CLUSTER > 1
+  __shared__ float of_blocks[CLUSTER];
+  u32 rank = cluster_rank();
+  float sum = block_squares<THREADS>(hidden, K / 2, rank * THREADS + threadIdx.x, CLUSTER * THREADS);
+  cluster_wait();  // every block of the cluster has begun
+  if (threadIdx.x < CLUSTER) store_at_rank(of_blocks + rank, threadIdx.x, sum);
+  cluster_arrive();
+  cluster_wait();
+  sum = 0.0f;
+  for (int block = 0; block < CLUSTER; block++) sum += of_blocks[block];
+#else
+  float sum = block_squares<THREADS>(hidden, K / 2, threadIdx.x, THREADS);
+#endif
+  return rsqrtf(sum / K + epsilon);
+}
+
+// activation(gate) · up
+__device__ __forceinline__ float gated(bool is_silu, float gate, float up) {
+  // (1 + tanh(z)) / 2 = sigmoid(2 z)
+  float inner = is_silu ? gate : 1.5957691216057308f * gate * (1.0f + 0.044715f * gate * gate);
+  return gate / (1.0f + __expf(-inner)) * up;
+}

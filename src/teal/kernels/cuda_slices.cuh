@@ -1,0 +1,165 @@
+// Products within one launch: of a slice of columns by a cluster, of a few channels by a block.
+//
+// Threads form teams. A team lies beside each other over all columns, 16 bytes each, and takes its
+// share of the list of kept channels; the sums of all teams meet in shared memory.
+
+#pragma once
+
+#include "cuda_hidden.cuh"
+
+// Columns beside each other that a block covers at once, and how its threads share them.
+template <int COLUMNS>
+struct Teams {
+  static_assert(COLUMNS % PER_LANE == 0 && COLUMNS / PER_LANE <= THREADS, "a team is a block at most");
+  static constexpr int SIZE = COLUMNS / PER_LANE;
+  static constexpr int NUMBER = THREADS / SIZE;
+  // Threads lie apart so that they write to different banks.
+  static constexpr int PITCH = PER_LANE + 4;
+
+  float sums[NUMBER * SIZE * PITCH];
+
+  // Sum the strips of the kept channels; a barrier must follow. `weight` begins at the first column
+  // of the COLUMNS, of which `columns` exist; its strips are BYTES apart. What int4 is scaled by is
+  // in `tile`, the columns beginning at `tile_column`.
+  template <u64 BYTES, int CHANNELS, int GROUPS, int TILE_COLUMNS>
+  __device__ __forceinline__ void add(const KeptChannels<CHANNELS>& list,
+                                      const ScaleTile<GROUPS, TILE_COLUMNS>& tile, int tile_column,
+                                      const u8* weight, int columns) {
+    int team = threadIdx.x / SIZE, slot = threadIdx.x % SIZE;
+    if (team >= NUMBER) return;
+    // Threads beyond the last column read what the first of their team reads.
+    weight += slot * PER_LANE < columns ? slot * LOAD_BYTES : 0;
+    float total[PER_LANE] = {};
+#if FORMAT != INT4
+    add_strips<BYTES>(list.entries, team, list.count(), NUMBER, weight, total);
+#else
+    // Whole groups, because the sum of a group is scaled at once.
+    constexpr int PER_GROUP = NUMBER < GROUPS ? 1 : NUMBER / GROUPS, WORDS = CHANNELS / GROUPS / WARP;
+    for (int group = team % GROUPS; group < GROUPS && team / GROUPS < PER_GROUP;
+         group += NUMBER < GROUPS ? NUMBER : GROUPS) {
+      float of_group[PER_LANE] = {};
+      int begin = GROUPS == 1 ? 0 : list.before(group * WORDS);
+      int end = GROUPS == 1 ? list.count() : list.before((group + 1) * WORDS);
+      float inputs =
+          add_strips<BYTES>(list.entries, begin + team / GROUPS, end, PER_GROUP, weight, of_group);
+      int column = tile_column + slot * PER_LANE;
+#pragma unroll
+      for (int c = 0; c < PER_LANE; c++)
+        total[c] += tile.scale(group, column + c) *
+                    (64.0f * of_group[c] - (128.0f + tile.zero(group, column + c)) * inputs);
+    }
+#endif
+    float* mine = sums + threadIdx.x * PITCH;
+#pragma unroll
+    for (int c = 0; c < PER_LANE; c++) mine[c] = total[c];
+  }
+
+  // Ask for the first strips of a weight that nothing is dropped from, before the list is known.
+  template <u64 BYTES>
+  static __device__ __forceinline__ void prefetch(const u8* weight, int columns, int channels) {
+    int team = threadIdx.x / SIZE, slot = threadIdx.x % SIZE;
+    if (slot * PER_LANE >= columns) return;
+    for (int channel = team; channel < channels; channel += NUMBER)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + channel * BYTES + slot * LOAD_BYTES));
+  }
+
+  // The sum of a column, in the order of the teams.
+  __device__ __forceinline__ float sum(int column) const {
+    float all = 0.0f;
+#pragma unroll
+    for (int team = 0; team < NUMBER; team++)
+      all += sums[(team * SIZE + column / PER_LANE) * PITCH + column % PER_LANE];
+    return all;
+  }
+};
+
+// Columns of each of the fewest equal passes over all `columns` for which a team is a block at most.
+__device__ constexpr int pass_columns(int columns) {
+  int loads = columns / PER_LANE, passes = 1;
+  while (loads % passes != 0 || loads / passes > THREADS) passes++;
+  return loads / passes * PER_LANE;
+}
+
+// Adds the product of a few channels and all columns of a weight to the residual stream.
+template <int CHANNELS, int GROUPS>
+struct Rows {
+  static constexpr int PASS = pass_columns(K);
+  static constexpr int PASSES = K / PASS;
+  static constexpr u64 BYTES = (u64)K * BITS / 8;
+
+  KeptChannels<CHANNELS> list;
+  Teams<PASS> passes[PASSES];
+  ScaleTile<GROUPS, K> scales;
+
+  static __device__ __forceinline__ void prefetch(const u8* weight, int channels) {
+#pragma unroll
+    for (int pass = 0; pass < PASSES; pass++)
+      Teams<PASS>::template prefetch<BYTES>(weight + (u64)pass * PASS * BITS / 8, PASS, channels);
+  }
+
+  // The list is filled; `scales` have arrived.
+  __device__ __forceinline__ void add(const u8* weight, const u16* bias, i64* hidden,
+                                      float multiplier, int* overflow) {
+#pragma unroll
+    for (int pass = 0; pass < PASSES; pass++)
+      passes[pass].template add<BYTES>(list, scales, pass * PASS,
+                                       weight + (u64)pass * PASS * BITS / 8, PASS);
+    __syncthreads();
+#pragma unroll
+    for (int pass = 0; pass < PASSES; pass++)
+      for (int i = threadIdx.x; i < PASS; i += THREADS) {
+        int column = pass * PASS + i;
+        float sum = passes[pass].sum(i);
+#if FORMAT == INT8 || FORMAT == FP8
+        sum *= HALF_RANGE * scales.scale(0, column);
+#endif
+        if (bias != nullptr) sum += low_half(bias[column]);
+        add_fixed(hidden + column, sum * multiplier, overflow);
+      }
+  }
+};
+
+// This block's share of the hidden channels, and the residual stream that the launch adds to.
+//
+// A launch reads the stream from one buffer and adds to the next, because other blocks may still be
+// reading; a third is cleared for the launch after this one.
+struct Share {
+  static constexpr int PER_THREAD = List::PER_THREAD;
+
+  float x[PER_THREAD];
+
+  // Norm the channels from `first` on. One cluster of the grid carries the stream over.
+  __device__ __forceinline__ void read(const i64* hidden, i64* next, i64* clear, const float* gain,
+                                       float epsilon, int first, bool carries) {
+    i64 fixed[PER_THREAD];
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; i++)
+      fixed[i] = is_inside(i, first) ? __ldcg(hidden + first + i * THREADS + threadIdx.x) : 0;
+    float factor = inverse_rms(hidden, epsilon);
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; i++) {
+      int channel = first + i * THREADS + threadIdx.x;
+      x[i] = is_inside(i, first) ? normed(fixed[i], factor, gain[channel]) : 0.0f;
+      if (carries && is_inside(i, first)) {
+        atomicAdd(reinterpret_cast<u64*>(next) + channel, (u64)fixed[i]);
+        clear[channel] = 0;
+      }
+    }
+  }
+
+  // List those that a threshold keeps.
+  __device__ __forceinline__ void list(List& kept, float threshold, int first) const {
+    bool keeps[PER_THREAD];
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; i++)
+      // Dropped when <=, so that NaN is kept.
+      keeps[i] = is_inside(i, first) && !(fabsf(x[i]) <= threshold);
+    kept.fill(keeps, x, first);
+  }
+
+ private:
+  static __device__ __forceinline__ bool is_inside(int i, int first) {
+    int place = i * THREADS + threadIdx.x;
+    return place < CHUNK && first + place < K;
+  }
+};
