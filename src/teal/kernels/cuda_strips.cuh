@@ -121,6 +121,7 @@ struct KeptChannels {
 
   Entry entries[SIZE];
   u32 words[WORDS];
+  int starts[WORDS + 1];
 
   // Fill it: thread t has the channels i · THREADS + t.
   __device__ __forceinline__ void fill(const bool (&keeps)[PER_THREAD], const float (&x)[PER_THREAD],
@@ -133,11 +134,12 @@ struct KeptChannels {
       if (word < WORDS && lane == 0) words[word] = kept;
     }
     __syncthreads();
+    count_words(lane);
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
       int word = i * (THREADS / WARP) + warp;
       if (word < WORDS && (words[word] >> lane & 1)) {
-        int place = before(word) + __popc(words[word] & ((1u << lane) - 1));
+        int place = starts[word] + __popc(words[word] & ((1u << lane) - 1));
         entries[place] = Entry{(u32)(first_channel + word * WARP + lane), x[i]};
       }
     }
@@ -145,17 +147,27 @@ struct KeptChannels {
   }
 
   // How many are kept of the channels before a word.
-  __device__ __forceinline__ int before(int word) const {
-    int count = 0;
-    for (int earlier = 0; earlier < word; earlier++) count += __popc(words[earlier]);
-    return count;
-  }
+  __device__ __forceinline__ int before(int word) const { return starts[word]; }
 
-  __device__ __forceinline__ int count() const {
-    int all = 0;
+  __device__ __forceinline__ int count() const { return starts[WORDS]; }
+
+ private:
+  // Every warp counts all words and writes the same numbers: that saves a barrier.
+  __device__ __forceinline__ void count_words(int lane) {
+    int earlier = 0;
 #pragma unroll
-    for (int word = 0; word < WORDS; word++) all += __popc(words[word]);
-    return all;
+    for (int first = 0; first < WORDS; first += WARP) {
+      int word = first + lane, sum = word < WORDS ? __popc(words[word]) : 0;
+#pragma unroll
+      for (int step = 1; step < min(WARP, WORDS); step *= 2) {
+        int left = __shfl_up_sync(~0u, sum, step);
+        sum += lane < step ? 0 : left;
+      }
+      if (word < WORDS) starts[word + 1] = earlier + sum;
+      earlier += __shfl_sync(~0u, sum, WARP - 1);
+    }
+    if (lane == 0) starts[0] = 0;
+    __syncwarp();
   }
 };
 
