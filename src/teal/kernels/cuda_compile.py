@@ -10,13 +10,21 @@ from typing import Any
 import torch
 from cuda.bindings import driver, nvrtc
 
+from teal.foundation.errors import UserError
+
 # What a kernel parameter can be, beside pointers.
 INT = ctypes.c_int
 FLOAT = ctypes.c_float
 _POINTER = ctypes.c_void_p
 
 # What the sources include.
-_HEADERS = ("cuda_numbers.cuh", "cuda_strips.cuh", "cuda_hidden.cuh", "cuda_slices.cuh")
+_HEADERS = (
+    "cuda_numbers.cuh",
+    "cuda_strips.cuh",
+    "cuda_hidden.cuh",
+    "cuda_slices.cuh",
+    "cuda_attention.cuh",
+)
 # Constant of a source that says how much shared memory the host has to provide.
 _SHARED_BYTES = b"shared_bytes"
 # Clusters of more blocks are not the same on every GPU.
@@ -97,7 +105,15 @@ def function(source: str, name: str, definitions: Definitions, device: int) -> K
         name: Name of the kernel.
         definitions: As `compiled`.
         device: Index of the CUDA device.
+
+    Raises:
+        UserError: It is not loaded yet, and loading cannot be captured in a CUDA graph.
     """
+    if torch.cuda.is_current_stream_capturing():
+        raise UserError(
+            f"The first call of {name} for new sizes or dtypes cannot be captured in a CUDA graph. "
+            "Run it once before capturing."
+        )
     major, minor = torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()
@@ -133,18 +149,27 @@ def launch(
         arguments: Tensors for pointers, `None` for a null pointer, (value, type) for numbers.
         dependent: The launch may begin before the one in front has ended.
     """
+    stream = torch.cuda.current_stream().cuda_stream
+    config = _config(grid, threads, kernel.shared_bytes, stream, dependent)
+    values, types = zip(*map(_value_and_type, arguments), strict=True)
+    _checked(driver.cuLaunchKernelEx(config, kernel.handle, (values, types), 0))
+
+
+@functools.cache
+def _config(
+    grid: tuple[int, int], threads: int, shared_bytes: int, stream: int, dependent: bool
+) -> Any:
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes = kernel.shared_bytes
-    config.hStream = torch.cuda.current_stream().cuda_stream
+    config.sharedMemBytes = shared_bytes
+    config.hStream = stream
     if dependent:
         early = driver.CUlaunchAttribute()
         early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         early.value.programmaticStreamSerializationAllowed = 1
         config.attrs, config.numAttrs = [early], 1
-    values, types = zip(*map(_value_and_type, arguments), strict=True)
-    _checked(driver.cuLaunchKernelEx(config, kernel.handle, (values, types), 0))
+    return config
 
 
 def _shared_bytes(module: Any) -> int:

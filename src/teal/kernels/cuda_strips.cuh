@@ -177,7 +177,7 @@ using List = KeptChannels<CHUNK>;
 
 template <int ROWS, int COLUMNS>
 struct ScaleTile {
-  __device__ __forceinline__ void ask(const void*, const u8*, int, int, int, int, int) {}
+  __device__ __forceinline__ void ask(const void*, const u8*, int, int, int, int, int, int = 0) {}
 };
 
 struct Scales {
@@ -210,14 +210,17 @@ struct ScaleTile {
   alignas(LOAD_BYTES) u8 zeros[ROWS][COLUMNS];
 #endif
 
-  // Copy them in the background from tables with `row_size` columns; they depend on no input.
+  // Copy them in the background from tables with `row_size` columns, to the tile's columns from `to`
+  // on; they depend on no input.
   __device__ __forceinline__ void ask(const void* all_scales, const u8* all_zeros, int first_row,
-                                      int rows, int row_size, int first_column, int columns) {
+                                      int rows, int row_size, int first_column, int columns,
+                                      int to = 0) {
+    columns = min(COLUMNS - to, columns);
     for (int row = 0; row < min(ROWS, rows); row++) {
       u64 start = (u64)(first_row + row) * row_size + first_column;
-      copy(scales[row], static_cast<const Scale*>(all_scales) + start, columns);
+      copy(scales[row] + to, static_cast<const Scale*>(all_scales) + start, columns);
 #if HAS_ZEROS
-      copy(zeros[row], all_zeros + start, columns);
+      copy(zeros[row] + to, all_zeros + start, columns);
 #endif
     }
   }
@@ -239,7 +242,7 @@ struct ScaleTile {
   template <typename T>
   static __device__ __forceinline__ void copy(T* to, const T* from, int columns) {
     constexpr int AT_ONCE = LOAD_BYTES / sizeof(T);
-    for (int i = threadIdx.x * AT_ONCE; i < min(COLUMNS, columns); i += THREADS * AT_ONCE)
+    for (int i = threadIdx.x * AT_ONCE; i < columns; i += THREADS * AT_ONCE)
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
                        (u32)__cvta_generic_to_shared(to + i)),
                    "l"(from + i)
