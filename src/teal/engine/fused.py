@@ -21,7 +21,14 @@ from teal.kernels.operands import Grid
 from teal.models.architectures import Architecture
 
 try:
-    from teal.kernels import cuda_compile, cuda_mlp, cuda_step, cuda_strips, triton_attention_launch
+    from teal.kernels import (
+        cuda_compile,
+        cuda_ends,
+        cuda_mlp,
+        cuda_step,
+        cuda_strips,
+        triton_attention_launch,
+    )
 except ImportError:
     cuda_step = None  # type: ignore[assignment]
 
@@ -75,7 +82,7 @@ class FusedStep:
     def _step(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         memory, dependent, decoder = self._memory, self._dependent, self._decoder
         places = zip(cache.keys, cache.values, cache.cosines, cache.sines, strict=False)
-        cuda_step.embed(
+        cuda_ends.embed(
             tokens,
             decoder.weights.embedding,
             memory,
@@ -84,10 +91,13 @@ class FusedStep:
         )
         for layer, place in zip(self._layers, places, strict=True):
             self._run(layer, cache.positions, *place)
-        cuda_step.final_norm(
-            decoder.weights.final_norm, decoder.architecture.epsilon, memory, dependent=dependent
+        cuda_ends.finish(
+            decoder.weights.final_norm,
+            decoder.architecture.epsilon,
+            memory,
+            cache.positions,
+            dependent=dependent,
         )
-        cache.positions += 1
         return decoder.logits_of(memory.normed)
 
     def _run(

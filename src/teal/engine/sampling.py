@@ -9,6 +9,12 @@ from torch import Tensor
 
 from teal.foundation.errors import UserError
 
+try:
+    from teal.kernels import cuda_ends
+    from teal.kernels.cuda_compile import can_compile
+except ImportError:
+    cuda_ends = None  # type: ignore[assignment]
+
 # Stands in for a token whose logits hold NaN or infinity.
 BROKEN = -1
 
@@ -120,6 +126,9 @@ class Sampler:
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._uniforms = torch.zeros(steps, rows, dtype=torch.float64, device=device)
         self._seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
+        # Where there is only a largest logit to find, one kernel does all that follows.
+        is_plain = form.is_greedy and not form.has_penalty and not form.has_logprobs
+        self._is_one_launch = is_plain and rows == 1 and _can_launch(device)
         self._values = {
             name: torch.ones((), dtype=torch.float32, device=device)
             for name in ("temperature", "top_p", "min_p", "repetition_penalty")
@@ -148,6 +157,9 @@ class Sampler:
         Args:
             logits: (rows, vocab_size), float32.
         """
+        if self._is_one_launch:
+            cuda_ends.choose(logits, self.tokens, self.history, self._step, BROKEN)
+            return
         best, tokens = logits.max(-1)
         if self.form.has_penalty or not self.form.is_greedy:
             scores = self._penalised(logits)
@@ -195,6 +207,12 @@ class Sampler:
             least = self._values["min_p"] * probabilities.amax(-1, keepdim=True)
             weights = weights * (probabilities >= least)
         return weights
+
+
+def _can_launch(device: torch.device) -> bool:
+    if device.type != "cuda" or cuda_ends is None:
+        return False
+    return can_compile(torch.cuda.get_device_capability(device))
 
 
 def _require(is_fine: bool, name: str, value: object, allowed: str) -> None:

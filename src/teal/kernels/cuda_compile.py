@@ -17,14 +17,8 @@ INT = ctypes.c_int
 FLOAT = ctypes.c_float
 _POINTER = ctypes.c_void_p
 
-# What the sources include.
-_HEADERS = (
-    "cuda_numbers.cuh",
-    "cuda_strips.cuh",
-    "cuda_hidden.cuh",
-    "cuda_slices.cuh",
-    "cuda_attention.cuh",
-)
+_HOPPER = (9, 0)
+
 # Constant of a source that says how much shared memory the host has to provide.
 _SHARED_BYTES = b"shared_bytes"
 # Clusters of more blocks are not the same on every GPU.
@@ -60,6 +54,12 @@ def can_compile(capability: tuple[int, int]) -> bool:
 
 
 @functools.cache
+def has_clusters(device: torch.device) -> bool:
+    """Tell whether a GPU has clusters of blocks and launches that begin early."""
+    return torch.cuda.get_device_capability(device) >= _HOPPER
+
+
+@functools.cache
 def compiled(source: str, definitions: Definitions, architecture: str) -> bytes:
     """Compile a file of this package for one architecture.
 
@@ -71,7 +71,7 @@ def compiled(source: str, definitions: Definitions, architecture: str) -> bytes:
     Returns:
         A cubin.
     """
-    text, headers = _text(source), {name: _text(name) for name in _HEADERS}
+    text, headers = _text(source), _headers()
     program = _checked(
         nvrtc.nvrtcCreateProgram(
             text,
@@ -179,6 +179,13 @@ def _shared_bytes(module: Any) -> int:
     value = ctypes.c_int()
     _checked(driver.cuMemcpyDtoH(ctypes.addressof(value), pointer, ctypes.sizeof(value)))
     return value.value
+
+
+@functools.cache
+def _headers() -> dict[str, bytes]:
+    """Return what the sources include."""
+    names = [file.name for file in files("teal.kernels").iterdir()]
+    return {name: _text(name) for name in names if name.endswith(".cuh")}
 
 
 def _text(source: str) -> bytes:

@@ -1,9 +1,10 @@
-// The residual stream in fixed point, and blocks that work together as a cluster.
+// The residual stream in fixed point.
 //
-// Set on the compiler's command line, beside what cuda_strips.cuh wants: CLUSTER.
+// Set on the compiler's command line: what cuda_strips.cuh and cuda_cluster.cuh want.
 
 #pragma once
 
+#include "cuda_cluster.cuh"
 #include "cuda_strips.cuh"
 
 // Beyond this a sum of many blocks could leave 64 bits.
@@ -16,31 +17,6 @@ __device__ __forceinline__ void add_fixed(i64* sum, float value, int* overflow) 
     atomicAdd(reinterpret_cast<u64*>(sum), (u64)(i64)(value * UNIT));
   else
     *overflow = 1;
-}
-
-__device__ __forceinline__ void cluster_arrive() {
-#if CLUSTER > 1
-  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_wait() {
-#if CLUSTER > 1
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-// Write to the shared memory of another block of the cluster, where `mine` lies in this block's.
-__device__ __forceinline__ void store_at_rank(float* mine, u32 rank, float value) {
-  u32 here = (u32)__cvta_generic_to_shared(mine), there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
 }
 
 // 1 / rms of the hidden states; the blocks of a cluster share the reading.

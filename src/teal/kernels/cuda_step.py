@@ -1,4 +1,4 @@
-"""Launches the kernels of a fused decode step of one stream; see cuda_step.cu and cuda_ends.cu."""
+"""Launches the products of a fused decode step of one stream; see cuda_step.cu."""
 
 import math
 from collections.abc import Sequence
@@ -11,13 +11,14 @@ from torch import Tensor
 from teal.kernels.cuda_compile import FLOAT, INT, Definitions, function, launch
 from teal.kernels.cuda_strips import (
     FRACTION_BITS,
+    WARP,
     Cut,
     strip_definitions,
 )
 from teal.kernels.operands import Grid
+from teal.kernels.reference_quantized import INT4
 
 SOURCE = "cuda_step.cu"
-_ENDS = "cuda_ends.cu"
 UNIT = 2.0**-FRACTION_BITS
 
 # Hidden states are read in pairs, activations of heads in eights.
@@ -27,8 +28,6 @@ ALIGNMENT = 8
 Input = Literal["hidden", "attention", "silu", "gelu_pytorch_tanh"]
 _INPUTS: tuple[Input, ...] = ("hidden", "attention", "silu", "gelu_pytorch_tanh")
 
-_NORM_THREADS = 1024
-_EMBED_THREADS = 256
 # Dense products begin with this many channels of a chunk before their input is known.
 PREFETCH = 16
 
@@ -38,6 +37,7 @@ _NARROW = Cut(chunk=256, warps_n=1, warps_k=4, unroll=4, blocks=3, cluster=8)
 _WIDE = Cut(chunk=512, warps_n=2, warps_k=4, unroll=4, blocks=4, cluster=8)
 _ATTENDED = Cut(chunk=128, warps_n=1, warps_k=8, unroll=4, blocks=4)
 _GATED = Cut(chunk=128, warps_n=1, warps_k=4, unroll=8, blocks=2)
+_INT4_WARPS = 4
 _MANY_COLUMNS = 16384
 _LONG_ATTENDED = 8192
 _LONG_GATED = 28672
@@ -164,40 +164,6 @@ def project(
     )
 
 
-def embed(
-    token: Tensor, embedding: Tensor, memory: StepMemory, multiplier: float, *, dependent: bool
-) -> None:
-    """Start a step: no overflow, and the embedding of a token, (1,), int64, as hidden states."""
-    size = embedding.shape[1]
-    memory.complete = 0
-    launch(
-        function(_ENDS, "embed", _definitions_of_ends(embedding.dtype), token.device.index),
-        (math.ceil(size / _EMBED_THREADS), 1),
-        _EMBED_THREADS,
-        [token, embedding, memory.hidden, memory.overflow, (multiplier, FLOAT), (size, INT)],
-        dependent=dependent,
-    )
-
-
-def final_norm(gain: Tensor, epsilon: float, memory: StepMemory, *, dependent: bool) -> None:
-    """Write the normed residual stream to `memory.normed`, NaN everywhere after an overflow."""
-    definitions = _definitions_of_ends(memory.normed.dtype)
-    launch(
-        function(_ENDS, "final_norm", definitions, gain.device.index),
-        (1, 1),
-        _NORM_THREADS,
-        [
-            memory.stream,
-            gain,
-            memory.overflow,
-            memory.normed,
-            (epsilon, FLOAT),
-            (gain.numel(), INT),
-        ],
-        dependent=dependent,
-    )
-
-
 def cut_for(projections: Projections, *, clusters: bool) -> Cut:
     """Return how a product is cut.
 
@@ -207,10 +173,14 @@ def cut_for(projections: Projections, *, clusters: bool) -> Cut:
     """
     weight, widths = projections.weight, projections.widths
     if projections.input == "attention":
-        return _lengthened(_ATTENDED, len(weight) >= _LONG_ATTENDED)
-    if projections.input != "hidden":
-        return _lengthened(_GATED, len(weight) >= _LONG_GATED)
-    cut = _WIDE if sum(widths) >= _MANY_COLUMNS else _NARROW
+        cut = _lengthened(_ATTENDED, len(weight) >= _LONG_ATTENDED)
+    elif projections.input != "hidden":
+        cut = _lengthened(_GATED, len(weight) >= _LONG_GATED)
+    else:
+        cut = _WIDE if sum(widths) >= _MANY_COLUMNS else _NARROW
+    if weight.dtype == INT4:
+        # The sums of a warp take four times the memory, and its share of the list is whole words.
+        cut = replace(cut, chunk=max(cut.chunk, WARP * _INT4_WARPS), warps_n=1, warps_k=_INT4_WARPS)
     # A cluster has to divide the tiles evenly.
     tiles = cut.tiles(widths, weight.dtype)
     return replace(cut, cluster=math.gcd(tiles, cut.cluster) if clusters else 1)
@@ -253,7 +223,3 @@ def grid_tensors(grid: Grid | None) -> tuple[Tensor | None, Tensor | None]:
 
 def _lengthened(cut: Cut, is_long: bool) -> Cut:
     return replace(cut, chunk=2 * cut.chunk) if is_long else cut
-
-
-def _definitions_of_ends(dtype: torch.dtype) -> Definitions:
-    return ("BFLOAT16", int(dtype == torch.bfloat16)), ("FRACTION_BITS", FRACTION_BITS)

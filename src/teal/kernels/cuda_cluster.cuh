@@ -1,0 +1,53 @@
+// Blocks that work together as a cluster; without clusters, every block is one of its own.
+//
+// Set on the compiler's command line, beside what cuda_numbers.cuh wants: CLUSTER.
+
+#pragma once
+
+#include "cuda_numbers.cuh"
+
+__device__ __forceinline__ void cluster_arrive() {
+#if CLUSTER > 1
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if CLUSTER > 1
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 rank = 0;
+#if CLUSTER > 1
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+
+#if CLUSTER > 1
+// Where an address of this block's shared memory lies in that of another block.
+__device__ __forceinline__ u32 at_rank(const void* mine, u32 rank) {
+  u32 here = (u32)__cvta_generic_to_shared(mine), there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  return there;
+}
+#endif
+
+// Write to the shared memory of another block of the cluster, where `mine` lies in this block's.
+__device__ __forceinline__ void store_at_rank(float* mine, u32 rank, float value) {
+#if CLUSTER > 1
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(at_rank(mine, rank)), "f"(value) : "memory");
+#else
+  *mine = value;
+#endif
+}
+
+__device__ __forceinline__ void store_at_rank(u64* mine, u32 rank, u64 value) {
+#if CLUSTER > 1
+  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(at_rank(mine, rank)), "l"(value) : "memory");
+#else
+  *mine = value;
+#endif
+}

@@ -1,0 +1,161 @@
+"""Inputs of the kernels of a fused decode step, and what they shall compute."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from teal.kernels.cuda_step import UNIT, Input, Projections, StepMemory
+from teal.kernels.operands import Grid
+from teal.kernels.reference_quantized import dequantized
+from teal.quantization import Scheme, round_to_nearest
+from teal.quantization.weight import FORMATS
+
+EPSILON = 1e-5
+MULTIPLIER = 0.5
+HEADS, SPLITS, HEAD_DIM = 4, 8, 32
+SIZES = (640, 1120, 352)
+
+SCHEMES = {
+    "floats": None,
+    "int8": Scheme(format="int8"),
+    "fp8": Scheme(format="fp8"),
+    "int4 in 32": Scheme(format="int4", group_size=32),
+    "int4 in 64 with zeros": Scheme(format="int4", group_size=64, symmetric=False),
+    "int4 in 128": Scheme(format="int4", group_size=128),
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which projections to draw.
+
+    Attributes:
+        input: What their input is made from.
+        in_features: Its size.
+        widths: Columns of each.
+        scheme: Into what the weight is quantized.
+        dtype: Of activations.
+        bias: Whether there is one.
+        seed: Of the draw.
+    """
+
+    input: Input
+    in_features: int
+    widths: Sequence[int]
+    scheme: Scheme | None = None
+    dtype: torch.dtype = torch.bfloat16
+    bias: bool = False
+    seed: int = 1
+
+
+def projections_of(
+    wanted: Wanted, thresholds: Sequence[float] | None = None, device: str = "cuda"
+) -> Projections:
+    """Draw projections; dense where there are no thresholds."""
+    generator = torch.Generator().manual_seed(wanted.seed)
+    thresholds = thresholds or [-1.0] * len(wanted.widths)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    weight, grid = 0.1 * draw(wanted.in_features, sum(wanted.widths)).to(wanted.dtype), None
+    if wanted.scheme is not None:
+        quantized = round_to_nearest(weight, wanted.scheme).to(device)
+        weight = quantized.codes
+        grid = Grid(quantized.scales, quantized.zeros, quantized.group_size)
+    gain = 1 + 0.1 * draw(wanted.in_features) if wanted.input == "hidden" else None
+    return Projections(
+        weight=weight.to(device),
+        widths=wanted.widths,
+        thresholds=torch.tensor([*thresholds, 0.0, 0.0][:3], device=device),
+        input=wanted.input,
+        is_dense=max(thresholds) < 0,
+        bias=draw(sum(wanted.widths)).to(device, wanted.dtype) if wanted.bias else None,
+        gain=None if gain is None else gain.to(device),
+        epsilon=EPSILON,
+        multiplier=MULTIPLIER,
+        grid=grid,
+    )
+
+
+def outlined(wanted: Wanted) -> Projections:
+    """Return projections of the right sizes without numbers, to compile for."""
+    (in_features, columns), scheme = (wanted.in_features, sum(wanted.widths)), wanted.scheme
+    weight, grid = torch.empty(in_features, columns, dtype=wanted.dtype, device="meta"), None
+    if scheme is not None:
+        group_size = scheme.group_size or in_features
+        scales = weight.new_empty(-(-in_features // group_size), columns)
+        zeros = None if scheme.symmetric else scales.to(torch.uint8)
+        grid = Grid(scales, zeros, group_size)
+        packed = 2 if scheme.format == "int4" else 1
+        dtype = next(dtype for dtype, name in FORMATS.items() if name == scheme.format)
+        weight = torch.empty(in_features, columns // packed, dtype=dtype, device="meta")
+    return Projections(
+        weight=weight,
+        widths=wanted.widths,
+        thresholds=torch.zeros(3),
+        input=wanted.input,
+        is_dense=False,
+        grid=grid,
+    )
+
+
+def exact_weight(projections: Projections) -> Tensor:
+    """Return the weight in float64."""
+    weight, grid = projections.weight, projections.grid
+    return weight.double() if grid is None else dequantized(weight, *grid, torch.float64)
+
+
+def exact_product(projections: Projections, x: Tensor) -> Tensor:
+    """Return the product of the kept activations in float64, bias included, no multiplier."""
+    columns = exact_weight(projections).split(list(projections.widths), dim=1)
+    parts = []
+    for threshold, columns_of_part in zip(projections.thresholds.tolist(), columns, strict=False):
+        kept = torch.where(x.float().abs() <= threshold, 0.0, x.double())
+        parts.append(kept @ columns_of_part)
+    product = torch.cat(parts)
+    return product if projections.bias is None else product + projections.bias.double()
+
+
+def magnitude(projections: Projections, x: Tensor) -> float:
+    """Return what rounding errors of a product are measured against."""
+    return float((x.double().abs() @ exact_weight(projections).abs()).max())
+
+
+def normed(hidden: Tensor, projections: Projections, dtype: torch.dtype) -> Tensor:
+    """Return what the norm in front of projections makes of the residual stream."""
+    assert projections.gain is not None
+    factor = torch.rsqrt(hidden.float().square().mean() + EPSILON)
+    return ((hidden.float() * factor).to(dtype).float() * projections.gain).to(dtype)
+
+
+def memory_of(dtype: torch.dtype, device: str = "cuda") -> StepMemory:
+    """Return memory that fits all cases, all sums zero."""
+    hidden_size, intermediate_size, qkv_size = SIZES
+    parts = (HEADS, SPLITS, HEAD_DIM)
+    return StepMemory(hidden_size, qkv_size, intermediate_size, parts, dtype, torch.device(device))
+
+
+def fixed(values: Tensor) -> Tensor:
+    """Return numbers as fixed-point sums."""
+    return (values.double() / UNIT).long()
+
+
+def in_a_gap(x: Tensor, cut: float) -> float:
+    """Move a threshold into the middle between two neighbouring activations."""
+    scores = torch.cat([x.float().abs().unique(), torch.tensor([1e4], device=x.device)])
+    above = int(torch.searchsorted(scores, cut, right=True).clamp(1, len(scores) - 1))
+    return float(scores[above - 1] + scores[above]) / 2
+
+
+def thresholds_at(x: Tensor, sparsity: float, parts: int) -> list[float]:
+    """Return thresholds near a sparsity that rounding errors do not carry activations across."""
+    cuts = [float(x.float().abs().quantile(sparsity)) + part * 0.01 for part in range(parts)]
+    return [in_a_gap(x, cut) for cut in cuts]
+
+
+def hopper() -> bool:
+    """Tell whether the GPU has clusters and dependent launches."""
+    return torch.cuda.get_device_capability() >= (9, 0)
