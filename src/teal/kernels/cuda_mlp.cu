@@ -21,13 +21,18 @@ constexpr int GROUPS_OF_OWN = DOWN_GROUP < OWN ? OWN / DOWN_GROUP : 1;
 constexpr int GROUPS_OF_SHARE = 1, GROUPS_OF_OWN = 1;
 #endif
 
+using Down = Rows<OWN, GROUPS_OF_OWN>;
+
 struct Shared {
   List lists[PARTS];
-  Teams<SLICE> teams[PARTS];
+  union {
+    Teams<SLICE> teams[PARTS];
+    Down::Passes passes;
+  };
   ScaleTile<GROUPS_OF_SHARE, FORMAT == INT4 ? SLICE : LOAD_BYTES> scales[PARTS];
   // Sums of this block's own channels over the share of each block of the cluster.
   float exchange[PARTS][CLUSTER][OWN];
-  Rows<OWN, GROUPS_OF_OWN> down;
+  Down down;
 };
 
 // How much of it the host has to provide.
@@ -123,5 +128,5 @@ mlp(const i64* hidden, i64* next, i64* clear, const float* gain, const float* th
   }
   shared.down.list.fill(keeps, x, first_own);
   bool adds_bias = blockIdx.x == 0 && blockIdx.y == 0;
-  shared.down.add(down, adds_bias ? down_bias : nullptr, next, multiplier, overflow);
+  shared.down.add(shared.passes, down, adds_bias ? down_bias : nullptr, next, multiplier, overflow);
 }

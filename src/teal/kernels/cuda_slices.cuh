@@ -87,8 +87,10 @@ struct Rows {
   static constexpr int PASSES = K / PASS;
   static constexpr u64 BYTES = (u64)K * BITS / 8;
 
+  // May lie where what comes before the product is kept.
+  using Passes = Teams<PASS>[PASSES];
+
   KeptChannels<CHANNELS> list;
-  Teams<PASS> passes[PASSES];
   ScaleTile<GROUPS, K> scales;
 
   static __device__ __forceinline__ void prefetch(const u8* weight, int channels) {
@@ -98,8 +100,8 @@ struct Rows {
   }
 
   // The list is filled; `scales` have arrived.
-  __device__ __forceinline__ void add(const u8* weight, const u16* bias, i64* hidden,
-                                      float multiplier, int* overflow) {
+  __device__ __forceinline__ void add(Passes& passes, const u8* weight, const u16* bias, i64* hidden,
+                                      float multiplier, int* overflow) const {
 #pragma unroll
     for (int pass = 0; pass < PASSES; pass++)
       passes[pass].template add<BYTES>(list, scales, pass * PASS,
@@ -132,14 +134,18 @@ struct Share {
   __device__ __forceinline__ void read(const i64* hidden, i64* next, i64* clear, const float* gain,
                                        float epsilon, int first, bool carries) {
     i64 fixed[PER_THREAD];
+    float gains[PER_THREAD];
 #pragma unroll
-    for (int i = 0; i < PER_THREAD; i++)
-      fixed[i] = is_inside(i, first) ? __ldcg(hidden + first + i * THREADS + threadIdx.x) : 0;
+    for (int i = 0; i < PER_THREAD; i++) {
+      int channel = first + i * THREADS + threadIdx.x;
+      fixed[i] = is_inside(i, first) ? __ldcg(hidden + channel) : 0;
+      gains[i] = is_inside(i, first) ? gain[channel] : 0.0f;
+    }
     float factor = inverse_rms(hidden, epsilon);
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
       int channel = first + i * THREADS + threadIdx.x;
-      x[i] = is_inside(i, first) ? normed(fixed[i], factor, gain[channel]) : 0.0f;
+      x[i] = is_inside(i, first) ? normed(fixed[i], factor, gains[i]) : 0.0f;
       if (carries && is_inside(i, first)) {
         atomicAdd(reinterpret_cast<u64*>(next) + channel, (u64)fixed[i]);
         clear[channel] = 0;
