@@ -67,7 +67,11 @@ __device__ __forceinline__ float summed(const Shared& shared, int part, int plac
   return bias == nullptr ? sum : sum + low_half(bias[column]);
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void
+#if CLUSTER > 1
+__cluster_dims__(CLUSTER)
+#endif
+__launch_bounds__(THREADS, BLOCKS)
 mlp(const i64* hidden, i64* next, i64* clear, const float* gain, const float* thresholds,
     const float* down_threshold, const u8* gate_up, const void* gate_up_scales, const u8* gate_up_zeros,
     const u16* gate_up_bias, const u8* down, const void* down_scales, const u8* down_zeros,

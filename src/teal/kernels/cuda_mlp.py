@@ -11,8 +11,8 @@ from teal.kernels.operands import Grid
 SOURCE = "cuda_mlp.cu"
 
 _CUT = Cut(chunk=WARP, warps_n=1, warps_k=8, unroll=8, blocks=1, cluster=8)
-# Clusters that an H200 holds side by side.
-_CLUSTERS = 16
+# Blocks to spread the intermediate channels over.
+_BLOCKS = 128
 
 
 def can_fuse(gate_up: Projections, down: Projections) -> bool:
@@ -33,7 +33,7 @@ def can_fuse(gate_up: Projections, down: Projections) -> bool:
 def own_channels(down: Projections) -> int:
     """Return how many intermediate channels a block owns: whole groups of their scales."""
     unit = 8 if down.grid is None or len(down.grid.scales) == 1 else down.grid.group_size
-    return math.ceil(len(down.weight) / (_CLUSTERS * _CUT.cluster * unit)) * unit
+    return math.ceil(len(down.weight) / (_BLOCKS * unit)) * unit
 
 
 def mlp(gate_up: Projections, down: Projections, memory: StepMemory, *, dependent: bool) -> None:

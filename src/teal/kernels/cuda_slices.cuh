@@ -40,6 +40,8 @@ struct Teams {
       float of_group[PER_LANE] = {};
       int begin = GROUPS == 1 ? 0 : list.before(group * WORDS);
       int end = GROUPS == 1 ? list.count() : list.before((group + 1) * WORDS);
+      // Groups beyond the last channel have no scales.
+      if (begin == end) continue;
       float inputs =
           add_strips<BYTES>(list.entries, begin + team / GROUPS, end, PER_GROUP, weight, of_group);
       int column = tile_column + slot * PER_LANE;

@@ -84,9 +84,11 @@ __device__ __forceinline__ void warp_sums(const List& list, const Scales& scales
 #pragma unroll
   for (int i = 0; i < CHUNK / SEGMENT / WARPS_K; i++) {
     int segment = share * (CHUNK / SEGMENT / WARPS_K) + i, words = SEGMENT / WARP;
+    int begin = list.before(segment * words), end = list.before((segment + 1) * words);
+    // Groups beyond the last channel have no scales.
+    if (begin == end) continue;
     float sums[PER_LANE] = {};
-    float inputs = add_strips(list.entries, list.before(segment * words),
-                              list.before((segment + 1) * words), 1, weight, sums);
+    float inputs = add_strips(list.entries, begin, end, 1, weight, sums);
     int channel = first_channel + segment * SEGMENT;
     for (int c = 0; c < PER_LANE; c++)
       total[c] += scales.scale(channel, column + c) *
