@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from teal.engine.cache import KeyValueCache
 from teal.engine.decoder import Decoder
+from teal.engine.fused import stepper_of
 
 _WARM_UP = 3
 _STEPS = 5
@@ -30,7 +31,7 @@ class KernelTime:
 
 @torch.inference_mode()
 def profile_step(decoder: Decoder, prompt: Sequence[int], capacity: int) -> list[KernelTime]:
-    """Run a few decode steps under the profiler, without a CUDA graph.
+    """Run a few decode steps under the profiler, without a CUDA graph and one launch at a time.
 
     Args:
         decoder: Dense or sparse.
@@ -46,12 +47,13 @@ def profile_step(decoder: Decoder, prompt: Sequence[int], capacity: int) -> list
     cache = KeyValueCache(decoder.architecture, 1, capacity, dtype, device)
     decoder.prefill(torch.tensor(prompt), cache)
     token = torch.zeros(1, dtype=torch.int64, device=device)
+    step = stepper_of(decoder, cache, overlap=False)
     for _ in range(_WARM_UP):
-        decoder.step(token, cache)
+        step(token, cache)
     activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
         for _ in range(_STEPS):
-            decoder.step(token, cache)
+            step(token, cache)
         if is_cuda:
             torch.cuda.synchronize(device)
     times = [

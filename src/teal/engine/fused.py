@@ -56,12 +56,13 @@ class FusedStep:
     Args:
         decoder: With rules as they shall be applied; later changes are not seen.
         cache: The stream.
+        overlap: Let launches begin before the one in front has ended, where the GPU can.
     """
 
-    def __init__(self, decoder: Decoder, cache: KeyValueCache) -> None:
+    def __init__(self, decoder: Decoder, cache: KeyValueCache, *, overlap: bool = True) -> None:
         architecture, weights = decoder.architecture, decoder.weights
         self._decoder = decoder
-        self._dependent = triton_attention_launch.has_dependent_launch(weights.device)
+        self._dependent = overlap and cuda_compile.has_clusters(weights.device)
         splits = triton_attention_launch.splits_for(cache.capacity)
         self._memory = cuda_step.StepMemory(
             architecture.hidden_size,
@@ -71,7 +72,7 @@ class FusedStep:
             weights.dtype,
             weights.device,
         )
-        self._layers = [_layer(decoder, calls, self._dependent) for calls in decoder.layers]
+        self._layers = [_layer(decoder, calls) for calls in decoder.layers]
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
@@ -132,16 +133,17 @@ class FusedStep:
             cuda_step.project(layer.down, m.gate_up, m.stream, None, m, dependent=dependent)
 
 
-def stepper_of(decoder: Decoder, cache: KeyValueCache) -> Stepper:
+def stepper_of(decoder: Decoder, cache: KeyValueCache, *, overlap: bool = True) -> Stepper:
     """Return the fastest way to compute the steps of a decoder.
 
     Args:
         decoder: With rules as they shall be applied.
         cache: The streams.
+        overlap: As in `FusedStep`.
     """
     reason = obstacle(decoder, cache)
     if reason is None:
-        return FusedStep(decoder, cache)
+        return FusedStep(decoder, cache, overlap=overlap)
     _log.info("Decoding operation by operation: %s.", reason)
     return decoder.step
 
@@ -204,7 +206,7 @@ def _products(
     return (qkv, qkv[2]), (o, o[2]), (gate_up, halves), (down, down[2])
 
 
-def _layer(decoder: Decoder, calls: LayerCalls, has_clusters: bool) -> _Layer:
+def _layer(decoder: Decoder, calls: LayerCalls) -> _Layer:
     products = _products(calls, decoder.architecture)
     qkv, o, gate_up, down = (
         _projections(*product, source, calls, gain)
@@ -221,7 +223,8 @@ def _layer(decoder: Decoder, calls: LayerCalls, has_clusters: bool) -> _Layer:
         gate_up=gate_up,
         down=down,
         calls=calls,
-        has_fused_mlp=has_clusters and cuda_mlp.can_fuse(gate_up, down),
+        has_fused_mlp=cuda_compile.has_clusters(decoder.weights.device)
+        and cuda_mlp.can_fuse(gate_up, down),
     )
 
 

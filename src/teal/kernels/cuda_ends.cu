@@ -71,7 +71,8 @@ choose(const float* logits, i64* token, i64* history, i64* step, int size, int b
   if (rank != 0 || threadIdx.x != 0) return;
   for (int block = 0; block < CLUSTER; block++) best = larger(best, of_blocks[block]);
   u32 order = best >> 32;
-  *token = (u32)~best;
-  history[*step] = order >= POSITIVE_INFINITY || order <= NEGATIVE_INFINITY ? broken : (u32)~best;
+  i64 chosen = (u32)~best;
+  *token = chosen;
+  history[*step] = order >= POSITIVE_INFINITY || order <= NEGATIVE_INFINITY ? (i64)broken : chosen;
   *step += 1;
 }

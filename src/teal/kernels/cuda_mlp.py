@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from teal.kernels.cuda_compile import FLOAT, Definitions, function, launch
-from teal.kernels.cuda_step import PREFETCH, Projections, StepMemory, grid_tensors
+from teal.kernels.cuda_step import ALIGNMENT, PREFETCH, Projections, StepMemory, grid_tensors
 from teal.kernels.cuda_strips import WARP, Cut, columns_per_load, strip_definitions
 from teal.kernels.operands import Grid
 
@@ -32,7 +32,7 @@ def can_fuse(gate_up: Projections, down: Projections) -> bool:
 
 def own_channels(down: Projections) -> int:
     """Return how many intermediate channels a block owns: whole groups of their scales."""
-    unit = 8 if down.grid is None or len(down.grid.scales) == 1 else down.grid.group_size
+    unit = max(ALIGNMENT, _unit(down.grid))
     return math.ceil(len(down.weight) / (_BLOCKS * unit)) * unit
 
 
@@ -78,7 +78,8 @@ def definitions_of(gate_up: Projections, down: Projections, memory: StepMemory) 
         memory: Where the dtype of activations is.
     """
     own, intermediate = own_channels(down), len(down.weight)
-    cut = replace(_CUT, chunk=math.ceil(len(gate_up.weight) / (_CUT.cluster * WARP)) * WARP)
+    unit = max(WARP, _unit(gate_up.grid))
+    cut = replace(_CUT, chunk=math.ceil(len(gate_up.weight) / (_CUT.cluster * unit)) * unit)
     given = {
         "INTERMEDIATE": intermediate,
         "OWN": own,
@@ -93,8 +94,11 @@ def definitions_of(gate_up: Projections, down: Projections, memory: StepMemory) 
     return (*strips, *sorted(given.items()))
 
 
+def _unit(grid: Grid | None) -> int:
+    """Return how many channels share scales and must stay together; 1 where all of them do."""
+    return 1 if grid is None or len(grid.scales) == 1 else grid.group_size
+
+
 def _group(grid: Grid | None, channels: int, own: int) -> int:
     """Return the channels of a group; where there is one for all, whole multiples of a block's."""
-    if grid is None or len(grid.scales) == 1:
-        return math.ceil(channels / own) * own
-    return grid.group_size
+    return math.ceil(channels / own) * own if _unit(grid) == 1 else _unit(grid)

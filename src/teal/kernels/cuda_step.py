@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from teal.kernels.cuda_compile import FLOAT, INT, Definitions, function, launch
+from teal.kernels.cuda_compile import FLOAT, INT, Definitions, function, has_clusters, launch
 from teal.kernels.cuda_strips import (
     FRACTION_BITS,
     WARP,
@@ -140,8 +140,9 @@ def project(
         dependent: The launch may begin before the one in front has ended.
     """
     weight = projections.weight
-    cut = cut_for(projections, clusters=dependent)
-    definitions = definitions_of(projections, cut, memory, clusters=dependent)
+    clusters = has_clusters(weight.device)
+    cut = cut_for(projections, clusters=clusters)
+    definitions = definitions_of(projections, cut, memory, clusters=clusters)
     launch(
         function(SOURCE, "project", definitions, sums.device.index),
         (cut.tiles(projections.widths, weight.dtype), math.ceil(len(weight) / cut.chunk)),

@@ -14,7 +14,6 @@ _BLOCK_T = 64
 _WARPS = 4
 # The smallest matrix that tensor cores multiply.
 _LEAST_QUERIES = 16
-_HOPPER = (9, 0)
 
 
 def fits(head_dim: int, cosines: Tensor, dtype: torch.dtype) -> bool:
@@ -26,11 +25,6 @@ def fits(head_dim: int, cosines: Tensor, dtype: torch.dtype) -> bool:
 def splits_for(capacity: int) -> int:
     """Return how many programs share a context of up to `capacity` tokens, a power of two."""
     return min(32, max(8, int(triton.next_power_of_2(capacity // 256))))
-
-
-def has_dependent_launch(device: torch.device) -> bool:
-    """Tell whether launches on `device` can begin before the one in front has ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _HOPPER
 
 
 def attend_parts(
