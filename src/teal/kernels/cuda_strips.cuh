@@ -216,13 +216,11 @@ struct ScaleTile {
                                       int rows, int row_size, int first_column, int columns,
                                       int to = 0) {
     columns = min(COLUMNS - to, columns);
-    for (int row = 0; row < min(ROWS, rows); row++) {
-      u64 start = (u64)(first_row + row) * row_size + first_column;
-      copy(scales[row] + to, static_cast<const Scale*>(all_scales) + start, columns);
+    u64 start = (u64)first_row * row_size + first_column;
+    copy(scales, static_cast<const Scale*>(all_scales) + start, rows, row_size, columns);
 #if HAS_ZEROS
-      copy(zeros[row] + to, all_zeros + start, columns);
+    copy(zeros, all_zeros + start, rows, row_size, columns);
 #endif
-    }
   }
 
   __device__ __forceinline__ float scale(int row, int column) const {
@@ -240,13 +238,18 @@ struct ScaleTile {
 
  private:
   template <typename T>
-  static __device__ __forceinline__ void copy(T* to, const T* from, int columns) {
-    constexpr int AT_ONCE = LOAD_BYTES / sizeof(T);
-    for (int i = threadIdx.x * AT_ONCE; i < columns; i += THREADS * AT_ONCE)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                       (u32)__cvta_generic_to_shared(to + i)),
-                   "l"(from + i)
-                   : "memory");
+  static __device__ __forceinline__ void copy(T (*to)[COLUMNS], const T* from, int rows, int row_size,
+                                              int columns) {
+    constexpr int AT_ONCE = LOAD_BYTES / sizeof(T), PIECES = (COLUMNS + AT_ONCE - 1) / AT_ONCE;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < min(ROWS, rows) * PIECES; i += THREADS) {
+      int row = i / PIECES, column = i % PIECES * AT_ONCE;
+      if (column < columns)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                         (u32)__cvta_generic_to_shared(&to[row][column])),
+                     "l"(from + (u64)row * row_size + column)
+                     : "memory");
+    }
   }
 };
 
