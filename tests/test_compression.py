@@ -7,13 +7,14 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from teal import compression
 from teal.cli.stdlib_text import calibration_text, held_out_text
-from teal.compression import quantize_model, save_quantized
+from teal.compression import quantize_head, quantize_model, save_quantized
 from teal.data import token_windows
 from teal.evaluation import evaluate
 from teal.foundation.artifact import read_json
 from teal.foundation.errors import UserError
 from teal.models.families import FAMILIES, projections_of
 from teal.models.loading import load_model, load_tokenizer
+from teal.models.weight_format import weight_format_of
 from teal.quantization import (
     QuantizedCheckpoint,
     Scheme,
@@ -220,11 +221,35 @@ def test_a_sparse_model_is_refused():
 
 
 def test_a_quantized_model_is_refused(tmp_path):
+    model, _ = saved(tmp_path / "model")
+    for quantized in (model, load_model(str(tmp_path / "model"), device="cpu")):
+        with pytest.raises(UserError, match="quantized already"):
+            quantize_model(quantized, INT4)
+
+
+def test_a_model_that_transformers_quantized_is_refused(tmp_path):
     pytest.importorskip("compressed_tensors")
     saved(tmp_path / "model")
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="quantized already"):
+    with pytest.raises(UserError, match="Give its folder"):
         quantize_model(opened, INT4)
+
+
+def test_a_quantized_model_knows_its_format():
+    model = model_of()
+    assert weight_format_of(model) == "float"
+    quantize_model(model, INT4)
+    assert weight_format_of(model) == "int4"
+
+
+def test_a_rounded_head_has_the_values_of_the_engine_and_leaves_the_embedding():
+    model = load_model(MODEL, dtype="float32", device="cpu")
+    dense = model.lm_head.weight.clone()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    quantize_head(model)
+    expected = round_to_nearest(dense.T.contiguous(), Scheme(format="int8")).dequantize().T
+    assert torch.equal(model.lm_head.weight, expected)
+    assert torch.equal(model.model.embed_tokens.weight, dense)
 
 
 @pytest.mark.parametrize(

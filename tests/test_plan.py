@@ -69,11 +69,11 @@ def content_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    path = folder / "plan.json"
-    content = json.loads(path.read_text())
+def save_edited(folder: Path, change: Any, plan: SparsityPlan | None = None) -> None:
+    (plan or plan_with_vectors()).save(folder)
+    content = json.loads((folder / "plan.json").read_text())
     change(content)
-    path.write_text(json.dumps(content))
+    (folder / "plan.json").write_text(json.dumps(content))
 
 
 def test_saving_loading_and_saving_again_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -83,10 +83,11 @@ def test_saving_loading_and_saving_again_gives_the_same_bytes(tmp_path: Path) ->
 
 
 def test_loaded_plan_says_the_same_as_the_saved(tmp_path: Path) -> None:
-    plan = plan_with_vectors()
+    plan = replace(plan_with_vectors(), weight_format="int8")
     plan.save(tmp_path / "plan")
     loaded = SparsityPlan.load(tmp_path / "plan")
-    for name in ("model", "method", "strategy", "target_sparsity", "dtype", "library_version"):
+    names = ("model", "method", "strategy", "target_sparsity", "dtype", "library_version")
+    for name in (*names, "weight_format"):
         assert getattr(loaded, name) == getattr(plan, name)
     assert loaded.calibration.to_dict() == plan.calibration.to_dict()
     assert torch.equal(loaded.calibration.fingerprints, plan.calibration.fingerprints)
@@ -175,13 +176,17 @@ def test_path_passes_through_a_file_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(shift, plan.at(0.8).projections[DOWN].rule.shift)
 
 
-def test_plan_of_schema_1_loads_without_a_path(tmp_path: Path) -> None:
-    plan_with_vectors().save(tmp_path / "plan")
-    edit(tmp_path / "plan", lambda content: content.update(schema_version=1))
-    edit(tmp_path / "plan", lambda content: content.pop("path"))
+@pytest.mark.parametrize("version", [1, 2])
+def test_plan_of_an_older_schema_loads_without_what_is_newer(version: int, tmp_path: Path) -> None:
+    def age(content: dict[str, Any]) -> None:
+        content["schema_version"] = version
+        for field in ("weight_format", "path")[: 3 - version]:
+            del content[field]
+
+    save_edited(tmp_path / "plan", age, plan_with_path())
     loaded = SparsityPlan.load(tmp_path / "plan")
-    assert loaded.path is None
-    assert rules_of(loaded) == rules_of(plan_with_vectors())
+    assert (loaded.path is None, loaded.weight_format) == (version == 1, "float")
+    assert rules_of(loaded) == rules_of(plan_with_path())
 
 
 def test_budget_is_the_mean_weighted_by_weight_size() -> None:
@@ -220,8 +225,7 @@ def set_threshold(value: object) -> Callable[[dict[str, Any]], None]:
 
 @pytest.mark.parametrize("value", [float("nan"), -0.5, float("-inf"), "much", [1.0], {}], ids=repr)
 def test_damaged_threshold_is_refused_with_a_cure(value: object, tmp_path: Path) -> None:
-    plan_with_vectors().save(tmp_path / "plan")
-    edit(tmp_path / "plan", set_threshold(value))
+    save_edited(tmp_path / "plan", set_threshold(value))
     with pytest.raises(UserError, match=r"(Calibrate|Make it) anew\.$"):
         SparsityPlan.load(tmp_path / "plan")
 
@@ -240,16 +244,14 @@ def test_damaged_threshold_is_refused_with_a_cure(value: object, tmp_path: Path)
     ],
 )
 def test_missing_part_is_refused_with_a_cure(key: str, tmp_path: Path) -> None:
-    plan_with_vectors().save(tmp_path / "plan")
-    edit(tmp_path / "plan", lambda content: content.pop(key))
+    save_edited(tmp_path / "plan", lambda content: content.pop(key))
     with pytest.raises(UserError, match=rf"damaged \(KeyError: '{key}'\)\. Make it anew\.$"):
         SparsityPlan.load(tmp_path / "plan")
 
 
 @pytest.mark.parametrize("key", ["target_sparsity", "calibration", "projections", "model"])
 def test_part_of_another_form_is_refused_with_a_cure(key: str, tmp_path: Path) -> None:
-    plan_with_vectors().save(tmp_path / "plan")
-    edit(tmp_path / "plan", lambda content: content.update({key: [[3]]}))
+    save_edited(tmp_path / "plan", lambda content: content.update({key: [[3]]}))
     with pytest.raises(UserError, match=r"plan' is damaged \(.*\)\. Make it anew\.$"):
         SparsityPlan.load(tmp_path / "plan")
 
@@ -278,15 +280,13 @@ def test_part_of_another_form_is_refused_with_a_cure(key: str, tmp_path: Path) -
 def test_damaged_detail_is_refused_with_a_cure(
     change: Callable[[dict[str, Any]], Any], tmp_path: Path
 ) -> None:
-    plan_with_vectors().save(tmp_path / "plan")
-    edit(tmp_path / "plan", change)
+    save_edited(tmp_path / "plan", change)
     with pytest.raises(UserError, match=r"plan' is damaged \(.*\)\. Make it anew\.$"):
         SparsityPlan.load(tmp_path / "plan")
 
 
 def test_plan_of_a_newer_schema_is_refused(tmp_path: Path) -> None:
-    plan_with_vectors().save(tmp_path / "plan")
-    edit(tmp_path / "plan", lambda content: content.update(schema_version=99))
+    save_edited(tmp_path / "plan", lambda content: content.update(schema_version=99))
     with pytest.raises(UserError, match=r"schema version 99, .* Update teal\."):
         SparsityPlan.load(tmp_path / "plan")
 

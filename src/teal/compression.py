@@ -17,7 +17,9 @@ from teal.foundation.version import __version__
 from teal.linear import SparseLinear
 from teal.models.blocks import Batch, first_batches, resident, run_block
 from teal.models.families import Block, blocks_of, projections_of
+from teal.models.weight_format import mark_weight_format, weight_format_of
 from teal.quantization import (
+    FLOAT,
     GROUP_SIZES,
     QuantizedWeight,
     Scheme,
@@ -76,7 +78,22 @@ def quantize_model(
             for batch in batches:
                 output = run_block(block, batch.hidden_states, batch.arguments[index])
                 batch.hidden_states = output.to(batch.hidden_states.device)
+    mark_weight_format(model, scheme.format)
     return weights
+
+
+@torch.no_grad()
+def quantize_head(model: Any) -> None:
+    """Round the output head to int8; in place, its weight becomes the values of its codes.
+
+    A tied embedding stays as it is: the head has a weight of its own afterwards.
+
+    Args:
+        model: A dense Hugging Face causal language model.
+    """
+    head = model.get_output_embeddings()
+    rounded = round_to_nearest(head.weight.T.contiguous(), Scheme(format="int8"))
+    head.weight = nn.Parameter(rounded.dequantize(head.weight.dtype).T.contiguous())
 
 
 def save_quantized(
@@ -129,8 +146,7 @@ class _SeenEnough(Exception):  # noqa: N818  (no error)
 def _require_dense(model: nn.Module) -> None:
     if any(isinstance(module, SparseLinear) for module in model.modules()):
         raise UserError("The model is sparse. Quantize it dense: call densify(model) first.")
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if config is not None:
+    if weight_format_of(model) != FLOAT:
         raise UserError("The model is quantized already. Quantize the dense model it came from.")
 
 

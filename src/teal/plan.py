@@ -13,11 +13,14 @@ from teal.foundation.identity import ModelIdentity
 from teal.foundation.provenance import TextProvenance
 from teal.methods import MaskRule
 from teal.methods.rule_path import Planned, RulePath
+from teal.quantization import FLOAT
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # Plans before this version have no path.
 _FIRST_WITH_PATH = 2
+# Those before this one were all calibrated with weights of floats.
+_FIRST_WITH_FORMAT = 3
 _PATH = "path"
 _FINGERPRINTS = "calibration.fingerprints"
 
@@ -52,6 +55,7 @@ class SparsityPlan:
         calibration: The text that the thresholds come from.
         dtype: Activation dtype during calibration, such as "bfloat16".
         library_version: Version of teal that made the plan.
+        weight_format: Of the weights during calibration: "float", "int8", "int4" or "fp8".
         path: The rules at other sparsities, for `at`, or `None` where they are not known.
     """
 
@@ -63,6 +67,7 @@ class SparsityPlan:
     calibration: TextProvenance
     dtype: str
     library_version: str
+    weight_format: str = FLOAT
     path: RulePath | None = None
 
     def __post_init__(self) -> None:
@@ -167,6 +172,7 @@ class SparsityPlan:
                 ),
                 dtype=str(payload["dtype"]),
                 library_version=str(payload["library_version"]),
+                weight_format=_format_from_dict(payload),
                 path=_path_from_dict(payload, vectors, tensors),
             )
 
@@ -195,6 +201,7 @@ class SparsityPlan:
             "target_sparsity": self.target_sparsity,
             "path": self.path.to_dict() if self.path else None,
             "dtype": self.dtype,
+            "weight_format": self.weight_format,
             "calibration": self.calibration.to_dict(),
             "projections": {
                 name: {
@@ -216,6 +223,11 @@ def _planned_from_dict(
     if content["threshold"] is not None:
         rule = MaskRule(threshold=float(content["threshold"]), **vectors)
     return PlannedProjection(target_sparsity=float(content["target_sparsity"]), rule=rule)
+
+
+def _format_from_dict(payload: Mapping[str, Any]) -> str:
+    is_known = payload["schema_version"] >= _FIRST_WITH_FORMAT
+    return str(payload["weight_format"]) if is_known else FLOAT
 
 
 def _path_from_dict(

@@ -12,6 +12,7 @@ from teal.foundation.errors import UserError
 from teal.linear import DECODE_ROWS, SparseLinear, SparsityMeter, TokenSelection
 from teal.methods import MaskRule
 from teal.models.families import identity_of, projections_of
+from teal.models.weight_format import warn_of_format, weight_format_of
 from teal.plan import SparsityPlan
 
 _HOOK = "_teal_hook"
@@ -34,7 +35,17 @@ def sparsify(model: nn.Module, plan: SparsityPlan, *, sparse_from: float = 1.0) 
         `model`.
 
     Raises:
-        UserError: The plan belongs to another model, or `sparse_from` is outside [0, 1].
+        UserError: The plan belongs to another model, `sparse_from` is outside [0, 1], or
+            transformers opened the model quantized.
+    """
+    warn_of_format(plan.weight_format, weight_format_of(model))
+    return insert_plan(model, plan, sparse_from=sparse_from)
+
+
+def insert_plan(model: nn.Module, plan: SparsityPlan, *, sparse_from: float) -> nn.Module:
+    """Do what `sparsify` does, in place, without a word on the format of the weights.
+
+    Args and errors are those of `sparsify`.
     """
     if not 0.0 <= sparse_from <= 1.0:
         raise UserError(f"sparse_from {sparse_from!r} is outside [0, 1]. Give 1 for dense prefill.")

@@ -164,6 +164,37 @@ def test_damaged_statistics_are_refused_with_a_cure(tmp_path: Path, change: Any,
         CalibrationStats.load(tmp_path / "stats")
 
 
+def test_statistics_know_the_format_of_the_weights(tmp_path: Path) -> None:
+    stats_of(slice(None), weight_format="int8").save(tmp_path / "stats")
+    assert CalibrationStats.load(tmp_path / "stats").weight_format == "int8"
+
+
+def test_statistics_of_the_first_schema_are_of_floats(tmp_path: Path) -> None:
+    stats_of(slice(None)).save(tmp_path / "stats")
+    file = tmp_path / "stats" / "stats.json"
+    content = json.loads(file.read_text()) | {"schema_version": 1}
+    del content["weight_format"]
+    file.write_text(json.dumps(content))
+    assert CalibrationStats.load(tmp_path / "stats").weight_format == "float"
+
+
+@pytest.mark.parametrize(
+    ("measured", "model", "cure"),
+    [("int8", "float", "Give --quantize int8"), ("float", "int4", "Leave out --quantize")],
+)
+def test_weights_of_another_format_are_refused_with_a_cure(
+    measured: str, model: str, cure: str
+) -> None:
+    with pytest.raises(
+        UserError, match=rf"{measured} weights, the model has {model} ones\. {cure}"
+    ):
+        stats_of(slice(None), weight_format=measured).require_format(model)
+    with pytest.raises(UserError, match="calibrate anew"):
+        stats_of(slice(None), weight_format=measured).merge(
+            stats_of(slice(None), weight_format=model)
+        )
+
+
 def test_merging_two_halves_of_a_text_equals_one_pass() -> None:
     merged = stats_of(slice(0, 40), paths={"greedy": PATH}).merge(stats_of(slice(40, None)))
     whole = stats_of(slice(None))

@@ -39,6 +39,17 @@ def test_a_greedy_path_is_kept_for_later_plans(teal, workspace, stats, tmp_path)
     assert beyond.is_error("path ends at", "--greedy-until")
 
 
+def test_statistics_of_quantized_weights_need_a_model_with_the_same(teal, workspace, tmp_path):
+    text = ("--text", workspace / "calibration.txt", "--sequence-length", WINDOW)
+    few = ("--tokens", 256, "--quantize", "int8", "--out", tmp_path / "stats")
+    assert teal("calibrate", MODEL, *text, *few).code == 0
+    options = ("--sparsity", "0.04", "--strategy", "greedy", "--model", MODEL, *text, *COARSE)
+    allocate = ("allocate", tmp_path / "stats", *options, "--out", tmp_path / "plan")
+    assert teal(*allocate).is_error("int8 weights, the model has float", "Give --quantize int8")
+    assert teal(*allocate, "--quantize", "int8").code == 0
+    assert SparsityPlan.load(tmp_path / "plan").weight_format == "int8"
+
+
 def test_the_highest_sparsity_within_a_perplexity_bound_is_found(teal, workspace, stats, tmp_path):
     outcome = teal(
         "allocate", stats, "--max-perplexity-increase", "0.05", "--model", MODEL,

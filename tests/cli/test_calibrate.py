@@ -1,6 +1,7 @@
 import shutil
 
 import pytest
+import torch
 
 from teal.calibration import CalibrationStats
 from tests.cli.conftest import MODEL, WINDOW
@@ -12,6 +13,37 @@ def test_statistics_tell_model_and_text(workspace):
     assert stats.text.num_tokens == 1024
     assert stats.text.source.endswith("calibration.txt")
     assert stats.dtype == "bfloat16"
+
+
+def test_statistics_and_plans_know_the_format_of_the_weights(teal, workspace, tmp_path):
+    assert calibrate(teal, workspace, quantize="int8", out=tmp_path / "stats").code == 0
+    stats = CalibrationStats.load(tmp_path / "stats")
+    dense = CalibrationStats.load(workspace / "stats")
+    assert stats.weight_format == "int8"
+    name = "model.layers.7.down_input"
+    assert stats.inputs[name].quantile(0.5) != dense.inputs[name].quantile(0.5)
+    options = ("--sparsity", "0.5", "--out", tmp_path / "plan")
+    assert teal("allocate", tmp_path / "stats", *options).code == 0
+    assert teal("inspect", tmp_path / "plan", "--json").json["weight_format"] == "int8"
+    assert "bfloat16 with int8 weights" in teal("inspect", tmp_path / "plan").out
+
+
+def test_a_quantized_folder_is_calibrated_as_the_model_that_was_rounded(teal, workspace, tmp_path):
+    assert teal("quantize", MODEL, "--format", "int8", "--out", tmp_path / "q").code == 0
+    options = (
+        "--text",
+        workspace / "calibration.txt",
+        "--tokens",
+        256,
+        "--sequence-length",
+        WINDOW,
+    )
+    assert teal("calibrate", tmp_path / "q", *options, "--out", tmp_path / "a").code == 0
+    assert calibrate(teal, workspace, quantize="int8", out=tmp_path / "b").code == 0
+    folder, rounded = (CalibrationStats.load(tmp_path / name) for name in "ab")
+    assert folder.weight_format == "int8"
+    for name, entry in folder.inputs.items():
+        assert torch.equal(entry.histogram.counts, rounded.inputs[name].histogram.counts)
 
 
 def calibrate(teal, folder, **changed):
@@ -34,6 +66,8 @@ def calibrate(teal, folder, **changed):
         pytest.param({"tokens": "32"}, ["less than one window"], id="less than a window"),
         pytest.param({"sequence-length": "4096"}, ["context of 1024"], id="beyond the context"),
         pytest.param({"device": "tpu"}, ["Unknown device", "cuda"], id="unknown device"),
+        pytest.param({"quantize": "int3"}, ["Unknown format 'int3'"], id="unknown format"),
+        pytest.param({"group-size": "64"}, ["Give --quantize int4"], id="groups of nothing"),
         pytest.param({"dtype": "int8"}, ["Unknown dtype", "bfloat16"], id="unknown dtype"),
     ],
 )

@@ -1,5 +1,4 @@
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from decoding import LENGTH, assert_close, assert_same_weights, decoded, plan_at, rules_of
-from helpers import ENGINE_FAMILIES, tiny_model, tiny_tokens
+from helpers import ENGINE_FAMILIES, plan_for, tiny_model, tiny_tokens
 from safetensors.torch import save_file
 from torch import Tensor
 
+from teal.compression import quantize_model
 from teal.engine.checkpoint import from_folder
 from teal.engine.decoder import Decoder
 from teal.engine.engine import Engine
@@ -24,6 +24,7 @@ from teal.models.families import projections_of
 from teal.models.loading import load_tokenizer
 from teal.quantization import QuantizedWeight, Scheme
 from tests.quantization import packers
+from tests.quantized_folders import CHECKPOINTS, write_checkpoint
 
 CPU = torch.device("cpu")
 MODEL = Path(__file__).parents[2] / "models/py-16m"
@@ -125,39 +126,6 @@ def test_memory_of_quantized_weights_is_counted() -> None:
     assert weights.num_bytes == pytest.approx(int4, rel=0.05)
 
 
-Packer = Callable[[packers.Codes], Mapping[str, Tensor]]
-CHECKPOINTS: Mapping[str, tuple[dict[str, Any], Packer]] = {
-    "awq": (packers.awq_config(), packers.awq_tensors),
-    "gptq": (packers.gptq_config(), packers.gptq_tensors),
-    "compressed-tensors": (
-        packers.compressed_config(packers.int_weights(symmetric=False), "pack-quantized"),
-        lambda codes: packers.packed_tensors(codes, has_zeros=True),
-    ),
-}
-
-
-def write_checkpoint(folder: Path, kind: str, **changes: Tensor | None) -> Any:
-    """Write a quantized llama; return the dense model of the same values."""
-    config, pack = CHECKPOINTS[kind]
-    model = tiny_model("llama", intermediate_size=64)
-    tensors = dict(model.state_dict())
-    for seed, (name, linear) in enumerate(projections_of(model).items()):
-        shape = (linear.in_features, linear.out_features)
-        codes = packers.random_codes(shape=shape, seed=seed)
-        codes = replace(codes, scales=0.05 * codes.scales)
-        linear.weight.data = codes.weight.float().t()
-        del tensors[f"{name}.weight"]
-        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in pack(codes).items()}
-    model.config.save_pretrained(folder)
-    content = json.loads((folder / "config.json").read_text())
-    content["quantization_config"] = config
-    (folder / "config.json").write_text(json.dumps(content))
-    tensors |= changes
-    kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-    save_file(kept, folder / "model.safetensors")
-    return model
-
-
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_quantized_checkpoints_decode_as_the_model_of_their_values(
     kind: str, tmp_path: Path
@@ -237,6 +205,28 @@ def test_engine_generates_as_the_model_of_the_quantized_values(quantize: str) ->
         Engine(model).generate(prompt, max_new_tokens=40).tokens for model in (opened, floats)
     )
     assert quantized == dense
+
+
+def test_engine_tells_of_a_plan_for_weights_of_another_format(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    plan = plan_for(model, 0.1)
+    Engine(tmp_path, replace(plan, weight_format="int8"), quantize="int8")
+    quantize_model(model, SCHEMES["int8"])
+    Engine(model, replace(plan, weight_format="int8"))
+    assert not caplog.messages
+    Engine(tmp_path, plan, quantize="int8")
+    Engine(model, plan)
+    assert ["float weights, the model has int8" in line for line in caplog.messages] == [True] * 2
+
+
+def test_a_model_in_memory_is_not_quantized_again() -> None:
+    model = tiny_model("llama")
+    quantize_model(model, SCHEMES["int8"])
+    with pytest.raises(UserError, match=r"quantized already\. Open it without"):
+        open_model(model, quantize="int4")
 
 
 def test_engine_rounds_to_nearest_only_what_projections_hold() -> None:

@@ -134,5 +134,5 @@ def test_model_without_a_head_is_refused() -> None:
 def test_model_that_transformers_quantized_is_refused() -> None:
     model = tiny_model("llama")
     model.config.quantization_config = {"quant_method": "awq"}
-    with pytest.raises(UserError, match=r"opened this model quantized\. Give its folder"):
+    with pytest.raises(UserError, match=r"opened this model quantized\. Give its folder to teal"):
         from_model(model)

@@ -81,6 +81,7 @@ def plan_from_sparsities(
         calibration=stats.text,
         dtype=stats.dtype,
         library_version=__version__,
+        weight_format=stats.weight_format,
         path=path,
     )
 

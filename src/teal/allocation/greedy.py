@@ -19,6 +19,7 @@ from teal.linear import SparseLinear, TokenSelection
 from teal.methods import MaskRule, method_named
 from teal.models.blocks import first_batches
 from teal.models.families import blocks_of, identity_of
+from teal.models.weight_format import weight_format_of
 from teal.sparsification import densify, insert_sparse_linears
 
 logger = logging.getLogger(__name__)
@@ -91,11 +92,12 @@ def greedy_path(
         The sparsity of every projection after every round.
 
     Raises:
-        UserError: `stats` belong to another model.
+        UserError: `stats` belong to another model, or to weights of another format.
     """
     settings = settings or GreedySettings()
     densify(model)
     stats.model.require(identity_of(model), "statistics")
+    stats.require_format(weight_format_of(model))
     planned = target_projections(stats, target_modules)
     rule = method_named(method).rule
     batches = first_batches(model, tokens.tokens, batch_size=settings.batch_size)

@@ -229,6 +229,7 @@ class Subject:
                 sequence_length=_CALIBRATION_TOKENS,
             ),
             dtype=self.dtype,
+            weight_format=self._opened.weight_format,
             library_version=__version__,
         )
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from teal.engine.products import FLOAT, Matrix, bytes_of, format_of, strips
+from teal.engine.products import Matrix, bytes_of, format_of, strips
 from teal.engine.weights import DecoderWeights
+from teal.quantization import FLOAT
 
 
 @dataclass(frozen=True, kw_only=True)

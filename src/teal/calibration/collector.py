@@ -18,6 +18,7 @@ from teal.foundation.version import __version__
 from teal.linear import SparseLinear
 from teal.models.blocks import Batch, first_batches, resident, run_block
 from teal.models.families import Block, blocks_of, identity_of
+from teal.models.weight_format import weight_format_of
 
 
 @torch.no_grad()
@@ -52,6 +53,7 @@ def calibrate(
     """
     if any(isinstance(module, SparseLinear) for module in model.modules()):
         raise UserError("The model is sparse. Calibrate it dense: call densify(model) first.")
+    weight_format = weight_format_of(model)
     windows = tokens if isinstance(tokens, TokenWindows) else _unnamed(tokens)
     batches = first_batches(model, windows.tokens, padding=padding, batch_size=batch_size)
     identity = identity_of(model)
@@ -71,6 +73,7 @@ def calibrate(
         dtype=next(iter(inputs.values())).dtype,
         inputs=inputs,
         library_version=__version__,
+        weight_format=weight_format,
     )
 
 

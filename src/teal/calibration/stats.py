@@ -16,9 +16,12 @@ from teal.foundation.artifact import load_artifact, save_artifact, well_formed
 from teal.foundation.errors import UserError
 from teal.foundation.identity import ModelIdentity
 from teal.foundation.provenance import TextProvenance
+from teal.quantization import FLOAT
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
+# Statistics before this version were all measured with weights of floats.
+_FIRST_WITH_FORMAT = 2
 _FINGERPRINTS = "text.fingerprints"
 
 
@@ -32,6 +35,7 @@ class CalibrationStats:
         dtype: Activation dtype, such as "bfloat16".
         inputs: Statistics by input name, such as "model.layers.0.attention_input".
         library_version: Version of teal that made them.
+        weight_format: Of the weights: "float", "int8", "int4" or "fp8".
         paths: Greedy allocations that were run on this model, by name.
     """
 
@@ -40,6 +44,7 @@ class CalibrationStats:
     dtype: str
     inputs: dict[str, InputStatistics]
     library_version: str
+    weight_format: str = FLOAT
     paths: dict[str, AllocationPath] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,6 +70,20 @@ class CalibrationStats:
             )
         return self._by_projection[projection]
 
+    def require_format(self, weight_format: str) -> None:
+        """Check that a model has weights as these statistics were measured with.
+
+        Raises:
+            UserError: It has not.
+        """
+        if weight_format != self.weight_format:
+            wanted = self.weight_format
+            cure = "Leave out --quantize" if wanted == FLOAT else f"Give --quantize {wanted}"
+            raise UserError(
+                f"The statistics were measured with {wanted} weights, the model has "
+                f"{weight_format} ones. {cure}, or calibrate anew."
+            )
+
     def merge(self, other: "CalibrationStats") -> "CalibrationStats":
         """Return the statistics of one pass over both texts.
 
@@ -72,9 +91,10 @@ class CalibrationStats:
         Allocation paths belong to one text and are left out.
 
         Raises:
-            UserError: Model, inputs or dtype differ.
+            UserError: Model, format of the weights, inputs or dtype differ.
         """
         self.model.require(other.model, "first calibration")
+        self.require_format(other.weight_format)
         if self.inputs.keys() != other.inputs.keys():
             first = min(self.inputs.keys() ^ other.inputs.keys())
             raise UserError(
@@ -86,6 +106,7 @@ class CalibrationStats:
             dtype=self.dtype,
             inputs={name: mine.merge(other.inputs[name]) for name, mine in self.inputs.items()},
             library_version=self.library_version,
+            weight_format=self.weight_format,
         )
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
@@ -126,6 +147,7 @@ class CalibrationStats:
                     for name, content in payload["inputs"].items()
                 },
                 library_version=str(payload["library_version"]),
+                weight_format=_format_from_dict(payload),
                 paths={
                     name: AllocationPath.from_dict(content, tensors, f"paths.{name}")
                     for name, content in payload["paths"].items()
@@ -142,11 +164,17 @@ class CalibrationStats:
             "schema_version": SCHEMA_VERSION,
             "library_version": self.library_version,
             "dtype": self.dtype,
+            "weight_format": self.weight_format,
             "text": self.text.to_dict(),
             "inputs": {name: _dict_of(statistics) for name, statistics in self.inputs.items()},
             "paths": {name: path.to_dict() for name, path in self.paths.items()},
             "model": self.model.to_dict(),
         }
+
+
+def _format_from_dict(payload: Mapping[str, Any]) -> str:
+    is_known = payload["schema_version"] >= _FIRST_WITH_FORMAT
+    return str(payload["weight_format"]) if is_known else FLOAT
 
 
 def _dict_of(statistics: InputStatistics) -> dict[str, Any]:

@@ -23,10 +23,14 @@ from teal.cli.options import (
     DeviceOption,
     DtypeOption,
     ForceOption,
+    GroupSizeOption,
     OptionalTextOption,
+    QuantizeOption,
     SequenceLengthOption,
     resolve_sequence_length,
+    scheme_of,
 )
+from teal.compression import quantize_model
 from teal.data import TokenWindows, check_no_overlap, token_windows
 from teal.evaluation import evaluate
 from teal.foundation.artifact import check_destination
@@ -35,7 +39,9 @@ from teal.foundation.formatting import percent
 from teal.foundation.provenance import TextProvenance
 from teal.methods import METHODS, method_named
 from teal.models.families import identity_of
+from teal.models.weight_format import weight_format_of
 from teal.plan import SparsityPlan
+from teal.quantization import Scheme
 
 app = typer.Typer(add_completion=False)
 
@@ -98,6 +104,8 @@ def command(
             help="Feed each block with what the ones before give at this sparsity.",
         ),
     ] = DEFAULTS.propagate,
+    quantize: QuantizeOption = None,
+    group_size: GroupSizeOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     force: ForceOption = False,
@@ -105,7 +113,7 @@ def command(
     """Spread a sparsity budget over the projections and write a plan.
 
     The greedy strategy runs the model once and keeps its path in STATS, so that one run serves
-    every sparsity.
+    every sparsity. Statistics of quantized weights need --model with the same --quantize.
     """
     if (sparsity is None) == (max_perplexity_increase is None):
         raise UserError("Give exactly one of --sparsity and --max-perplexity-increase.")
@@ -115,7 +123,16 @@ def command(
     loaded_stats = CalibrationStats.load(stats)
     modules = None if target_modules is None else tuple(target_modules.split(","))
     settings = GreedySettings(step=greedy_step, until=greedy_until, propagate=greedy_propagate)
-    run = _open_run(loaded_stats, model, text, sequence_length, tokens, device, dtype)
+    run = _open_run(
+        loaded_stats,
+        model,
+        text,
+        sequence_length,
+        tokens,
+        scheme=scheme_of(quantize, group_size),
+        device=device,
+        dtype=dtype,
+    )
     if strategy == "greedy" and run is not None:
         # Here rather than inside allocate, for the sake of the progress bar.
         loaded_stats.paths["greedy"] = greedy_path(
@@ -167,6 +184,8 @@ def _open_run(
     text: str | None,
     sequence_length: int | None,
     tokens: int,
+    *,
+    scheme: Scheme | None,
     device: str,
     dtype: str,
 ) -> _Run | None:
@@ -180,6 +199,9 @@ def _open_run(
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype=dtype, device=device)
     stats.model.require(identity_of(loaded), "statistics")
+    if scheme:
+        quantize_model(loaded, scheme, progress=progress_bar)
+    stats.require_format(weight_format_of(loaded))
     length = resolve_sequence_length(sequence_length, context_length(loaded.config))
     windows = token_windows(text, tokenizer, sequence_length=length, max_tokens=tokens)
     return _Run(loaded, windows)

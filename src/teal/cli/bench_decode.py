@@ -9,14 +9,14 @@ import typer
 
 from teal.cli.console import print_json, print_table, progress_bar, quiet_libraries
 from teal.cli.options import (
-    AS_IT_IS,
     DeviceOption,
     GroupSizeOption,
     JsonOption,
+    QuantizeHeadToo,
     QuantizeSeveralOption,
-    schemes_of,
+    formats_of,
 )
-from teal.foundation.formatting import percent
+from teal.foundation.formatting import format_name, percent
 
 if TYPE_CHECKING:
     from teal.benchmark.decode import DecodeResult
@@ -77,12 +77,7 @@ def decode(
     ] = None,
     quantize: QuantizeSeveralOption = None,
     group_size: GroupSizeOption = None,
-    quantize_head: Annotated[
-        bool,
-        typer.Option(
-            "--quantize-head", help="Round the output head to int8, but not for --quantize none."
-        ),
-    ] = False,
+    quantize_head: QuantizeHeadToo = False,
     dtype: Annotated[
         str, typer.Option("--dtype", help="bfloat16, float16 or float32.")
     ] = "bfloat16",
@@ -118,10 +113,7 @@ def decode(
     place, fractions = resolve_device(device), fractions_of(sparsity)
     workload = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
     check_peers(peer or ())
-    formats = [
-        (scheme, quantize_head and not (quantize and scheme is None))
-        for scheme in schemes_of(quantize or [AS_IT_IS], group_size)
-    ]
+    formats = formats_of(quantize or (), group_size, quantize_head)
     sources = Sources(models or (), config or (), formats, device=device, dtype=dtype)
     if profile:
         for subject in sources.subjects(workload):
@@ -166,8 +158,8 @@ def _print(results: "Sequence[DecodeResult]") -> None:
 def _row(result: "DecodeResult") -> list[str]:
     return [
         result.runner,
-        _kind(result.weights.format, result.weights.group_size),
-        _kind(result.weights.head_format),
+        format_name(result.weights.format, result.weights.group_size),
+        result.weights.head_format,
         percent(result.sparsity),
         percent(result.effective_sparsity),
         f"{result.tokens_per_second:.1f}",
@@ -179,10 +171,6 @@ def _row(result: "DecodeResult") -> list[str]:
     ]
 
 
-def _kind(weight_format: str, group_size: int | None = None) -> str:
-    return f"{weight_format}/{group_size}" if group_size else weight_format
-
-
 def _print_kernels(subject: "Subject", fractions: Sequence[float]) -> None:
     from teal.benchmark.profile import profile_step
 
@@ -190,7 +178,7 @@ def _print_kernels(subject: "Subject", fractions: Sequence[float]) -> None:
         kernels = profile_step(engine.decoder(), subject.prompt, subject.capacity)
         whole = sum(kernel.microseconds for kernel in kernels)
         rows = [_kernel_row(kernel, whole) for kernel in kernels[:_SHOWN_KERNELS]]
-        kind = _kind(subject.weights.format, subject.weights.group_size)
+        kind = format_name(subject.weights.format, subject.weights.group_size)
         model = f"{_model_name(subject.name)}, {kind}"
         title = f"{model}, {percent(sparsity)} sparse: {whole:.0f} µs a step"
         print_table(title, ["kernel", "calls", "µs", "share"], rows)

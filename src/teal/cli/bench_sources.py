@@ -93,5 +93,6 @@ class Sources:
         )
         return OpenedModel(
             architecture=architecture,
+            weight_format=weights.format,
             weights=quantized_head(weights) if quantize_head else weights,
         )

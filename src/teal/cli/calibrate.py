@@ -10,10 +10,13 @@ from teal.cli.options import (
     DeviceOption,
     DtypeOption,
     ForceOption,
+    GroupSizeOption,
     ModelArgument,
+    QuantizeOption,
     SequenceLengthOption,
     TextOption,
     resolve_sequence_length,
+    scheme_of,
 )
 
 app = typer.Typer(add_completion=False)
@@ -24,6 +27,8 @@ teal calibrate models/py-16m --text code.txt --out stats
 
 teal calibrate meta-llama/Llama-3.1-8B --text hf:HuggingFaceFW/fineweb-edu:sample-10BT:train
 --out stats --device cuda
+
+teal calibrate models/py-16m --text code.txt --quantize int8 --out stats-int8
 """
 
 
@@ -35,20 +40,25 @@ def command(
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens to measure on.")] = 20480,
     offset: Annotated[int, typer.Option("--offset", help="Tokens of the text to skip.")] = 0,
     sequence_length: SequenceLengthOption = None,
+    quantize: QuantizeOption = None,
+    group_size: GroupSizeOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     force: ForceOption = False,
 ) -> None:
     """Measure the activations of every projection on a text.
 
-    The model runs block by block: only one block at a time is on the device.
+    The model runs block by block: only one block at a time is on the device. What is measured with
+    --quantize, and every plan made of it, is for weights of that format.
     """
     from teal.calibration import calibrate
+    from teal.compression import quantize_model
     from teal.data import token_windows
     from teal.foundation.artifact import check_destination
     from teal.models.loading import context_length, load_model, load_tokenizer, resolve_device
 
     quiet_libraries()
+    scheme = scheme_of(quantize, group_size)
     check_destination(out, force=force)
     target = resolve_device(device)
     tokenizer = load_tokenizer(model)
@@ -57,6 +67,8 @@ def command(
     windows = token_windows(
         text, tokenizer, sequence_length=length, num_tokens=tokens, offset=offset
     )
+    if scheme:
+        quantize_model(loaded, scheme, device=target, progress=progress_bar)
     stats = calibrate(loaded, windows, device=target, progress=progress_bar)
     stats.save(out, force=force)
     say(

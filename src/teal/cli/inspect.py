@@ -13,6 +13,7 @@ from teal.foundation.errors import UserError
 from teal.foundation.formatting import percent
 from teal.foundation.provenance import TextProvenance
 from teal.plan import PlannedProjection, SparsityPlan
+from teal.quantization import FLOAT
 
 app = typer.Typer(add_completion=False)
 
@@ -54,6 +55,7 @@ def _show_plan(plan: SparsityPlan, json: bool) -> None:
         "sparsity_budget": plan.sparsity_budget,
         "path": plan.path.to_dict() if plan.path else None,
         "dtype": plan.dtype,
+        "weight_format": plan.weight_format,
         "calibration": plan.calibration.to_dict(),
         "library_version": plan.library_version,
     }
@@ -76,7 +78,7 @@ def _show_plan(plan: SparsityPlan, json: bool) -> None:
         say(f"path: any sparsity from 0 to {percent(plan.path.end)} without a new plan")
     else:
         say("path: none, so no other sparsity without a new plan")
-    say(_describe(plan.calibration, plan.dtype))
+    say(_describe(plan.calibration, plan.dtype, plan.weight_format))
     rows = [_plan_row(name, planned) for name, planned in plan.projections.items()]
     print_table("", ["projection", "target sparsity", "threshold"], rows)
 
@@ -92,6 +94,7 @@ def _show_stats(stats: CalibrationStats, json: bool) -> None:
             {
                 "model_type": stats.model.model_type,
                 "dtype": stats.dtype,
+                "weight_format": stats.weight_format,
                 "text": stats.text.to_dict(),
                 "library_version": stats.library_version,
                 "paths": {name: path.settings for name, path in stats.paths.items()},
@@ -100,7 +103,7 @@ def _show_stats(stats: CalibrationStats, json: bool) -> None:
         )
         return
     say(f"statistics of a {stats.model.model_type} model, {len(stats.model.shapes)} projections")
-    say(_describe(stats.text, stats.dtype))
+    say(_describe(stats.text, stats.dtype, stats.weight_format))
     for name, path in stats.paths.items():
         say(f"path {name}: {path.settings}")
     rows = [
@@ -121,8 +124,9 @@ def _input_content(entry: InputStatistics) -> dict[str, Any]:
     }
 
 
-def _describe(text: TextProvenance, dtype: str) -> str:
+def _describe(text: TextProvenance, dtype: str, weight_format: str) -> str:
+    weights = "" if weight_format == FLOAT else f" with {weight_format} weights"
     return (
-        f"calibrated in {dtype} on {text.num_tokens} tokens from {text.offset} on, windows of "
-        f"{text.sequence_length}: {text.source}"
+        f"calibrated in {dtype}{weights} on {text.num_tokens} tokens from {text.offset} on, "
+        f"windows of {text.sequence_length}: {text.source}"
     )

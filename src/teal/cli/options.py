@@ -62,6 +62,12 @@ GroupSizeOption = Annotated[
 QuantizeHeadOption = Annotated[
     bool, typer.Option("--quantize-head", help="Round the output head to int8.")
 ]
+QuantizeHeadToo = Annotated[
+    bool,
+    typer.Option(
+        "--quantize-head", help="Round the output head to int8, but not for --quantize none."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 
@@ -84,12 +90,16 @@ def scheme_of(quantize: str | None, group_size: int | None) -> "Scheme | None":
     return Scheme(format=quantize, group_size=group_size)
 
 
-def schemes_of(quantize: Sequence[str], group_size: int | None) -> "list[Scheme | None]":
-    """Return a scheme for each `--quantize`; `--group-size` goes to int4 alone.
+def formats_of(
+    quantize: Sequence[str], group_size: int | None, quantize_head: bool
+) -> "list[tuple[Scheme | None, bool]]":
+    """Return a scheme and whether to round the head for each `--quantize`.
 
     Args:
-        quantize: Formats, or `AS_IT_IS` for `None`.
-        group_size: Inputs that share a scale.
+        quantize: Formats, or `AS_IT_IS`, of which nothing is rounded; none at all is the model
+            with its head rounded if that was asked for.
+        group_size: Inputs that share a scale; goes to int4 alone.
+        quantize_head: Round the heads.
 
     Raises:
         UserError: As `scheme_of`.
@@ -97,10 +107,15 @@ def schemes_of(quantize: Sequence[str], group_size: int | None) -> "list[Scheme 
     from teal.quantization import Scheme
 
     require_groups(quantize, group_size)
+    if not quantize:
+        return [(None, quantize_head)]
     return [
-        None
+        (None, False)
         if name == AS_IT_IS
-        else Scheme(format=name, group_size=group_size if name == "int4" else None)
+        else (
+            Scheme(format=name, group_size=group_size if name == "int4" else None),
+            quantize_head,
+        )
         for name in dict.fromkeys(quantize)
     ]
 

@@ -28,6 +28,7 @@ from teal.engine.session import Session
 from teal.engine.stopping import Tokenizer
 from teal.foundation.errors import UserError
 from teal.linear import DECODE_ROWS
+from teal.models.weight_format import warn_of_format
 from teal.plan import SparsityPlan
 from teal.quantization import Scheme
 
@@ -92,6 +93,7 @@ class Engine:
         self._capacity = self._checked(capacity)
         if plan is not None:
             plan.model.require(model.architecture.identity, "plan")
+            warn_of_format(plan.weight_format, model.weight_format)
         self.tokenizer = tokenizer or model.tokenizer
         self.end_tokens = model.end_tokens
         self._decoders: dict[float | None, Decoder] = {}

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import GenerationConfig
 
@@ -17,10 +16,15 @@ from teal.engine.weights import DecoderWeights
 from teal.foundation.errors import UserError
 from teal.models.architectures import Architecture, architecture_of
 from teal.models.families import model_type_of
-from teal.models.loading import load_config, load_tokenizer, resolve_device, resolve_dtype
-from teal.quantization import Scheme
-
-_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+from teal.models.loading import (
+    folder_of,
+    load_config,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+from teal.models.weight_format import weight_format_of
+from teal.quantization import FLOAT, Scheme
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,12 +34,14 @@ class OpenedModel:
     Attributes:
         architecture: What it computes.
         weights: Its weights.
+        weight_format: Whose values those of the projections are: "float", "int8", "int4" or "fp8".
         tokenizer: What its token ids mean, or `None` where nobody needs to know.
         end_tokens: Token ids that end a text.
     """
 
     architecture: Architecture
     weights: DecoderWeights
+    weight_format: str = FLOAT
     tokenizer: Tokenizer | None = None
     end_tokens: frozenset[int] = frozenset()
 
@@ -80,14 +86,16 @@ def _from_files(
     place, number = resolve_device(device), resolve_dtype(dtype)
     config = load_config(model)
     architecture = architecture_of(config)
-    folder = model if Path(model).is_dir() else snapshot_download(model, allow_patterns=_FILES)
+    folder = folder_of(model)
+    weights = from_folder(
+        folder, number if isinstance(number, torch.dtype) else None, place, scheme
+    )
     return OpenedModel(
         architecture=architecture,
-        weights=from_folder(
-            folder, number if isinstance(number, torch.dtype) else None, place, scheme
-        ),
-        tokenizer=tokenizer or _tokenizer_in(Path(folder)),
-        end_tokens=_end_tokens(_generation_config(Path(folder), config)),
+        weights=weights,
+        weight_format=weights.format,
+        tokenizer=tokenizer or _tokenizer_in(folder),
+        end_tokens=_end_tokens(_generation_config(folder, config)),
     )
 
 
@@ -106,6 +114,7 @@ def _from_memory(
     return OpenedModel(
         architecture=architecture_of(model.config),
         weights=from_model(model, scheme),
+        weight_format=scheme.format if scheme else weight_format_of(model),
         tokenizer=tokenizer,
         end_tokens=_end_tokens(model.generation_config),
     )

@@ -8,16 +8,13 @@ from torch import Tensor
 from teal.kernels import reference
 from teal.kernels.ops import dense_rows, sparse_gated, sparse_parts
 from teal.kernels.ops_quantized import quantized_gated, quantized_parts
-from teal.quantization import QuantizedWeight
+from teal.quantization import FLOAT, QuantizedWeight
 
 # Every score is ≥ 0, so this threshold drops nothing.
 KEEP_ALL = -1.0
 
 # A channel-major weight, (in_features, out_features).
 Matrix = Tensor | QuantizedWeight
-
-# What a weight is that has no format of few bits.
-FLOAT = "float"
 
 
 def parts(

@@ -17,7 +17,8 @@ from teal.engine.weights import (
 from teal.foundation.errors import UserError
 from teal.foundation.progress import Progress, silent
 from teal.models.architectures import architecture_of
-from teal.quantization import Scheme
+from teal.models.weight_format import weight_format_of
+from teal.quantization import FLOAT, Scheme
 
 
 @torch.no_grad()
@@ -44,10 +45,10 @@ def from_model(
         UserError: The engine does not run such a model, it is quantized, or not all in one dtype
             and place.
     """
-    if getattr(model.config, "quantization_config", None) is not None:
+    if weight_format_of(model) != FLOAT and scheme is not None:
         raise UserError(
-            "transformers opened this model quantized. Give its folder, which the engine opens "
-            "as it is."
+            "The model is quantized already. Open it without quantizing, or quantize the dense "
+            "model that it came from."
         )
     architecture = architecture_of(model.config)
     source = _ModelSource(model)

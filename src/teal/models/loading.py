@@ -5,20 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from teal.foundation.errors import UserError
+from teal.models.dequantizing import open_dequantized
 from teal.models.families import family_named
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Any:
     """Open a Hugging Face causal language model of a supported family for inference.
+
+    A quantized checkpoint becomes a model of floats with the values of its codes.
 
     Args:
         source: Model folder, or a name on the Hugging Face hub.
@@ -32,16 +37,24 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Any
         UserError: No model there, damaged, of an unsupported type, or no such device.
     """
     target = resolve_device(device)
-    family_named(load_config(source).model_type)
+    config = load_config(source)
+    family_named(config.model_type)
     weights = resolve_dtype(dtype)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=weights, output_loading_info=True
-        )
+        if getattr(config, "quantization_config", None) is not None:
+            number = weights if isinstance(weights, torch.dtype) else None
+            model, missing = open_dequantized(folder_of(source), config, number)
+        else:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, dtype=weights, output_loading_info=True
+            )
+            missing = report["missing_keys"]
+    except UserError:
+        raise
     except Exception as error:
         raise _unreadable("model", source, error) from error
     # transformers fills these with random numbers and a warning.
-    if missing := report["missing_keys"]:
+    if missing:
         raise UserError(
             f"The weights of {source!r} lack {min(missing)}. Use a complete checkpoint."
         )
@@ -59,6 +72,13 @@ def load_config(source: str) -> Any:
         return AutoConfig.from_pretrained(source)
     except Exception as error:
         raise _unreadable("model configuration", source, error) from error
+
+
+def folder_of(source: str) -> Path:
+    """Return the folder of a model, after downloading it where `source` is a name on the hub."""
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(snapshot_download(source, allow_patterns=_FILES))
 
 
 def load_tokenizer(source: str) -> Any:

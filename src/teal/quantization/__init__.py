@@ -3,9 +3,10 @@
 from teal.quantization.checkpoint import QuantizedCheckpoint
 from teal.quantization.gptq import SecondMoments, quantize_by_moments
 from teal.quantization.rounding import Scheme, round_to_nearest
-from teal.quantization.weight import GROUP_SIZES, QuantizedWeight, side_by_side
+from teal.quantization.weight import FLOAT, GROUP_SIZES, QuantizedWeight, side_by_side
 
 __all__ = [
+    "FLOAT",
     "GROUP_SIZES",
     "QuantizedCheckpoint",
     "QuantizedWeight",

@@ -20,6 +20,9 @@ from teal.kernels.reference_quantized import (
 # Format by the dtype of its codes.
 FORMATS: Mapping[torch.dtype, str] = {FP8: "fp8", INT4: "int4", INT8: "int8"}
 
+# What a weight is that has none of them.
+FLOAT = "float"
+
 # Input channels that may share a scale, besides all of them.
 GROUP_SIZES = (32, 64, 128)
 
