@@ -43,6 +43,41 @@ def test_without_a_plan_every_token_is_scored(evaluate):
     assert (result["tokens"], result["sparse_from"]) == (4 * 63, 0.0)
 
 
+def test_formats_and_sparsities_make_a_table(evaluate, workspace):
+    options = ("--plan", workspace / "plan", "--sparsity", "0.25,0.5", "--quantize-head")
+    formats = ("--quantize", "none", "--quantize", "int8", "--quantize", "int4")
+    result = evaluate(*options, *formats, "--group-size", 32, "--json").json
+    shown = [
+        (row["weight_format"], row["head_format"], row["target_sparsity"]) for row in result["rows"]
+    ]
+    assert shown == [
+        ("float", "float", 0.25),
+        ("float", "float", 0.5),
+        *[("int8", "int8", sparsity) for sparsity in (0.0, 0.25, 0.5)],
+        *[("int4", "int8", sparsity) for sparsity in (0.0, 0.25, 0.5)],
+    ]
+    assert result["tokens"] == 4 * 31
+    table = evaluate(*options, *formats, "--group-size", 32).out
+    assert "int4/32" in table
+    assert "uniform (float)" in table
+    assert f"{result['rows'][-1]['perplexity']:.3f}" in table
+
+
+def test_a_plan_for_another_format_is_told_of_in_one_line(evaluate, workspace, caplog):
+    assert evaluate("--plan", workspace / "plan", "--quantize", "int8").code == 0
+    (line,) = caplog.messages
+    assert "calibrated with float weights, the model has int8 ones" in line
+
+
+def test_a_quantized_folder_is_scored_as_the_model_that_was_rounded(teal, evaluate, tmp_path):
+    assert teal("quantize", MODEL, "--format", "int8", "--out", tmp_path / "q").code == 0
+    folder = evaluate("--json", model=tmp_path / "q").json
+    (rounded,) = evaluate("--quantize", "int8", "--json").json["rows"]
+    assert folder["dense"]["perplexity"] == rounded["perplexity"]
+    outcome = evaluate("--quantize", "int4", model=tmp_path / "q")
+    assert outcome.is_error("quantized already")
+
+
 def test_calibration_text_is_refused_unless_insisted(evaluate, workspace):
     plan = ("--plan", workspace / "plan")
     assert evaluate(*plan, text="calibration.txt").is_error("overlaps", "--allow-overlap")
@@ -71,6 +106,18 @@ def test_damaged_tensors_are_refused(evaluate, workspace, tmp_path):
     tensors = tmp_path / "plan/plan.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1])
     assert evaluate("--plan", tmp_path / "plan").is_error("damaged")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        pytest.param(["--quantize", "int3"], ["Unknown format 'int3'"], id="format"),
+        pytest.param(["--group-size", "64"], ["Give --quantize int4"], id="no groups"),
+        pytest.param(["--sparsity", "0.5"], ["Give --plan"], id="no plan"),
+    ],
+)
+def test_bad_input_is_one_line(evaluate, options, words):
+    assert evaluate(*options).is_error(*words)
 
 
 @pytest.mark.parametrize("sparse_from", ["1.0", "-1", "2", "nan"])

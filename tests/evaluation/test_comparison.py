@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,3 +136,13 @@ def test_uniform_plans_on_trained_models_give_the_published_perplexities(shared_
         measured = [result.dense, *result.sparse]
         for score, published in zip(measured, PUBLISHED[name, sparse_from], strict=True):
             assert score.perplexity == pytest.approx(published, rel=TOLERANCES["perplexity"])
+
+
+def test_a_plan_for_weights_of_another_format_is_told_of_once(caplog):
+    model, tokens = tiny_model("llama"), tiny_tokens(3, LENGTH)
+    plan = replace(plan_for(model, 0.3), weight_format="int8")
+    compare(model, tokens, [plan, plan])
+    assert len(caplog.messages) == 1
+    assert "calibrated with int8 weights, the model has float ones" in caplog.messages[0]
+    sparsify(model, plan)
+    assert len(caplog.messages) == 2

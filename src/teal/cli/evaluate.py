@@ -1,6 +1,8 @@
-"""`teal evaluate`: score a model dense and sparse on a text."""
+"""`teal evaluate`: score a model on a text, dense and sparse, with floats and with few bits."""
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -8,17 +10,24 @@ from teal.cli.console import print_json, print_table, progress_bar, quiet_librar
 from teal.cli.options import (
     DeviceOption,
     DtypeOption,
+    GroupSizeOption,
     JsonOption,
     ModelArgument,
-    PlanOption,
+    QuantizeHeadToo,
+    QuantizeSeveralOption,
     SequenceLengthOption,
     TextOption,
+    formats_of,
     resolve_sequence_length,
 )
-from teal.foundation.formatting import percent, with_error
+from teal.foundation.formatting import format_name, percent, with_error
 
 if TYPE_CHECKING:
-    from teal.evaluation import Evaluation
+    from teal.data import TokenWindows
+    from teal.evaluation import Evaluation, FormatEvaluation
+    from teal.evaluation.formats import FormatScore
+    from teal.evaluation.scores import SparseScore
+    from teal.plan import SparsityPlan
 
 app = typer.Typer(add_completion=False)
 
@@ -27,6 +36,9 @@ EXAMPLES = """Examples:
 teal evaluate models/py-16m --text heldout.txt --plan plan
 
 teal evaluate models/py-16m --text heldout.txt --plan plan --sparse-from 0 --json
+
+teal evaluate models/py-16m --text heldout.txt --plan plan --plan plan-int8 --sparsity 0.25,0.5
+--quantize none --quantize int8
 """
 
 # The paper's protocol: the second half of every window is sparse, and scored.
@@ -37,7 +49,17 @@ PAPER_SPARSE_FROM = 0.5
 def command(
     model: ModelArgument,
     text: TextOption,
-    plan: PlanOption = None,
+    plan: Annotated[
+        list[Path] | None,
+        typer.Option("--plan", help="Plan folder; several, such as one per format, make a table."),
+    ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option("--sparsity", help="Other sparsities of the plans, separated by commas."),
+    ] = None,
+    quantize: QuantizeSeveralOption = None,
+    group_size: GroupSizeOption = None,
+    quantize_head: QuantizeHeadToo = False,
     sparse_from: Annotated[
         float | None,
         typer.Option(
@@ -57,47 +79,108 @@ def command(
     dtype: DtypeOption = "auto",
     json: JsonOption = False,
 ) -> None:
-    """Score a model on a text: perplexity and, with a plan, the distance to the dense model."""
-    from teal.data import check_no_overlap, token_windows
-    from teal.evaluation import evaluate
-    from teal.models.families import identity_of
+    """Score a model on a text: perplexity, and the distance to the dense model of floats.
+
+    With --quantize it is a table of sparsities and formats. Each format takes the plans that were
+    calibrated with it, or else those that were calibrated with floats.
+    """
+    from teal.data import token_windows
+    from teal.evaluation import WeightFormat, compare_formats, evaluate
     from teal.models.loading import context_length, load_model, load_tokenizer
-    from teal.plan import SparsityPlan
 
     quiet_libraries()
-    loaded_plan = SparsityPlan.load(plan) if plan else None
+    formats = formats_of(quantize or (), group_size, quantize_head)
+    plans = load_plans(plan or (), sparsity)
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype=dtype, device=device)
-    if loaded_plan:
-        loaded_plan.model.require(identity_of(loaded), "plan")
     length = resolve_sequence_length(sequence_length, context_length(loaded.config))
     windows = token_windows(text, tokenizer, sequence_length=length, max_tokens=max_tokens)
-    if loaded_plan and not allow_overlap:
-        check_no_overlap(windows, loaded_plan.calibration)
+    check_plans(plans, loaded, None if allow_overlap else windows)
     if sparse_from is None:
-        sparse_from = PAPER_SPARSE_FROM if loaded_plan else 0.0
-    result = evaluate(loaded, windows, loaded_plan, sparse_from=sparse_from, progress=progress_bar)
+        sparse_from = PAPER_SPARSE_FROM if plans else 0.0
+    result: Evaluation | FormatEvaluation
+    if len(plans) > 1 or formats != [(None, False)]:
+        wanted = [WeightFormat(scheme=scheme, quantize_head=head) for scheme, head in formats]
+        result = compare_formats(
+            loaded, windows, wanted, plans, sparse_from=sparse_from, progress=progress_bar
+        )
+    else:
+        single = plans[0] if plans else None
+        result = evaluate(loaded, windows, single, sparse_from=sparse_from, progress=progress_bar)
     if json:
         print_json(result.to_dict())
     else:
         _print(result)
 
 
-def _print(result: "Evaluation") -> None:
-    dense = result.dense
-    rows = [["dense", "0.0 %", with_error(dense.perplexity, dense.perplexity_error), "–", "–"]]
-    rows += [
-        [
-            "sparse",
-            percent(sparse.effective_sparsity),
-            with_error(sparse.perplexity, sparse.perplexity_error),
-            f"{sparse.kl:.4f}",
-            percent(sparse.top1_agreement),
-        ]
-        for sparse in result.sparse
-    ]
+def load_plans(folders: Sequence[Path], sparsities: str | None) -> "list[SparsityPlan]":
+    """Read plans, each at all of the sparsities if some are given.
+
+    Raises:
+        UserError: A plan cannot be read or has no such sparsity, or there is none.
+    """
+    from teal.cli.bench import fractions_of
+    from teal.foundation.errors import UserError
+    from teal.plan import SparsityPlan
+
+    plans = [SparsityPlan.load(folder) for folder in folders]
+    if sparsities is None:
+        return plans
+    if not plans:
+        raise UserError("--sparsity reads other sparsities off a plan. Give --plan too.")
+    return [plan.at(sparsity) for plan in plans for sparsity in fractions_of(sparsities)]
+
+
+def check_plans(
+    plans: "Sequence[SparsityPlan]", model: Any, windows: "TokenWindows | None"
+) -> None:
+    """Check that plans are those of a model and, where windows are given, of another text.
+
+    Raises:
+        UserError: One is not.
+    """
+    from teal.data import check_no_overlap
+    from teal.models.families import identity_of
+
+    for plan in plans:
+        plan.model.require(identity_of(model), "plan")
+        if windows is not None:
+            check_no_overlap(windows, plan.calibration)
+
+
+def _print(result: "Evaluation | FormatEvaluation") -> None:
+    from teal.evaluation import Evaluation
+
     title = (
         f"{result.tokens} tokens, windows of {result.sequence_length}, "
         f"sparse from {result.sparse_from:g}"
     )
-    print_table(title, ["", "effective sparsity", "perplexity", "KL", "top-1 agreement"], rows)
+    perplexity = with_error(result.dense.perplexity, result.dense.perplexity_error)
+    figures = ["effective sparsity", "perplexity", "KL", "top-1 agreement"]
+    if not isinstance(result, Evaluation):
+        dense = [result.weight_format, "float", "–", "0.0 %", "0.0 %", perplexity, "–", "–"]
+        columns = ["weights", "head", "strategy", "target", *figures]
+        print_table(title, columns, [dense, *map(_format_row, result.rows)])
+        return
+    rows = [["dense", "0.0 %", perplexity, "–", "–"]]
+    rows += [["sparse", *_figures(sparse)] for sparse in result.sparse]
+    print_table(title, ["", *figures], rows)
+
+
+def _format_row(row: "FormatScore") -> list[str]:
+    strategy, target = "–", 0.0
+    if row.plan:
+        is_own = row.plan.weight_format == row.weight_format
+        strategy = row.plan.strategy + ("" if is_own else f" ({row.plan.weight_format})")
+        target = row.plan.target_sparsity
+    name = format_name(row.weight_format, row.group_size)
+    return [name, row.head_format, strategy, percent(target), *_figures(row.score)]
+
+
+def _figures(score: "SparseScore") -> list[str]:
+    return [
+        percent(score.effective_sparsity),
+        with_error(score.perplexity, score.perplexity_error),
+        f"{score.kl:.4f}",
+        percent(score.top1_agreement),
+    ]

@@ -1,5 +1,13 @@
 """Is the sparse model still good? Perplexity, KL divergence and agreement with the dense model."""
 
 from teal.evaluation.comparison import Evaluation, compare, evaluate
+from teal.evaluation.formats import FormatEvaluation, WeightFormat, compare_formats
 
-__all__ = ["Evaluation", "compare", "evaluate"]
+__all__ = [
+    "Evaluation",
+    "FormatEvaluation",
+    "WeightFormat",
+    "compare",
+    "compare_formats",
+    "evaluate",
+]

@@ -12,8 +12,9 @@ from teal.evaluation.scores import AgreementSums, NllSums, Score, SparseScore, l
 from teal.foundation.errors import UserError
 from teal.foundation.progress import Progress, silent
 from teal.linear import SparsityMeter, first_sparse
+from teal.models.weight_format import warn_of_format, weight_format_of
 from teal.plan import SparsityPlan
-from teal.sparsification import densify, measure_sparsity, sparsify
+from teal.sparsification import densify, insert_plan, measure_sparsity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,25 +76,36 @@ def evaluate(
 def compare(
     model: Any,
     tokens: TokenWindows | Tensor,
-    plans: Sequence[SparsityPlan],
+    plans: Sequence[SparsityPlan | None],
     *,
+    reference: Any = None,
     sparse_from: float = 0.5,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Score a model dense and with each of several plans; the dense pass is shared.
+    """Score a model with each of several plans beside a dense one; the dense pass is shared.
 
-    Args and errors are those of `evaluate`.
+    Args and errors are those of `evaluate`, besides these.
+
+    Args:
+        model: As in `evaluate`.
+        tokens: As in `evaluate`.
+        plans: What to drop; `None` is nothing.
+        reference: The dense model that distances are measured to; by default `model` itself.
+        sparse_from: As in `evaluate`.
+        progress: As in `evaluate`.
     """
+    reference = model if reference is None else reference
     windows = tokens.tokens if isinstance(tokens, TokenWindows) else tokens
     scored = _scored_positions(windows.shape[1], sparse_from)
+    _warn_of_formats(model, plans)
     dense_sums, contenders = NllSums(), [_Contender(plan) for plan in plans]
     try:
         for window in progress(torch.split(windows, 1), "evaluate"):
             targets = window[0, scored + 1].to(model.device)
-            dense = log_probabilities(_logits(densify(model), window, scored))
+            dense = log_probabilities(_logits(densify(reference), window, scored))
             dense_sums.add(dense, targets)
             for contender in contenders:
-                sparsify(model, contender.plan, sparse_from=sparse_from)
+                contender.prepare(model, sparse_from)
                 with measure_sparsity(model, contender.meters):
                     sparse = log_probabilities(_logits(model, window, scored))
                 contender.nll.add(sparse, targets)
@@ -111,26 +123,42 @@ def compare(
 
 @dataclass
 class _Contender:
-    """One plan and what has been gathered about it."""
+    """One plan, or none, and what has been gathered about it."""
 
-    plan: SparsityPlan
+    plan: SparsityPlan | None
     nll: NllSums = field(default_factory=NllSums)
     agreement: AgreementSums = field(default_factory=AgreementSums)
     meters: dict[str, SparsityMeter] = field(default_factory=dict)
 
+    def prepare(self, model: Any, sparse_from: float) -> None:
+        if self.plan is None:
+            densify(model)
+        else:
+            insert_plan(model, self.plan, sparse_from=sparse_from)
+
     def score(self) -> SparseScore:
+        return SparseScore(
+            nll=self.nll.mean,
+            standard_error=self.nll.standard_error,
+            effective_sparsity=self._effective_sparsity(),
+            kl=self.agreement.kl / self.agreement.tokens,
+            top1_agreement=self.agreement.agreed / self.agreement.tokens,
+        )
+
+    def _effective_sparsity(self) -> float:
+        if self.plan is None:
+            return 0.0
         # Projections that the plan keeps dense have no meter and count as 0.
         dropped = {
             name: self.meters[name].sparsity if name in self.meters else 0.0
             for name in self.plan.projections
         }
-        return SparseScore(
-            nll=self.nll.mean,
-            standard_error=self.nll.standard_error,
-            effective_sparsity=self.plan.model.mean_sparsity(dropped),
-            kl=self.agreement.kl / self.agreement.tokens,
-            top1_agreement=self.agreement.agreed / self.agreement.tokens,
-        )
+        return self.plan.model.mean_sparsity(dropped)
+
+
+def _warn_of_formats(model: Any, plans: Sequence[SparsityPlan | None]) -> None:
+    for calibrated in dict.fromkeys(plan.weight_format for plan in plans if plan):
+        warn_of_format(calibrated, weight_format_of(model))
 
 
 def _scored_positions(length: int, sparse_from: float) -> Tensor:

@@ -43,7 +43,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseScore(Score):
-    """How well a sparse model predicts a text, and how far it is from the dense one.
+    """How well a sparse or quantized model predicts a text, and how far it is from a dense one.
 
     Attributes:
         effective_sparsity: Dropped share of the planned projections' inputs at sparse tokens,

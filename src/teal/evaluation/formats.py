@@ -1,0 +1,180 @@
+"""Sparsity and weights of few bits together: every plan with every format, on the same tokens."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from teal.compression import quantize_head, quantize_model
+from teal.data import TokenWindows
+from teal.evaluation.comparison import compare
+from teal.evaluation.scores import Score, SparseScore
+from teal.foundation.progress import Progress, silent
+from teal.models.weight_format import weight_format_of
+from teal.plan import SparsityPlan
+from teal.quantization import FLOAT, Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFormat:
+    """Of what weights are made.
+
+    Attributes:
+        scheme: Into what projections are rounded, or `None` for the model as it is.
+        quantize_head: Whether the output head is rounded to int8.
+    """
+
+    scheme: Scheme | None = None
+    quantize_head: bool = False
+
+    @property
+    def is_as_it_is(self) -> bool:
+        """Whether nothing is rounded."""
+        return self.scheme is None and not self.quantize_head
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatScore:
+    """The score of one plan with weights of one format.
+
+    Attributes:
+        weight_format: Of the projections: "float", "int8", "int4" or "fp8".
+        group_size: Inputs that share a scale, for int4.
+        head_format: "int8" where the head was rounded, else "float".
+        plan: What was dropped; `None` is nothing.
+        score: Distances are those to the dense model as it is.
+    """
+
+    weight_format: str
+    group_size: int | None
+    head_format: str
+    plan: SparsityPlan | None
+    score: SparseScore
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON form."""
+        plan = self.plan
+        return {
+            "weight_format": self.weight_format,
+            "group_size": self.group_size,
+            "head_format": self.head_format,
+            "strategy": plan.strategy if plan else None,
+            "target_sparsity": plan.target_sparsity if plan else 0.0,
+            "calibrated_with": plan.weight_format if plan else None,
+            **self.score.to_dict(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatEvaluation:
+    """Scores of formats and plans on the same tokens.
+
+    Attributes:
+        weight_format: Of the model as it is.
+        dense: Score of the model as it is.
+        rows: Format by format; one that is not that of the model itself begins without a plan.
+        tokens: Tokens scored.
+        sparse_from: Fraction of each window after which tokens are sparse and scored.
+        sequence_length: Tokens per window.
+    """
+
+    weight_format: str
+    dense: Score
+    rows: tuple[FormatScore, ...]
+    tokens: int
+    sparse_from: float
+    sequence_length: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON form."""
+        return {
+            "weight_format": self.weight_format,
+            "dense": self.dense.to_dict(),
+            "rows": [row.to_dict() for row in self.rows],
+            "tokens": self.tokens,
+            "sparse_from": self.sparse_from,
+            "sequence_length": self.sequence_length,
+        }
+
+
+def compare_formats(
+    model: Any,
+    tokens: TokenWindows | Tensor,
+    formats: Sequence[WeightFormat],
+    plans: Sequence[SparsityPlan],
+    *,
+    sparse_from: float = 0.5,
+    progress: Progress = silent,
+) -> FormatEvaluation:
+    """Score every plan with every format beside the dense model as it is.
+
+    A format takes the plans that were calibrated with it; where there are none, those that were
+    calibrated with floats, or else all of them. At any time one rounded copy of the model is in
+    memory.
+
+    Args:
+        model: A dense Hugging Face causal language model.
+        tokens: Token windows, or token ids, (windows, sequence_length), int64.
+        formats: At least one.
+        plans: What to drop.
+        sparse_from: As in `evaluate`.
+        progress: Shows how far it is.
+
+    Raises:
+        UserError: As `evaluate`; or the model is quantized already, or does not fit the groups.
+    """
+    rows: list[FormatScore] = []
+    for weight_format in formats:
+        candidate = _rounded(model, weight_format, progress)
+        made_of = weight_format_of(candidate)
+        chosen: list[SparsityPlan | None] = [*plans_for(made_of, plans)]
+        if candidate is not model:
+            chosen.insert(0, None)
+        result = compare(
+            candidate,
+            tokens,
+            chosen,
+            reference=model,
+            sparse_from=sparse_from,
+            progress=progress,
+        )
+        rows += [
+            FormatScore(
+                weight_format=made_of,
+                group_size=weight_format.scheme.group_size if weight_format.scheme else None,
+                head_format="int8" if weight_format.quantize_head else FLOAT,
+                plan=plan,
+                score=score,
+            )
+            for plan, score in zip(chosen, result.sparse, strict=True)
+        ]
+    return FormatEvaluation(
+        weight_format=weight_format_of(model),
+        dense=result.dense,
+        rows=tuple(rows),
+        tokens=result.tokens,
+        sparse_from=sparse_from,
+        sequence_length=result.sequence_length,
+    )
+
+
+def plans_for(weight_format: str, plans: Sequence[SparsityPlan]) -> list[SparsityPlan]:
+    """Return the plans calibrated with a format, or with floats if there are none, or all."""
+    for wanted in (weight_format, FLOAT):
+        found = [plan for plan in plans if plan.weight_format == wanted]
+        if found:
+            return found
+    return list(plans)
+
+
+def _rounded(model: Any, weight_format: WeightFormat, progress: Progress) -> Any:
+    if weight_format.is_as_it_is:
+        return model
+    candidate = copy.deepcopy(model)
+    if weight_format.scheme:
+        quantize_model(candidate, weight_format.scheme, progress=progress)
+    if weight_format.quantize_head:
+        quantize_head(candidate)
+    return candidate
