@@ -217,9 +217,9 @@ struct ScaleTile {
                                       int to = 0) {
     columns = min(COLUMNS - to, columns);
     u64 start = (u64)first_row * row_size + first_column;
-    copy(scales, static_cast<const Scale*>(all_scales) + start, rows, row_size, columns);
+    copy(scales, static_cast<const Scale*>(all_scales) + start, rows, row_size, columns, to);
 #if HAS_ZEROS
-    copy(zeros, all_zeros + start, rows, row_size, columns);
+    copy(zeros, all_zeros + start, rows, row_size, columns, to);
 #endif
   }
 
@@ -238,15 +238,15 @@ struct ScaleTile {
 
  private:
   template <typename T>
-  static __device__ __forceinline__ void copy(T (*to)[COLUMNS], const T* from, int rows, int row_size,
-                                              int columns) {
+  static __device__ __forceinline__ void copy(T (*tile)[COLUMNS], const T* from, int rows,
+                                              int row_size, int columns, int to) {
     constexpr int AT_ONCE = LOAD_BYTES / sizeof(T), PIECES = (COLUMNS + AT_ONCE - 1) / AT_ONCE;
 #pragma unroll 1
     for (int i = threadIdx.x; i < min(ROWS, rows) * PIECES; i += THREADS) {
       int row = i / PIECES, column = i % PIECES * AT_ONCE;
       if (column < columns)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                         (u32)__cvta_generic_to_shared(&to[row][column])),
+                         (u32)__cvta_generic_to_shared(&tile[row][to + column])),
                      "l"(from + (u64)row * row_size + column)
                      : "memory");
     }
