@@ -7,7 +7,7 @@
 // has OWN attended channels in full, and adds their strips of o to the residual stream.
 //
 // Set on the compiler's command line, beside what cuda_slices.cuh and cuda_attention.cuh want:
-// O_GROUP, BLOCKS, PREFETCH_QKV, PREFETCH_O.
+// O_GROUP, BLOCKS, PREFETCH_QKV, PREFETCH_O, MOST_SHARED.
 
 #include "cuda_attention.cuh"
 #include "cuda_slices.cuh"
@@ -31,7 +31,10 @@ using Output = Rows<OWN, GROUPS_OF_OWN>;
 struct Shared {
   List lists[PARTS];
   union {
-    Teams<COLUMNS> teams;
+    struct {
+      Teams<Q_COLUMNS> q;
+      Teams<2 * HEAD_DIM> kv;
+    };
     Output::Passes passes;
   };
   ScaleTile<GROUPS_OF_SHARE, COLUMNS> scales;
@@ -42,12 +45,10 @@ struct Shared {
   Output o;
 };
 
+static_assert(sizeof(Shared) <= MOST_SHARED, "the host expects less");
+
 // How much of it the host has to provide.
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
-
-__device__ __forceinline__ int part_of(int column) {
-  return column < Q_COLUMNS ? 0 : 1 + (column - Q_COLUMNS) / HEAD_DIM;
-}
 
 __device__ __forceinline__ int width_of(int part) { return part == 0 ? Q_COLUMNS : HEAD_DIM; }
 
@@ -83,7 +84,7 @@ __device__ __forceinline__ void ask_for_columns(Shared& shared, const void* scal
 __device__ __forceinline__ void exchange_sums(Shared& shared, bool has_bias) {
   u32 rank = cluster_rank();
   for (int column = threadIdx.x; column < COLUMNS; column += THREADS) {
-    float sum = shared.teams.sum(column);
+    float sum = column < Q_COLUMNS ? shared.q.sum(column) : shared.kv.sum(column - Q_COLUMNS);
 #if FORMAT == INT8 || FORMAT == FP8
     sum *= HALF_RANGE * shared.scales.scale(0, column);
 #endif
@@ -103,14 +104,18 @@ __device__ __forceinline__ void exchange_sums(Shared& shared, bool has_bias) {
   cluster_wait();
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void
+#if CLUSTER > 1
+__cluster_dims__(CLUSTER)
+#endif
+__launch_bounds__(THREADS, BLOCKS)
 attend_and_project(const i64* hidden, i64* next, i64* clear, const float* gain, const float* thresholds,
                    const float* o_threshold, const u8* qkv, const void* qkv_scales,
                    const u8* qkv_zeros, const u16* qkv_bias, const u8* o, const void* o_scales,
                    const u8* o_zeros, const u16* o_bias, const u16* keys, const u16* values,
                    const i64* position, const float* cosines, const float* sines, const float* q_gain,
                    const float* k_gain, int* overflow, int capacity, int window, float scale,
-                   float softcap, float epsilon, float multiplier) {
+                   float softcap, float epsilon, float head_epsilon, float multiplier) {
   extern __shared__ uint4 memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   int rank = blockIdx.x, key_head = blockIdx.y;
@@ -130,11 +135,13 @@ attend_and_project(const i64* hidden, i64* next, i64* clear, const float* gain, 
   // Position and cache were written by launches of the step before.
   Context context(keys, values, (int)__ldcg(position), capacity, key_head, window);
   shared.attention.ask(context, cosines, sines, q_gain, k_gain);
-  int slot = threadIdx.x % shared.teams.SIZE, part = part_of(slot * PER_LANE);
-  // Where the cluster's columns would begin if the weight had them beside each other.
-  qkv += (i64)(weight_start_of(part) - start_of(part)) * BITS / 8;
-  shared.teams.prefetch<STRIP_BYTES>(qkv + first_channel * STRIP_BYTES, COLUMNS,
-                                     min(PREFETCH_QKV, K - first_channel));
+  const u8* q = qkv + (u64)weight_start_of(0) * BITS / 8;
+  // Where the columns of a thread's part, k or v, would lie beside those of k.
+  int part = 1 + threadIdx.x % shared.kv.SIZE * PER_LANE / HEAD_DIM;
+  const u8* kv = qkv + (u64)(weight_start_of(part) - (part - 1) * HEAD_DIM) * BITS / 8;
+  int prefetched = min(PREFETCH_QKV, K - first_channel);
+  shared.q.prefetch<STRIP_BYTES>(q + first_channel * STRIP_BYTES, Q_COLUMNS, prefetched);
+  shared.kv.prefetch<STRIP_BYTES>(kv + first_channel * STRIP_BYTES, 2 * HEAD_DIM, prefetched);
   wait_for_input();
 
   Share share;
@@ -142,12 +149,13 @@ attend_and_project(const i64* hidden, i64* next, i64* clear, const float* gain, 
   wait_for_all_copies();
 #pragma unroll
   for (int i = 0; i < PARTS; i++) share.list(shared.lists[i], limits[i], first_channel);
-  shared.teams.add<STRIP_BYTES>(shared.lists[part], shared.scales, 0, qkv, COLUMNS);
+  shared.q.add<STRIP_BYTES>(shared.lists[0], shared.scales, 0, q, Q_COLUMNS);
+  shared.kv.add<STRIP_BYTES>(shared.lists[part], shared.scales, Q_COLUMNS, kv, 2 * HEAD_DIM);
   shared.o.prefetch(o + first_own * shared.o.BYTES, min(PREFETCH_O, OWN));
   __syncthreads();
   exchange_sums(shared, qkv_bias != nullptr);
 
-  shared.attention.place_heads(context, q_gain != nullptr, epsilon);
+  shared.attention.place_heads(context, q_gain != nullptr, head_epsilon);
   shared.attention.attend(context, scale, softcap);
 
   using Own = KeptChannels<OWN>;
