@@ -38,7 +38,7 @@ struct Shared {
     Output::Passes passes;
   };
   ScaleTile<GROUPS_OF_SHARE, COLUMNS> scales;
-  alignas(LOAD_BYTES) u16 bias[COLUMNS];
+  alignas(COPY_BYTES) u16 bias[COLUMNS];
   // Sums that this block adds up, over the share of each block of the cluster.
   float exchange[CLUSTER][SUMMED];
   Attention attention;

@@ -13,7 +13,7 @@
 #include "cuda_hidden.cuh"
 
 constexpr int HALF = HEAD_DIM / 2;
-constexpr int HELD = LOAD_BYTES / sizeof(u16);  // channels of a key that a lane holds
+constexpr int HELD = COPY_BYTES / sizeof(u16);  // channels of a key that a lane holds
 constexpr int ROW_LANES = HEAD_DIM / HELD;
 constexpr int WARP_ROWS = WARP / ROW_LANES;
 constexpr int WARPS = THREADS / WARP;
@@ -126,14 +126,14 @@ __device__ __forceinline__ void unpack(const uint4& row, float (&values)[HELD]) 
 // What the blocks of a cluster need for attention, in shared memory.
 struct Attention {
   // Queries, key and value of the new token as activations, the same in all blocks.
-  alignas(LOAD_BYTES) float heads[QUERIES + 2][HEAD_DIM];
+  alignas(COPY_BYTES) float heads[QUERIES + 2][HEAD_DIM];
   // Result: this block's share of the attended channels.
   float attended[OWN];
 
   // Ask for everything that does not depend on this step's products.
   __device__ __forceinline__ void ask(const Context& context, const float* cosines, const float* sines,
                                       const float* q_gain, const float* k_gain) {
-    constexpr int FLOATS_AT_ONCE = LOAD_BYTES / sizeof(float);
+    constexpr int FLOATS_AT_ONCE = COPY_BYTES / sizeof(float);
     for (int i = threadIdx.x * FLOATS_AT_ONCE; i < HALF; i += THREADS * FLOATS_AT_ONCE) {
       copy_16(angles[0] + i, cosines + (u64)context.position * HALF + i);
       copy_16(angles[1] + i, sines + (u64)context.position * HALF + i);
@@ -174,9 +174,9 @@ struct Attention {
   }
 
  private:
-  alignas(LOAD_BYTES) float angles[2][HALF];     // cosines, sines
-  alignas(LOAD_BYTES) float gains[2][HEAD_DIM];  // of queries, of the key
-  alignas(LOAD_BYTES) u16 fresh[2][HEAD_DIM];    // new key and value as the cache holds them
+  alignas(COPY_BYTES) float angles[2][HALF];     // cosines, sines
+  alignas(COPY_BYTES) float gains[2][HEAD_DIM];  // of queries, of the key
+  alignas(COPY_BYTES) u16 fresh[2][HEAD_DIM];    // new key and value as the cache holds them
   union {
     uint4 slots[SLOTS][2][THREADS];
     // Sums of weighted values of the warps; the slots are done with then.

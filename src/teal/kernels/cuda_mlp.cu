@@ -29,7 +29,7 @@ struct Shared {
     Teams<SLICE> teams[PARTS];
     Down::Passes passes;
   };
-  ScaleTile<GROUPS_OF_SHARE, FORMAT == INT4 ? SLICE : LOAD_BYTES> scales[PARTS];
+  ScaleTile<GROUPS_OF_SHARE, FORMAT == INT4 ? SLICE : COPY_BYTES> scales[PARTS];
   // Sums of this block's own channels over the share of each block of the cluster.
   float exchange[PARTS][CLUSTER][OWN];
   Down down;

@@ -71,28 +71,35 @@ __device__ __forceinline__ void read_input(const void* source, const float* gain
   }
 }
 
-// The sums of a warp over the kept channels that are its share of the chunk, for this thread's columns.
-__device__ __forceinline__ void warp_sums(const List& list, const Scales& scales, int first_channel,
+// The sums of a warp over the kept channels that are its share of the chunk, for the columns of a
+// quad.
+__device__ __forceinline__ void add_share(const List& list, const Scales& scales, int first_channel,
                                           const u8* weight, float (&total)[PER_LANE]) {
   int share = threadIdx.x / WARP / WARPS_N;
 #if FORMAT != INT4
-  add_strips(list.entries, share, list.count(), WARPS_K, weight, total);
+  Sums sums;
+  float factor = list.factor();
+  sums.add(list.entries, share, list.count(), WARPS_K, weight, factor);
+  sums.share_inputs();
+#pragma unroll
+  for (int c = 0; c < PER_LANE; c++) total[c] = sums.sum(c) / factor;
 #else
   // Whole groups, because the sum of a group is scaled at once.
   constexpr int SEGMENT = GROUP < CHUNK / WARPS_K ? GROUP : CHUNK / WARPS_K;
-  int column = (threadIdx.x / WARP % WARPS_N) * WARP_N + threadIdx.x % WARP * PER_LANE;
-#pragma unroll
+  int column = (threadIdx.x / WARP % WARPS_N) * QUADS_N + threadIdx.x % WARP / 4 * PER_LANE;
+#pragma unroll 1
   for (int i = 0; i < CHUNK / SEGMENT / WARPS_K; i++) {
     int segment = share * (CHUNK / SEGMENT / WARPS_K) + i, words = SEGMENT / WARP;
     int begin = list.before(segment * words), end = list.before((segment + 1) * words);
     // Groups beyond the last channel have no scales.
     if (begin == end) continue;
-    float sums[PER_LANE] = {};
-    float inputs = add_strips(list.entries, begin, end, 1, weight, sums);
+    Sums sums;
+    sums.add(list.entries + begin, 0, end - begin, 1, weight, 1.0f);
+    sums.share_inputs();
     int channel = first_channel + segment * SEGMENT;
+#pragma unroll
     for (int c = 0; c < PER_LANE; c++)
-      total[c] += scales.scale(channel, column + c) *
-                  (64.0f * sums[c] - (128.0f + scales.zero(channel, column + c)) * inputs);
+      total[c] += scales.scale(channel, column + c) * sums.sum(c, scales.zero(channel, column + c));
   }
 #endif
 }
@@ -101,20 +108,22 @@ __device__ __forceinline__ void warp_sums(const List& list, const Scales& scales
 __device__ __forceinline__ void add_block(const float (&total)[PER_LANE], const Scales& scales,
                                           i64* sums, const u16* bias, int columns, float multiplier,
                                           int* overflow) {
-  // Threads lie apart so that they write to different banks.
-  constexpr int PITCH = PER_LANE + 4;
+  // The lanes of a quad have the same sums, and write a quarter each; quads lie apart so that they
+  // write to different banks.
+  constexpr int QUARTER = PER_LANE / 4, PITCH = PER_LANE + 4;
   __shared__ float of_warps[WARPS_K][BLOCK_N / PER_LANE * PITCH];
-  int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  float* row = of_warps[warp / WARPS_N] + ((warp % WARPS_N) * WARP + lane) * PITCH;
+  int warp = threadIdx.x / WARP, quad = threadIdx.x % WARP / 4, lane = threadIdx.x % 4;
+  float* row = of_warps[warp / WARPS_N] + ((warp % WARPS_N) * QUADS + quad) * PITCH;
 #pragma unroll
-  for (int i = 0; i < PER_LANE; i++) row[i] = total[i];
+  for (int c = 0; c < PER_LANE; c++)
+    if (c / QUARTER == lane) row[c] = total[c];
   __syncthreads();
   for (int i = threadIdx.x; i < min(BLOCK_N, columns); i += THREADS) {
     float sum = 0.0f;
 #pragma unroll
     for (int k = 0; k < WARPS_K; k++) sum += of_warps[k][i / PER_LANE * PITCH + i % PER_LANE];
 #if FORMAT == INT8 || FORMAT == FP8
-    sum *= HALF_RANGE * scales.scale(0, i);
+    sum *= scales.scale(0, i);
 #endif
 #if HAS_BIAS
     if (blockIdx.y == 0) sum += low_half(bias[i]);
@@ -145,7 +154,7 @@ project(const void* source, const float* gain, const float* thresholds, const u8
   int end = part == 0 ? START_1 : part == 1 ? START_2 : N;
   int first_column = start + (tile - (part == 0 ? 0 : part == 1 ? TILES_1 : TILES_2)) * BLOCK_N;
   int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  int column = first_column + (warp % WARPS_N) * WARP_N + lane * PER_LANE;
+  int column = first_column + (warp % WARPS_N) * QUADS_N + lane / 4 * PER_LANE;
   // Threads beyond the last column read what their block reads anyway.
   weight += (u64)(column < end ? column : first_column) * BITS / 8;
 
@@ -154,7 +163,7 @@ project(const void* source, const float* gain, const float* thresholds, const u8
 #endif
 #if PREFETCH > 0
   // Nothing is dropped: what comes first is known before the input is.
-  for (int i = warp / WARPS_N; i < PREFETCH && first_channel + i < K; i += WARPS_K)
+  for (int i = warp / WARPS_N * 4 + lane % 4; i < PREFETCH && first_channel + i < K; i += 4 * WARPS_K)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + (first_channel + i) * STRIP_BYTES));
 #endif
   scales.ask(all_scales, all_zeros, first_channel, first_column, end - first_column);
@@ -173,7 +182,7 @@ project(const void* source, const float* gain, const float* thresholds, const u8
   wait_for_copies();
   list.fill(keeps, x, first_channel);
   float total[PER_LANE] = {};
-  warp_sums(list, scales, first_channel, weight, total);
+  add_share(list, scales, first_channel, weight, total);
   add_block(total, scales, sums + first_column, bias + first_column, end - first_column, multiplier,
             overflow);
 

@@ -11,12 +11,10 @@ from torch import Tensor
 from teal.kernels.cuda_compile import FLOAT, INT, Definitions, function, has_clusters, launch
 from teal.kernels.cuda_strips import (
     FRACTION_BITS,
-    WARP,
     Cut,
     strip_definitions,
 )
 from teal.kernels.operands import Grid
-from teal.kernels.reference_quantized import INT4
 
 SOURCE = "cuda_step.cu"
 UNIT = 2.0**-FRACTION_BITS
@@ -33,11 +31,10 @@ PREFETCH = 16
 
 
 # The fastest for Llama-3-8B at 50 % on an H200, where neighbours are within 2 %.
-_NARROW = Cut(chunk=256, warps_n=1, warps_k=4, unroll=4, blocks=3, cluster=8)
-_WIDE = Cut(chunk=512, warps_n=2, warps_k=4, unroll=4, blocks=4, cluster=8)
-_ATTENDED = Cut(chunk=128, warps_n=1, warps_k=8, unroll=4, blocks=4)
-_GATED = Cut(chunk=128, warps_n=1, warps_k=4, unroll=8, blocks=2)
-_INT4_WARPS = 4
+_NARROW = Cut(chunk=256, warps_n=4, warps_k=2, unroll=2, blocks=3, cluster=8, lanes=8)
+_WIDE = Cut(chunk=512, warps_n=4, warps_k=2, unroll=2, blocks=3, cluster=8, lanes=8)
+_ATTENDED = Cut(chunk=128, warps_n=4, warps_k=2, unroll=2, blocks=3, lanes=8)
+_GATED = Cut(chunk=128, warps_n=4, warps_k=2, unroll=2, blocks=3, lanes=8)
 _MANY_COLUMNS = 16384
 _LONG_ATTENDED = 8192
 _LONG_GATED = 28672
@@ -179,9 +176,6 @@ def cut_for(projections: Projections, *, clusters: bool) -> Cut:
         cut = _lengthened(_GATED, len(weight) >= _LONG_GATED)
     else:
         cut = _WIDE if sum(widths) >= _MANY_COLUMNS else _NARROW
-    if weight.dtype == INT4:
-        # The sums of a warp take four times the memory, and its share of the list is whole words.
-        cut = replace(cut, chunk=max(cut.chunk, WARP * _INT4_WARPS), warps_n=1, warps_k=_INT4_WARPS)
     # A cluster has to divide the tiles evenly.
     tiles = cut.tiles(widths, weight.dtype)
     return replace(cut, cluster=math.gcd(tiles, cut.cluster) if clusters else 1)

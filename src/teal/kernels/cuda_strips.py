@@ -17,6 +17,7 @@ FRACTION_BITS = 40
 
 WARP = 32
 _LOAD_BITS = 128
+_MOST_COLUMNS = 16
 # Numbers in cuda_strips.cuh, and bits of a weight.
 _FORMATS = {
     torch.bfloat16: (0, 16),
@@ -34,11 +35,12 @@ class Cut:
 
     Attributes:
         chunk: Channels of a block, a multiple of 32 · warps_k.
-        warps_n: Warps beside each other, 512 bytes of a strip each.
+        warps_n: Warps beside each other, 16 bytes of a strip per lane.
         warps_k: Warps that share the channels of the block.
         unroll: Strips that a thread has under way.
         blocks: Blocks that fit into one multiprocessor, for the compiler.
         cluster: Blocks that work together at most.
+        lanes: Threads that read a strip side by side, a power of two.
     """
 
     chunk: int
@@ -47,6 +49,7 @@ class Cut:
     unroll: int
     blocks: int
     cluster: int = 1
+    lanes: int = WARP
 
     @property
     def threads(self) -> int:
@@ -55,7 +58,7 @@ class Cut:
 
     def columns(self, dtype: torch.dtype) -> int:
         """Columns of a block for a weight, or codes, of `dtype`."""
-        return columns_per_load(dtype) * WARP * self.warps_n
+        return columns_per_load(dtype) * self.lanes * self.warps_n
 
     def tiles(self, widths: Sequence[int], dtype: torch.dtype) -> int:
         """Blocks beside each other for parts of some widths."""
@@ -64,7 +67,12 @@ class Cut:
 
 def columns_per_load(dtype: torch.dtype) -> int:
     """Return how many weights, or codes, of `dtype` a thread loads at once."""
-    return _LOAD_BITS // _FORMATS[dtype][1]
+    return min(_LOAD_BITS // bits_of(dtype), _MOST_COLUMNS)
+
+
+def bits_of(dtype: torch.dtype) -> int:
+    """Return the bits of a weight, or code, of `dtype`."""
+    return _FORMATS[dtype][1]
 
 
 def can_load(
