@@ -18,6 +18,10 @@ try:
 except ImportError:
     triton_launch = None  # type: ignore[assignment]
 try:
+    from teal.kernels import cuda_gemv
+except ImportError:
+    cuda_gemv = None  # type: ignore[assignment]
+try:
     from teal.kernels import cpu_attention, cpu_gemv, cpu_rows
 except ImportError:
     cpu_gemv = None  # type: ignore[assignment]
@@ -102,6 +106,8 @@ def by_reference(operands: Operands) -> Tensor:
 
 
 def _on_cuda(operands: Operands) -> Tensor:
+    if cuda_gemv is not None and cuda_gemv.can_compute(operands, None):
+        return cuda_gemv.compute(operands)
     if not _has_triton_kernel(operands):
         return by_reference(operands)
     x = operands.x

@@ -12,6 +12,10 @@ from teal.kernels.operands import Grid, Operands
 from teal.kernels.reference_quantized import dequantized
 
 try:
+    from teal.kernels import cuda_gemv
+except ImportError:
+    cuda_gemv = None  # type: ignore[assignment]
+try:
     from teal.kernels import cpu_quantized
 except ImportError:
     cpu_quantized = None  # type: ignore[assignment]
@@ -55,6 +59,12 @@ def _by_reference(operands: Operands, grid: Grid) -> Tensor:
     return by_reference(operands._replace(weight=weight))
 
 
+def _on_cuda(operands: Operands, grid: Grid) -> Tensor:
+    if cuda_gemv is not None and cuda_gemv.can_compute(operands, grid):
+        return cuda_gemv.compute(operands, grid)
+    return _by_reference(operands, grid)
+
+
 def _on_cpu(operands: Operands, grid: Grid) -> Tensor:
     if has_numba() and cpu_quantized.can_compute(operands, grid):
         return cpu_quantized.compute(operands, grid)
@@ -72,4 +82,5 @@ def _products(compute: Compute) -> Mapping[str, Callable[..., Tensor]]:
 IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Tensor]]] = {
     "CompositeExplicitAutograd": _products(_by_reference),
     "CPU": _products(_on_cpu),
+    "CUDA": _products(_on_cuda),
 }

@@ -1,0 +1,350 @@
+// One product of one row: parts beside each other, or activation(gate) · up.
+// docs/kernels.md explains the scheme with a drawing.
+//
+// A cluster of blocks owns a tile of columns and shares the channels. Each block lists the kept ones
+// of its chunks, its warps sum their strips, and each block finishes its share of the columns with
+// what the others send it.
+//
+// Set on the compiler's command line, beside what cuda_hidden.cuh wants: ACTIVATION, HAS_NORM,
+// START_1, START_2, BLOCKS, PREFETCH.
+
+#include "cuda_hidden.cuh"
+
+#define NONE 0
+#define SILU 1
+#define GELU_TANH 2
+
+constexpr int HALVES = ACTIVATION == NONE ? 1 : 2;  // gate and up
+// Lanes of a warp that have the same columns: those of a quad when tensor cores multiply codes.
+constexpr int ALIKE = FORMAT == FLOATS ? 1 : 4;
+constexpr int WARP_COLUMNS = WARP / ALIKE * PER_LANE;
+constexpr int BLOCK_COLUMNS = WARP_COLUMNS * WARPS_N;
+constexpr int TILE_N = BLOCK_COLUMNS / HALVES;
+constexpr int FINISHED = TILE_N / CLUSTER;
+// Columns of a thread when the lanes that are alike have divided them.
+constexpr int OWN = PER_LANE / ALIKE;
+// Threads lie apart so that they write to different banks.
+constexpr int PITCH = PER_LANE + 4;
+
+static_assert(WARPS_N % HALVES == 0, "a warp has columns of gate or of up");
+static_assert(TILE_N % CLUSTER == 0 && FINISHED <= THREADS, "a thread finishes a column");
+
+#if FORMAT == INT4
+constexpr int GROUPS = GROUP < CHUNK ? CHUNK / GROUP : 1;
+// Channels that a warp scales at once: its share of a chunk, or a group if that is not cut evenly.
+constexpr int SHARE = CHUNK / WARPS_K;
+constexpr int SEGMENT = CHUNK % (WARPS_K * WARP) == 0 && GROUP % SHARE == 0 ? SHARE : GROUP;
+static_assert(CHUNK % SEGMENT == 0 && SEGMENT % WARP == 0, "segments cover the chunk");
+static_assert(CHUNK % GROUP == 0 || GROUP % CHUNK == 0, "a chunk is of whole groups, or in one");
+#else
+constexpr int GROUPS = 1;
+#endif
+
+using Tile = ScaleTile<GROUPS, TILE_N>;
+
+struct Shared {
+  List lists[HALVES];
+  Tile scales[HALVES];
+  float of_warps[WARPS_K][BLOCK_COLUMNS / PER_LANE * PITCH];
+  // Sums of the columns that this block finishes, of each block of the cluster.
+  float received[CLUSTER][HALVES][FINISHED];
+  // Counts the bytes of these that have come.
+  u64 arrivals;
+};
+
+// How much of it the host has to provide.
+extern "C" __constant__ int shared_bytes = sizeof(Shared);
+
+// Let other blocks send sums to this one from the next barrier of the cluster on.
+__device__ __forceinline__ void expect_sums(Shared& shared) {
+#if CLUSTER > 1
+  u32 arrivals = (u32)__cvta_generic_to_shared(&shared.arrivals);
+  if (threadIdx.x == 0) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrivals) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrivals),
+                 "n"(sizeof(Shared::received))
+                 : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncwarp();
+#endif
+}
+
+// Send one sum; this needs no fence, which would take longer than the way.
+__device__ __forceinline__ void send(Shared& shared, int half, int column, float sum) {
+  float* slot = &shared.received[blockIdx.y][half][column % FINISHED];
+#if CLUSTER > 1
+  u32 rank = column / FINISHED;
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
+                   at_rank(slot, rank)),
+               "f"(sum), "r"(at_rank(&shared.arrivals, rank))
+               : "memory");
+#else
+  *slot = sum;
+#endif
+}
+
+// Wait until all sums have come.
+__device__ __forceinline__ void receive_sums(Shared& shared) {
+#if CLUSTER > 1
+  u32 arrivals = (u32)__cvta_generic_to_shared(&shared.arrivals), done;
+  do {
+    asm volatile(
+        "{ .reg .pred p;\n"
+        "  mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n"
+        "  selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(arrivals)
+        : "memory");
+  } while (!done);
+#else
+  __syncthreads();
+#endif
+}
+
+// Read a number here and now, long before it is used.
+__device__ __forceinline__ u16 load_early(const u16* pointer) {
+  u16 bits;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(bits) : "l"(pointer));
+  return bits;
+}
+
+// 1 / rms of the input, which every block reads whole.
+__device__ __forceinline__ float inverse_rms(const u16* x, float epsilon) {
+  __shared__ float of_warps[THREADS / WARP];
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < K / 8; i += THREADS) {
+    uint4 eight = __ldcg(reinterpret_cast<const uint4*>(x) + i);
+    const u32* pairs = reinterpret_cast<const u32*>(&eight);
+#pragma unroll
+    for (int pair = 0; pair < 4; pair++) {
+      float a = low_half(pairs[pair]), b = high_half(pairs[pair]);
+      sum += a * a + b * b;
+    }
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = sum;
+  __syncthreads();
+  sum = 0.0f;
+  for (int warp = 0; warp < THREADS / WARP; warp++) sum += of_warps[warp];
+  return rsqrtf(sum / K + epsilon);
+}
+
+// This thread's activations of a chunk.
+struct Activations {
+  float x[PER_THREAD];
+
+  static __device__ __forceinline__ bool is_inside(int i, int first) {
+    int place = i * THREADS + threadIdx.x;
+    return place < CHUNK && first + place < K;
+  }
+
+  // Read them, through a norm where there is one; `factor` is the norm's once it is known.
+  __device__ __forceinline__ void read(const u16* input, const float* gain, float epsilon, int first,
+                                       float& factor) {
+#if HAS_NORM
+    float gains[PER_THREAD];
+#endif
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; i++) {
+      int channel = is_inside(i, first) ? first + i * THREADS + threadIdx.x : 0;
+      x[i] = low_half(__ldcg(input + channel));
+#if HAS_NORM
+      gains[i] = gain[channel];
+#endif
+    }
+#if HAS_NORM
+    if (factor == 0.0f) factor = inverse_rms(input, epsilon);
+    // Rounded twice, as Hugging Face's LlamaRMSNorm does.
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; i++) x[i] = rounded(rounded(x[i] * factor) * gains[i]);
+#endif
+  }
+
+  // List those that are kept, centred.
+  __device__ __forceinline__ void list(List& kept, float threshold, const float* scale,
+                                       const float* shift, int first) const {
+    bool keeps[PER_THREAD];
+    float centred[PER_THREAD];
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; i++) {
+      int channel = is_inside(i, first) ? first + i * THREADS + threadIdx.x : 0;
+      float exact = shift == nullptr ? x[i] : x[i] - shift[channel];
+      float score = scale == nullptr ? fabsf(exact) : fabsf(exact) * scale[channel];
+      // Dropped when <=, so that NaN is kept.
+      keeps[i] = is_inside(i, first) && !(score <= threshold);
+      centred[i] = shift == nullptr ? exact : rounded(exact);
+    }
+    kept.fill(keeps, centred, first);
+  }
+};
+
+#if FORMAT != FLOATS
+// Add `factor` times the sums of this thread's columns, of which `column` is the first in its tile.
+__device__ __forceinline__ void add_own(const Sums& sums, const Tile& scales, int group, int column,
+                                        float factor, float (&total)[OWN]) {
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+#if FORMAT == INT4
+    float zero = scales.zero(group, column + i);
+    factor = scales.scale(group, column + i);
+#else
+    float zero = 0.0f;
+#endif
+#pragma unroll
+    for (int lane = 0; lane < ALIKE; lane++)
+      if (threadIdx.x % ALIKE == lane) total[i] += factor * sums.sum(lane * OWN + i, zero);
+  }
+}
+#endif
+
+// Add the strips of the kept channels of a chunk that are this warp's share.
+__device__ __forceinline__ void add_chunk(const List& list, const Tile& scales, int column,
+                                          const u8* weight, float (&total)[OWN]) {
+  int share = threadIdx.x / WARP / WARPS_N;
+#if FORMAT == FLOATS
+  add_strips(list.entries, share, list.count(), WARPS_K, weight, total);
+#elif FORMAT != INT4
+  Sums sums;
+  float factor = list.factor();
+  sums.add(list.entries, share, list.count(), WARPS_K, weight, factor);
+  sums.share_inputs();
+  add_own(sums, scales, 0, column, 1.0f / factor, total);
+#else
+  // Whole groups, because the sum of a group is scaled at once.
+#pragma unroll 1
+  for (int segment = share; segment < CHUNK / SEGMENT; segment += WARPS_K) {
+    int begin = list.before(segment * (SEGMENT / WARP));
+    int end = list.before((segment + 1) * (SEGMENT / WARP));
+    // Beyond the last channel there are no scales.
+    if (begin == end) continue;
+    Sums sums;
+    sums.add(list.entries + begin, 0, end - begin, 1, weight, 1.0f);
+    sums.share_inputs();
+    add_own(sums, scales, segment * SEGMENT / GROUP, column, 1.0f, total);
+  }
+#endif
+}
+
+// Add up the warps of this block, in their order, and send each sum to the block that finishes it.
+__device__ __forceinline__ void send_sums(Shared& shared, const float (&total)[OWN], int place) {
+  float* row = shared.of_warps[threadIdx.x / WARP / WARPS_N];
+#pragma unroll
+  for (int i = 0; i < OWN; i++) row[place / PER_LANE * PITCH + place % PER_LANE + i] = total[i];
+  __syncthreads();
+  cluster_wait();  // every block of the cluster has begun
+  for (int i = threadIdx.x; i < BLOCK_COLUMNS; i += THREADS) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < WARPS_K; k++) sum += shared.of_warps[k][i / PER_LANE * PITCH + i % PER_LANE];
+    send(shared, i / TILE_N, i % TILE_N, sum);
+  }
+}
+
+// Up to three parts lie beside each other, the second from column START_1 and the third from START_2,
+// each with a threshold and scales of scores of its own, or gate and up, half of the columns each.
+extern "C" __global__ void
+#if CLUSTER > 1
+__cluster_dims__(1, CLUSTER)
+#endif
+__launch_bounds__(THREADS, BLOCKS)
+multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_zeros,
+         const float* gain, const float* scale, const float* shift, const u16* bias,
+         const u16* residual, u16* out, float threshold_0, float threshold_1, float threshold_2,
+         float epsilon) {
+  extern __shared__ uint4 memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  constexpr int TILES_1 = (START_1 + TILE_N - 1) / TILE_N;
+  constexpr int TILES_2 = TILES_1 + (START_2 - START_1 + TILE_N - 1) / TILE_N;
+  int tile = blockIdx.x, rank = blockIdx.y;
+  int part = HALVES == 1 ? (tile >= TILES_1) + (tile >= TILES_2) : 0;
+  int start = part == 0 ? 0 : part == 1 ? START_1 : START_2;
+  int end = part == 0 ? START_1 : part == 1 ? START_2 : N;
+  int first_column = start + (tile - (part == 0 ? 0 : part == 1 ? TILES_1 : TILES_2)) * TILE_N;
+  int columns = end - first_column;
+  float threshold = part == 0 ? threshold_0 : part == 1 ? threshold_1 : threshold_2;
+
+  int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  // Lanes that are alike read the same columns of different channels; each then has OWN of them.
+  int place = (warp % WARPS_N) * WARP_COLUMNS + lane / ALIKE * PER_LANE;
+  int half = place / TILE_N, column = place % TILE_N, own = lane % ALIKE * OWN;
+  // Threads beyond the last column read what their block reads anyway.
+  u64 offset = half * START_1 + first_column + (column < columns ? column : 0);
+  weight += offset * BITS / 8;
+
+  expect_sums(shared);
+  cluster_arrive();
+  auto ask_for_scales = [&](int first_channel) {
+#pragma unroll
+    for (int part = 0; part < HALVES; part++)
+#if FORMAT == INT4
+      shared.scales[part].ask(all_scales, all_zeros, first_channel / GROUP,
+                              (K - first_channel + GROUP - 1) / GROUP, N,
+                              part * START_1 + first_column, columns);
+#else
+      shared.scales[part].ask(all_scales, all_zeros, 0, 1, N, part * START_1 + first_column, columns);
+#endif
+  };
+  ask_for_scales(rank * CHUNK);
+  if ((half == 0 ? threshold : threshold_1) < 0.0f)
+    // Nothing is dropped: what comes first is known before the input is.
+    for (int i = warp / WARPS_N * ALIKE + lane % ALIKE; i < min(PREFETCH, K - rank * CHUNK);
+         i += WARPS_K * ALIKE)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + (rank * CHUNK + i) * STRIP_BYTES));
+  wait_for_input();
+
+  int finished = rank * FINISHED + threadIdx.x, out_column = first_column + finished;
+  bool finishes = threadIdx.x < FINISHED && finished < columns;
+  u16 biases[HALVES] = {}, rest = 0;
+  if (finishes && bias != nullptr)
+#pragma unroll
+    for (int part = 0; part < HALVES; part++)
+      biases[part] = load_early(bias + part * START_1 + out_column);
+  if (finishes && residual != nullptr) rest = load_early(residual + out_column);
+
+  bool has_one_list = HALVES == 1 || (scale == nullptr && threshold_0 == threshold_1);
+  float total[OWN] = {}, factor = 0.0f;
+#pragma unroll 1
+  for (int first_channel = rank * CHUNK; first_channel < K; first_channel += CLUSTER * CHUNK) {
+    if (first_channel != rank * CHUNK) {
+      __syncthreads();
+      if (FORMAT == INT4) ask_for_scales(first_channel);
+    }
+    Activations activations;
+    activations.read(x, gain, epsilon, first_channel, factor);
+    wait_for_copies();
+    activations.list(shared.lists[0], threshold, scale == nullptr ? scale : scale + part * K, shift,
+                     first_channel);
+    if (!has_one_list)
+      activations.list(shared.lists[HALVES - 1], threshold_1, scale == nullptr ? scale : scale + K,
+                       shift, first_channel);
+    add_chunk(shared.lists[has_one_list ? 0 : half], shared.scales[half], column + own, weight,
+              total);
+  }
+  send_sums(shared, total, place + own);
+
+#if CLUSTER > 1
+  if (threadIdx.x >= FINISHED) return;
+#endif
+  // A block stays until all has come, whether it has columns or not.
+  receive_sums(shared);
+  if (!finishes) return;
+  float sums[HALVES];
+#pragma unroll
+  for (int part = 0; part < HALVES; part++) {
+    sums[part] = 0.0f;
+#pragma unroll
+    for (int block = 0; block < CLUSTER; block++)
+      sums[part] += shared.received[block][part][threadIdx.x];
+#if FORMAT == INT8 || FORMAT == FP8
+    sums[part] *= shared.scales[part].scale(0, finished);
+#endif
+    sums[part] += low_half(biases[part]);
+  }
+#if ACTIVATION == NONE
+  out[out_column] = to_bits(sums[0] + low_half(rest));
+#else
+  out[out_column] = to_bits(gated(ACTIVATION == SILU, sums[0], sums[1]));
+#endif
+}

@@ -1,0 +1,242 @@
+"""Launches the CUDA C++ kernel of one product on its own; see cuda_gemv.cu."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from teal.kernels import reference
+from teal.kernels.cuda_compile import FLOAT, Definitions, Kernel, can_compile, function, launch
+from teal.kernels.cuda_gemv_cuts import Product, cut_for, tiles
+from teal.kernels.cuda_strips import Cut, can_load, strip_definitions
+from teal.kernels.operands import Grid, Operands
+from teal.kernels.reference_quantized import INT4
+
+SOURCE = "cuda_gemv.cu"
+MAX_PARTS = 3
+# Of quantized weights, a launch for each; several rows of floats are faster elsewhere.
+MAX_ROWS = 8
+
+_ACTIVATIONS = (None, "silu", "gelu_pytorch_tanh")
+_HAS_CLUSTERS = (9, 0)
+# Of addresses, in bytes.
+_ALIGNMENT = 16
+# A norm reads so many activations at once.
+_NORM_PIECE = 8
+_WARP = 32
+# Strips of a chunk that a dense part asks for before its input is known.
+_PREFETCH = 16
+
+
+class _Signature(NamedTuple):
+    """What a kernel is compiled for, beside the device."""
+
+    dtype: torch.dtype
+    weight: tuple[torch.Size, torch.dtype]
+    widths: tuple[int, ...]
+    activation: str | None
+    has_norm: bool = False
+    scales: tuple[torch.Size, torch.dtype] | None = None
+    has_zeros: bool = False
+    group_size: int = 0
+
+
+class _Prepared(NamedTuple):
+    """What a launch needs beside its arguments."""
+
+    kernel: Kernel
+    blocks: tuple[int, int]
+    threads: int
+    dependent: bool
+
+
+def can_compute(operands: Operands, grid: Grid | None) -> bool:
+    """Tell whether the kernel computes a product, and is the fastest that does.
+
+    Args:
+        operands: Checked, on one CUDA device; codes as the weight where there is a grid.
+        grid: What the codes stand for; `None` for floats.
+    """
+    weight, rows = operands.weight, operands.rows
+    capability = torch.cuda.get_device_capability(operands.x.device)
+    if grid is None:
+        # Dense ones are cuBLAS's. Without clusters Triton's kernel has more blocks.
+        is_wanted = rows == 1 and capability >= _HAS_CLUSTERS
+        is_wanted = is_wanted and not reference.keeps_everything(operands.thresholds)
+    else:
+        is_wanted = 1 <= rows <= MAX_ROWS and _has_whole_groups(weight, grid)
+    return (
+        is_wanted
+        and len(weight) > 0
+        and len(operands.widths) <= MAX_PARTS
+        and can_load(weight, grid, operands.widths, operands.x.dtype)
+        and (operands.gain is None or len(weight) % _NORM_PIECE == 0)
+        and _are_aligned(weight, *(grid or ())[:2])
+        and can_compile(capability)
+    )
+
+
+def compute(operands: Operands, grid: Grid | None = None, cut: Cut | None = None) -> Tensor:
+    """Multiply the kept activations with a weight, in one launch per row.
+
+    Sums are in float32 and in one fixed order, so the same input gives the same bits. The result is
+    rounded once, after bias, activation and residual.
+
+    Args:
+        operands: Such that `can_compute`.
+        grid: What codes stand for; `None` for floats.
+        cut: How to cut the product; by default what is fast for its size and format.
+
+    Returns:
+        (..., out_features), or (..., out_features / 2) with an activation, in the dtype of `x`.
+
+    Raises:
+        UserError: The kernel is not loaded yet, and the stream is being captured.
+    """
+    x, weight, residual = operands.x, operands.weight, operands.residual
+    columns = sum(operands.widths) // (2 if operands.activation else 1)
+    with torch.cuda.device(x.device):
+        prepared = _prepared(_signature(operands, grid), cut, x.device.index)
+        rows = _readable(x.reshape(-1, x.shape[-1]))
+        result = torch.empty(len(rows), columns, dtype=x.dtype, device=x.device)
+        common = (
+            weight,
+            *((None, None) if grid is None else grid[:2]),
+            *map(_as_floats, (operands.gain, operands.scale, operands.shift)),
+            None if operands.bias is None else operands.bias.contiguous(),
+        )
+        thresholds = (*operands.thresholds, 0.0, 0.0)[:MAX_PARTS]
+        numbers = [(number, FLOAT) for number in (*thresholds, operands.epsilon)]
+        added = None if residual is None else residual.reshape(-1, columns).contiguous()
+        for row, result_of_row in enumerate(_rows_of(result)):
+            launch(
+                prepared.kernel,
+                prepared.blocks,
+                prepared.threads,
+                [
+                    rows[row],
+                    *common,
+                    None if added is None else added[row],
+                    result_of_row,
+                    *numbers,
+                ],
+                dependent=prepared.dependent,
+            )
+    return result.view(*x.shape[:-1], columns)
+
+
+def product_of(operands: Operands, grid: Grid | None) -> Product:
+    """Return what the cut of a product depends on.
+
+    Args:
+        operands: As `compute`; only shapes and dtypes are read.
+        grid: As `compute`.
+    """
+    is_grouped = grid is not None and len(grid.scales) > 1
+    return Product(
+        in_features=len(operands.weight),
+        widths=tuple(operands.widths),
+        dtype=operands.weight.dtype,
+        is_gated=operands.activation is not None,
+        group_size=grid.group_size if grid is not None and is_grouped else 0,
+        group_bytes=0 if grid is None else grid.scales.itemsize + (grid.zeros is not None),
+    )
+
+
+def definitions_of(operands: Operands, grid: Grid | None, cut: Cut) -> Definitions:
+    """Return what the kernel is compiled with.
+
+    Args:
+        operands: As `compute`; only shapes and dtypes are read.
+        grid: As `compute`.
+        cut: How the product is cut.
+    """
+    widths, columns = operands.widths, sum(operands.widths)
+    starts = [*(sum(widths[:part]) for part in range(1, len(widths))), columns, columns]
+    given = {
+        "ACTIVATION": _ACTIVATIONS.index(operands.activation),
+        "HAS_NORM": int(operands.gain is not None),
+        "PREFETCH": _PREFETCH,
+        "START_1": starts[0],
+        "START_2": starts[1],
+    }
+    strips = strip_definitions(operands.weight, grid, columns, operands.x.dtype, cut)
+    return (*strips, *sorted(given.items()))
+
+
+@functools.cache
+def _prepared(signature: _Signature, cut: Cut | None, device: int) -> _Prepared:
+    operands, grid = _shapes_of(signature)
+    product = product_of(operands, grid)
+    clusters = torch.cuda.get_device_capability(device) >= _HAS_CLUSTERS
+    cut = cut or cut_for(product, clusters=clusters)
+    kernel = function(SOURCE, "multiply", definitions_of(operands, grid, cut), device)
+    return _Prepared(kernel, (tiles(product, cut), cut.cluster), cut.threads, clusters)
+
+
+def _signature(operands: Operands, grid: Grid | None) -> _Signature:
+    weight = operands.weight
+    signature = _Signature(
+        operands.x.dtype,
+        (weight.shape, weight.dtype),
+        tuple(operands.widths),
+        operands.activation,
+        operands.gain is not None,
+    )
+    if grid is None:
+        return signature
+    scales, zeros, group_size = grid
+    return signature._replace(
+        scales=(scales.shape, scales.dtype), has_zeros=zeros is not None, group_size=group_size
+    )
+
+
+def _shapes_of(signature: _Signature) -> tuple[Operands, Grid | None]:
+    """Return operands without numbers."""
+
+    def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weight = empty(*signature.weight)
+    x = empty([1, len(weight)], signature.dtype)
+    operands = Operands(
+        x,
+        weight,
+        [],
+        signature.widths,
+        gain=empty([len(weight)], torch.float32) if signature.has_norm else None,
+        activation=signature.activation,
+    )
+    if signature.scales is None:
+        return operands, None
+    scales = empty(*signature.scales)
+    zeros = empty(scales.shape, INT4) if signature.has_zeros else None
+    return operands, Grid(scales, zeros, signature.group_size)
+
+
+def _has_whole_groups(codes: Tensor, grid: Grid) -> bool:
+    """Tell whether there is one scale per output, or int4 in groups of whole words of the list."""
+    return len(grid.scales) == 1 or (codes.dtype == INT4 and grid.group_size % _WARP == 0)
+
+
+def _are_aligned(*tensors: Tensor | int | None) -> bool:
+    return all(
+        tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
+        for tensor in tensors
+        if isinstance(tensor, Tensor)
+    )
+
+
+def _readable(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
+
+
+def _as_floats(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.float().contiguous()
+
+
+def _rows_of(result: Tensor) -> Sequence[Tensor]:
+    return [result] if len(result) == 1 else result.unbind()
