@@ -29,11 +29,13 @@ constexpr int GROUPS_OF_SHARE = 1, GROUPS_OF_OWN = 1;
 using Output = Rows<OWN, GROUPS_OF_OWN>;
 
 struct Shared {
+  Squares squares;
+  Inbox sums, heads;
   List lists[PARTS];
   union {
     struct {
       Teams<Q_COLUMNS> q;
-      Teams<2 * HEAD_DIM> kv;
+      Teams<HEAD_DIM> kv[2];
     };
     Output::Passes passes;
   };
@@ -80,28 +82,44 @@ __device__ __forceinline__ void ask_for_columns(Shared& shared, const void* scal
   }
 }
 
+// Begin, with all inboxes open.
+__device__ __forceinline__ void begin(Shared& shared) {
+  if (threadIdx.x == 0) {
+    shared.squares.open();
+    shared.sums.open(COLUMNS * sizeof(float));
+    shared.heads.open(COLUMNS * sizeof(float));
+    shared.attention.open();
+  }
+  cluster_begin();
+}
+
+// This block's sum of one of the cluster's columns.
+__device__ __forceinline__ float sum_of(const Shared& shared, int column) {
+  if (column < Q_COLUMNS) return shared.q.sum(column);
+  column -= Q_COLUMNS;
+  return shared.kv[column / HEAD_DIM].sum(column % HEAD_DIM);
+}
+
 // Add up q, k and v over all shares, and give every block of the cluster all of them.
 __device__ __forceinline__ void exchange_sums(Shared& shared, bool has_bias) {
   u32 rank = cluster_rank();
   for (int column = threadIdx.x; column < COLUMNS; column += THREADS) {
-    float sum = column < Q_COLUMNS ? shared.q.sum(column) : shared.kv.sum(column - Q_COLUMNS);
+    float sum = sum_of(shared, column);
 #if FORMAT == INT8 || FORMAT == FP8
     sum *= HALF_RANGE * shared.scales.scale(0, column);
 #endif
-    store_at_rank(&shared.exchange[rank][column % SUMMED], column / SUMMED, sum);
+    shared.sums.send(&shared.exchange[rank][column % SUMMED], column / SUMMED, sum);
   }
-  cluster_arrive();
-  cluster_wait();
+  shared.sums.wait();
   // A lane has one column of one block, and sends the sum to that block.
   for (int i = threadIdx.x; i < COLUMNS; i += THREADS) {
     int block = i % CLUSTER, column = rank * SUMMED + i / CLUSTER;
     float sum = shared.exchange[block][i / CLUSTER];
     for (int step = 1; step < CLUSTER; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
     if (has_bias) sum += low_half(shared.bias[column]);
-    store_at_rank(&shared.attention.heads[0][0] + column, block, rounded(sum));
+    shared.heads.send(&shared.attention.heads[0][0] + column, block, rounded(sum));
   }
-  cluster_arrive();
-  cluster_wait();
+  shared.heads.wait();
 }
 
 extern "C" __global__ void
@@ -124,7 +142,7 @@ attend_and_project(const i64* hidden, i64* next, i64* clear, const float* gain, 
 #pragma unroll
   for (int i = 0; i < PARTS; i++) limits[i] = thresholds[i];
 
-  cluster_arrive();
+  begin(shared);
   ask_for_columns(shared, qkv_scales, qkv_zeros, qkv_bias, first_channel);
 #if FORMAT == INT4
   int groups_left = (KEY_HEADS * Q_COLUMNS - first_own + O_GROUP - 1) / O_GROUP;
@@ -135,22 +153,28 @@ attend_and_project(const i64* hidden, i64* next, i64* clear, const float* gain, 
   // Position and cache were written by launches of the step before.
   Context context(keys, values, (int)__ldcg(position), capacity, key_head, window);
   shared.attention.ask(context, cosines, sines, q_gain, k_gain);
-  const u8* q = qkv + (u64)weight_start_of(0) * BITS / 8;
-  // Where the columns of a thread's part, k or v, would lie beside those of k.
-  int part = 1 + threadIdx.x % shared.kv.SIZE * PER_LANE / HEAD_DIM;
-  const u8* kv = qkv + (u64)(weight_start_of(part) - (part - 1) * HEAD_DIM) * BITS / 8;
+  const u8* weights[PARTS];
+#pragma unroll
+  for (int i = 0; i < PARTS; i++) weights[i] = qkv + (u64)weight_start_of(i) * BITS / 8;
   int prefetched = min(PREFETCH_QKV, K - first_channel);
-  shared.q.prefetch<STRIP_BYTES>(q + first_channel * STRIP_BYTES, Q_COLUMNS, prefetched);
-  shared.kv.prefetch<STRIP_BYTES>(kv + first_channel * STRIP_BYTES, 2 * HEAD_DIM, prefetched);
+  u64 first_strip = first_channel * STRIP_BYTES;
+  shared.q.prefetch<STRIP_BYTES>(weights[0] + first_strip, Q_COLUMNS, prefetched);
+#pragma unroll
+  for (int i = 1; i < PARTS; i++)
+    shared.kv[i - 1].prefetch<STRIP_BYTES>(weights[i] + first_strip, HEAD_DIM, prefetched);
   wait_for_input();
 
   Share share;
-  share.read(hidden, next, clear, gain, epsilon, first_channel, key_head == 0);
+  share.ask(hidden, gain, first_channel);
+  float inverse_rms = shared.squares.inverse_rms(hidden, epsilon);
+  share.norm(inverse_rms, next, clear, first_channel, key_head == 0);
   wait_for_all_copies();
 #pragma unroll
   for (int i = 0; i < PARTS; i++) share.list(shared.lists[i], limits[i], first_channel);
-  shared.q.add<STRIP_BYTES>(shared.lists[0], shared.scales, 0, q, Q_COLUMNS);
-  shared.kv.add<STRIP_BYTES>(shared.lists[part], shared.scales, Q_COLUMNS, kv, 2 * HEAD_DIM);
+  shared.q.add<STRIP_BYTES>(shared.lists[0], shared.scales, 0, weights[0], Q_COLUMNS);
+#pragma unroll
+  for (int i = 1; i < PARTS; i++)
+    shared.kv[i - 1].add<STRIP_BYTES>(shared.lists[i], shared.scales, start_of(i), weights[i], HEAD_DIM);
   shared.o.prefetch(o + first_own * shared.o.BYTES, min(PREFETCH_O, OWN));
   __syncthreads();
   exchange_sums(shared, qkv_bias != nullptr);

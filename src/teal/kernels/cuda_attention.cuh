@@ -6,7 +6,7 @@
 // keeps a softmax of what it has seen; warps, then blocks put theirs together in their order.
 //
 // Set on the compiler's command line, beside what cuda_hidden.cuh wants: HEAD_DIM, QUERIES (heads per
-// key head), SLOTS (per thread).
+// key head), AHEAD (positions that a thread asks for in advance).
 
 #pragma once
 
@@ -143,7 +143,7 @@ struct Attention {
         copy_16(gains[0] + i, q_gain + i);
         copy_16(gains[1] + i, k_gain + i);
       }
-    for (int turn = 0; turn < SLOTS; turn++) ask_turn(context, turn);
+    for (int turn = 0; turn < AHEAD; turn++) ask_turn(context, turn);
   }
 
   // Norm heads, where there are gains, and turn queries and key to their position. One block of the
@@ -162,23 +162,28 @@ struct Attention {
     }
   }
 
+  // By one thread, before the cluster has begun.
+  __device__ __forceinline__ void open() {
+    inbox.open(sizeof(tops_of_blocks) + sizeof(weights_of_blocks) + sizeof(values_of_blocks));
+  }
+
   // Fill `attended`. A score is multiplied by `scale`, and where `softcap` is positive ends there.
   __device__ __forceinline__ void attend(const Context& context, float scale, float softcap) {
     Softmax softmax;
     read(context, scale, softcap, softmax);
     send(softmax);
-    cluster_arrive();
-    cluster_wait();
+    inbox.wait();
     combine();
     __syncthreads();
   }
 
  private:
+  Inbox inbox;
   alignas(COPY_BYTES) float angles[2][HALF];     // cosines, sines
   alignas(COPY_BYTES) float gains[2][HEAD_DIM];  // of queries, of the key
   alignas(COPY_BYTES) u16 fresh[2][HEAD_DIM];    // new key and value as the cache holds them
   union {
-    uint4 slots[SLOTS][2][THREADS];
+    uint4 slots[AHEAD][2][THREADS];
     // Sums of weighted values of the warps; the slots are done with then.
     float values_of_warps[WARPS][SET][HEAD_DIM];
   };
@@ -192,8 +197,8 @@ struct Attention {
     int lane = threadIdx.x % WARP, row = context.first + turn * TURN + lane / ROW_LANES;
     if (row < context.position) {
       u64 place = (u64)row * ROW_LANES + lane % ROW_LANES;
-      copy_16(&slots[turn % SLOTS][0][threadIdx.x], context.keys + place);
-      copy_16(&slots[turn % SLOTS][1][threadIdx.x], context.values + place);
+      copy_16(&slots[turn % AHEAD][0][threadIdx.x], context.keys + place);
+      copy_16(&slots[turn % AHEAD][1][threadIdx.x], context.values + place);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
@@ -241,17 +246,17 @@ struct Attention {
         // A set with fewer heads does its last one again.
         queries[h][i] = heads[min(set * SET + h, QUERIES - 1)][lane % ROW_LANES * HELD + i];
     for (int turn = 0; context.first + turn * TURN <= context.position; turn++) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(SLOTS - 1) : "memory");
+      asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1) : "memory");
       int row = context.first + turn * TURN + lane / ROW_LANES;
       uint4 key = {}, value = {};
       if (row < context.position) {
-        key = slots[turn % SLOTS][0][threadIdx.x];
-        value = slots[turn % SLOTS][1][threadIdx.x];
+        key = slots[turn % AHEAD][0][threadIdx.x];
+        value = slots[turn % AHEAD][1][threadIdx.x];
       } else if (row == context.position) {
         key = fresh_row(0, lane % ROW_LANES);
         value = fresh_row(1, lane % ROW_LANES);
       }
-      ask_turn(context, turn + SLOTS);
+      ask_turn(context, turn + AHEAD);
       float channels[HELD], scores[SET];
       unpack(key, channels);
 #pragma unroll
@@ -308,15 +313,15 @@ struct Attention {
       float sum = 0.0f;
       for (int reader = 0; reader < READERS; reader++)
         sum += values_of_warps[reader * SETS + head / SET][head % SET][i % HEAD_DIM];
-      store_at_rank(&values_of_blocks[rank][i % OWN], i / OWN, sum);
+      inbox.send(&values_of_blocks[rank][i % OWN], i / OWN, sum);
     }
     for (int i = threadIdx.x; i < QUERIES * CLUSTER; i += THREADS) {
       int head = i / CLUSTER;
       float sum = 0.0f;
       for (int reader = 0; reader < READERS; reader++)
         sum += weights_of_warps[reader * SETS + head / SET][head % SET];
-      store_at_rank(&weights_of_blocks[rank][head], i % CLUSTER, sum);
-      store_at_rank(&tops_of_blocks[rank][head], i % CLUSTER, tops[head]);
+      inbox.send(&weights_of_blocks[rank][head], i % CLUSTER, sum);
+      inbox.send(&tops_of_blocks[rank][head], i % CLUSTER, tops[head]);
     }
   }
 

@@ -10,15 +10,12 @@ from teal.kernels.cuda_compile import FLOAT, INT, Definitions, function, launch
 from teal.kernels.cuda_step import PREFETCH, Projections, StepMemory, grid_tensors
 from teal.kernels.cuda_strips import WARP, Cut, columns_per_load, strip_definitions
 from teal.kernels.operands import Grid
-from teal.kernels.reference_quantized import INT4
 
 SOURCE = "cuda_attention.cu"
 
 _CUT = Cut(chunk=WARP, warps_n=1, warps_k=8, unroll=8, blocks=1)
-# Strips of int4 are short: more threads share the list of a slice.
-_INT4_UNROLL = 4
 # Positions that a thread asks for ahead.
-_SLOTS = 4
+_AHEAD = 4
 # Blocks that a GPU holds at once, and that may be a cluster.
 _BLOCKS = 128
 _LARGEST_CLUSTER = 16
@@ -80,17 +77,11 @@ class Attention:
     def cut(self) -> Cut:
         """How the product of q, k and v is cut: each block has a share of the hidden channels."""
         weight, grid = self.qkv.weight, self.qkv.grid
-        is_int4 = weight.dtype == INT4
-        unit = grid.group_size if grid is not None and is_int4 and len(grid.scales) > 1 else WARP
+        unit = WARP if grid is None or len(grid.scales) == 1 else grid.group_size
         chunk = math.ceil(len(weight) / (self.cluster * WARP)) * WARP
         if chunk % unit and unit % chunk:
             chunk = math.ceil(len(weight) / (self.cluster * unit)) * unit
-        return replace(
-            _CUT,
-            chunk=chunk,
-            cluster=self.cluster,
-            unroll=_INT4_UNROLL if is_int4 else _CUT.unroll,
-        )
+        return replace(_CUT, chunk=chunk, cluster=self.cluster)
 
 
 def can_attend(attention: Attention) -> bool:
@@ -188,7 +179,7 @@ def definitions_of(attention: Attention, memory: StepMemory) -> Definitions:
     given = {
         "HEAD_DIM": attention.head_dim,
         "QUERIES": attention.queries,
-        "SLOTS": _SLOTS,
+        "AHEAD": _AHEAD,
         "O_GROUP": _o_group(attention),
         "PREFETCH_QKV": PREFETCH if qkv.is_dense else 0,
         "PREFETCH_O": PREFETCH if attention.o.is_dense else 0,
@@ -226,9 +217,9 @@ def _shared_bytes(attention: Attention) -> Iterator[int]:
     columns = q_columns + 2 * attention.head_dim
     # Lists of kept channels.
     yield 9 * (3 * cut.chunk + own) + 256
-    # Sums of threads, of q beside k and v, or of the passes of o.
+    # Sums of threads, of q, k and v, or of the passes of o.
     passes = _passes(hidden_size // per_load)
-    yield max(2, passes) * cut.threads * (per_load + 4) * 4
+    yield max(3, passes) * cut.threads * (per_load + 4) * 4
     if attention.qkv.grid is not None:
         yield _table_bytes(attention.qkv.grid, cut.chunk, columns)
         yield _table_bytes(attention.o.grid, own, hidden_size)
@@ -237,7 +228,7 @@ def _shared_bytes(attention: Attention) -> Iterator[int]:
     # Slots of the cache, or the warps' sums of values.
     warps = cut.threads // WARP
     yield max(
-        2 * 16 * _SLOTS * cut.threads, 4 * warps * min(4, attention.queries) * attention.head_dim
+        2 * 16 * _AHEAD * cut.threads, 4 * warps * min(4, attention.queries) * attention.head_dim
     )
     yield 8 * cut.cluster * attention.queries + 64 * warps + 4 * attention.queries + 512
 

@@ -37,6 +37,25 @@ __device__ __forceinline__ float inverse_rms(const i64* hidden, float epsilon) {
   return rsqrtf(sum / K + epsilon);
 }
 
+// The same, the blocks' sums of squares coming through an inbox.
+struct Squares {
+  Inbox inbox;
+  float of_blocks[CLUSTER];
+
+  __device__ __forceinline__ void open() { inbox.open(sizeof(of_blocks)); }
+
+  __device__ __forceinline__ float inverse_rms(const i64* hidden, float epsilon) {
+    int rank = cluster_rank();
+    float sum = block_squares<THREADS>(hidden, K / 2, rank * THREADS + threadIdx.x, CLUSTER * THREADS);
+    cluster_wait();  // every block of the cluster has begun
+    if (threadIdx.x < CLUSTER) inbox.send(of_blocks + rank, threadIdx.x, sum);
+    inbox.wait();
+    sum = 0.0f;
+    for (int block = 0; block < CLUSTER; block++) sum += of_blocks[block];
+    return rsqrtf(sum / K + epsilon);
+  }
+};
+
 // activation(gate) · up
 __device__ __forceinline__ float gated(bool is_silu, float gate, float up) {
   // (1 + tanh(z)) / 2 = sigmoid(2 z)

@@ -101,7 +101,8 @@ mlp(const i64* hidden, i64* next, i64* clear, const float* gain, const float* th
   wait_for_input();
 
   Share share;
-  share.read(hidden, next, clear, gain, epsilon, first_channel, blockIdx.y == 0);
+  share.ask(hidden, gain, first_channel);
+  share.norm(inverse_rms(hidden, epsilon), next, clear, first_channel, blockIdx.y == 0);
   wait_for_copies();
 #pragma unroll
   for (int part = 0; part < PARTS; part++)

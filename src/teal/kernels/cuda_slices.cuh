@@ -132,22 +132,23 @@ struct Share {
 
   float x[PER_THREAD];
 
-  // Norm the channels from `first` on. One cluster of the grid carries the stream over.
-  __device__ __forceinline__ void read(const i64* hidden, i64* next, i64* clear, const float* gain,
-                                       float epsilon, int first, bool carries) {
-    i64 fixed[PER_THREAD];
-    float gains[PER_THREAD];
+  // Ask for the channels from `first` on.
+  __device__ __forceinline__ void ask(const i64* hidden, const float* gain, int first) {
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
       int channel = first + i * THREADS + threadIdx.x;
       fixed[i] = is_inside(i, first) ? __ldcg(hidden + channel) : 0;
       gains[i] = is_inside(i, first) ? gain[channel] : 0.0f;
     }
-    float factor = inverse_rms(hidden, epsilon);
+  }
+
+  // Norm them. One cluster of the grid carries the stream over.
+  __device__ __forceinline__ void norm(float inverse_rms, i64* next, i64* clear, int first,
+                                       bool carries) {
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
       int channel = first + i * THREADS + threadIdx.x;
-      x[i] = is_inside(i, first) ? normed(fixed[i], factor, gains[i]) : 0.0f;
+      x[i] = is_inside(i, first) ? normed(fixed[i], inverse_rms, gains[i]) : 0.0f;
       if (carries && is_inside(i, first)) {
         atomicAdd(reinterpret_cast<u64*>(next) + channel, (u64)fixed[i]);
         clear[channel] = 0;
@@ -166,6 +167,9 @@ struct Share {
   }
 
  private:
+  i64 fixed[PER_THREAD];
+  float gains[PER_THREAD];
+
   static __device__ __forceinline__ bool is_inside(int i, int first) {
     int place = i * THREADS + threadIdx.x;
     return place < CHUNK && first + place < K;
