@@ -13,6 +13,9 @@ from teal.models.families import projections_of
 from tests.helpers import tiny_model
 from tests.quantization import packers
 
+# A multiple of what fits into a word.
+VOCABULARY = 96
+
 Packer = Callable[[packers.Codes], Mapping[str, Tensor]]
 CHECKPOINTS: Mapping[str, tuple[dict[str, Any], Packer]] = {
     "awq": (packers.awq_config(), packers.awq_tensors),
@@ -24,12 +27,15 @@ CHECKPOINTS: Mapping[str, tuple[dict[str, Any], Packer]] = {
 }
 
 
-def write_checkpoint(folder: Path, kind: str, **changes: Tensor | None) -> Any:
-    """Write a quantized llama; return the dense model of the same values."""
+def write_checkpoint(
+    folder: Path, kind: str, *, has_head: bool = False, **changes: Tensor | None
+) -> Any:
+    """Write a quantized llama, its head too if asked; return the dense model of the same values."""
     config, pack = CHECKPOINTS[kind]
-    model = tiny_model("llama", intermediate_size=64)
+    model = tiny_model("llama", intermediate_size=64, vocab_size=VOCABULARY)
     tensors = dict(model.state_dict())
-    for seed, (name, linear) in enumerate(projections_of(model).items()):
+    heads = {"lm_head": model.lm_head} if has_head else {}
+    for seed, (name, linear) in enumerate((projections_of(model) | heads).items()):
         shape = (linear.in_features, linear.out_features)
         codes = packers.random_codes(shape=shape, seed=seed)
         codes = replace(codes, scales=0.05 * codes.scales)

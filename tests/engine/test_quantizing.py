@@ -7,7 +7,7 @@ import pytest
 import torch
 from decoding import LENGTH, assert_close, assert_same_weights, decoded, plan_at, rules_of
 from helpers import ENGINE_FAMILIES, plan_for, tiny_model, tiny_tokens
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from teal.compression import quantize_model
@@ -137,6 +137,40 @@ def test_quantized_checkpoints_decode_as_the_model_of_their_values(
     expected = decoded(Decoder(architecture, from_model(model)), tokens)
     logits = decoded(Decoder(architecture, weights), tokens)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_a_head_that_a_checkpoint_quantizes_is_multiplied_as_it_is(
+    kind: str, tmp_path: Path
+) -> None:
+    model, tokens = write_checkpoint(tmp_path, kind, has_head=True), tiny_tokens(1, LENGTH)[0] % 96
+    architecture = architecture_of(model.config)
+    weights = from_folder(tmp_path, torch.float32, CPU)
+    assert isinstance(weights.head, QuantizedWeight)
+    assert weights.head.format == "int4"
+    assert quantized_head(weights) is weights
+    expected = decoded(Decoder(architecture, from_model(model)), tokens)
+    logits = decoded(Decoder(architecture, weights), tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_quantized_head_is_read_though_the_configuration_ties_it(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "awq", has_head=True)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"tie_word_embeddings": True}))
+    assert isinstance(from_folder(tmp_path, torch.float32, CPU).head, QuantizedWeight)
+
+
+def test_a_quantized_embedding_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "gptq", has_head=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = {name: tensor for name, tensor in tensors.items() if name.startswith("lm_head.")}
+    embedding = {
+        name.replace("lm_head", "model.embed_tokens"): t.clone() for name, t in head.items()
+    }
+    save_file(tensors | embedding, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"embedding is quantized.* Use a checkpoint"):
+        from_folder(tmp_path, torch.float32, CPU)
 
 
 def test_bias_of_zeros_that_gptq_adds_is_ignored(tmp_path: Path) -> None:

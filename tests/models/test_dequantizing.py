@@ -29,6 +29,16 @@ def test_published_checkpoints_are_opened_with_the_values_of_their_codes(
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_quantized_head_becomes_floats_of_its_own(is_tied: bool, tmp_path: Path) -> None:
+    expected = write_checkpoint(tmp_path, "gptq", has_head=True)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"tie_word_embeddings": is_tied}))
+    model = load_model(str(tmp_path), dtype="float32", device="cpu")
+    torch.testing.assert_close(model.lm_head.weight, expected.lm_head.weight, rtol=1e-6, atol=0)
+    assert torch.equal(model.model.embed_tokens.weight, expected.model.embed_tokens.weight)
+
+
 @pytest.mark.parametrize("weight_format", ["int8", "fp8", "int4"])
 def test_a_folder_of_ours_computes_as_the_model_that_was_quantized(
     weight_format: str, tmp_path: Path

@@ -24,7 +24,7 @@ from teal.foundation.progress import Progress, silent
 from teal.models.architectures import architecture_of
 from teal.models.loading import load_config
 from teal.quantization import QuantizedCheckpoint, Scheme
-from teal.quantization.checkpoint import quantization_config_of
+from teal.quantization.checkpoint import HEAD, quantization_config_of
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -66,7 +66,9 @@ def from_folder(
         matrices = CheckpointSource(source, quantized, device, source.names, source.read)
     elif scheme:
         matrices = RoundedSource(source, scheme)
-    weights = assemble(architecture, matrices, tied_head=architecture.tied_head, progress=progress)
+    # A head that is quantized no longer is the embedding.
+    tied_head = architecture.tied_head and not (quantized and HEAD in quantized.names)
+    weights = assemble(architecture, matrices, tied_head=tied_head, progress=progress)
     require_all_read(architecture, source.names, source.read, repr(str(folder)))
     return weights
 

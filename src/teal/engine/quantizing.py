@@ -70,7 +70,6 @@ class CheckpointSource:
         self._names = names
         self._read = read
         self.vector = dense.vector
-        self.rows = dense.rows
 
     def matrix(self, widths: Mapping[str, int], in_features: int) -> Matrix:
         """Return projections beside each other; see `Source`.
@@ -89,6 +88,13 @@ class CheckpointSource:
             )
         weights = [self._load(name, (in_features, width)) for name, width in quantized.items()]
         return side_by_side(weights).to(self._device) if len(weights) > 1 else weights[0]
+
+    def rows(self, name: str, shape: tuple[int, int]) -> Matrix:
+        """Return the embedding, or a head, which may be quantized; see `Source`."""
+        own = name.removesuffix(".weight")
+        if own not in self._checkpoint.names:
+            return self._dense.rows(name, shape)
+        return self._load(own, (shape[1], shape[0]))
 
     def _load(self, name: str, shape: tuple[int, int]) -> QuantizedWeight:
         weight = self._checkpoint.read(name)
@@ -111,10 +117,10 @@ class CheckpointSource:
 def quantized_head(weights: DecoderWeights) -> DecoderWeights:
     """Return the same weights with the head in int8; a tied embedding stays as it is.
 
-    Args:
-        weights: With a head of floats.
+    A head that a checkpoint quantizes already stays as it is.
     """
-    assert isinstance(weights.head, Tensor)
+    if not isinstance(weights.head, Tensor):
+        return weights
     head = round_to_nearest(weights.head.t().contiguous(), Scheme(format="int8"))
     return replace(weights, head=head)
 

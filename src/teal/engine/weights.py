@@ -132,8 +132,8 @@ class Source(Protocol):
         """
         ...
 
-    def rows(self, name: str, shape: tuple[int, int]) -> Tensor:
-        """Return a matrix as it is, in the shape `shape`."""
+    def rows(self, name: str, shape: tuple[int, int]) -> Matrix:
+        """Return a matrix as it is, in the shape `shape`; channel-major where it is quantized."""
         ...
 
 
@@ -147,10 +147,18 @@ def assemble(
         source: Where they come from.
         tied_head: Whether the head is the embedding.
         progress: Shows the layers going by.
+
+    Raises:
+        UserError: The embedding is quantized.
     """
     shape = (architecture.vocab_size, architecture.hidden_size)
     base = architecture.family.blocks.rpartition(".")[0]
     embedding = source.rows(f"{base}.embed_tokens.weight", shape)
+    if not isinstance(embedding, Tensor):
+        raise UserError(
+            "The embedding is quantized, and the engine looks up floats. Use a checkpoint that "
+            "leaves its embedding as it was."
+        )
     layers = progress(range(architecture.num_layers), "Weights")
     return DecoderWeights(
         embedding=embedding,

@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 from teal.foundation.errors import UserError
 from teal.models.weight_format import mark_weight_format
 from teal.quantization import QuantizedCheckpoint
+from teal.quantization.checkpoint import HEAD
 
 _GENERATION = "generation_config.json"
 
@@ -35,8 +36,12 @@ def open_dequantized(folder: Path, config: Any, dtype: torch.dtype | None) -> tu
     state, formats = _others(checkpoint, dtype), set()
     for name, weight in checkpoint:
         state[f"{name}.weight"] = weight.dequantize(dtype).T.contiguous()
-        formats.add(weight.format)
+        if name != HEAD:
+            formats.add(weight.format)
     del config.quantization_config
+    if HEAD in checkpoint.names:
+        # A head that is quantized no longer is the embedding.
+        config.tie_word_embeddings = False
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, report = model_class.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True

@@ -13,6 +13,9 @@ from teal.quantization.compressed_layout import CompressedLayout
 from teal.quantization.packed_layouts import AwqLayout, GptqLayout
 from teal.quantization.weight import QuantizedWeight
 
+# The output head's name in every family.
+HEAD = "lm_head"
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
