@@ -57,6 +57,8 @@ def test_formats_and_sparsities_make_a_table(evaluate, workspace):
         *[("int4", "int8", sparsity) for sparsity in (0.0, 0.25, 0.5)],
     ]
     assert result["tokens"] == 4 * 31
+    assert (result["model"], result["dtype"]) == (MODEL, "bfloat16")
+    assert result["text"]["source"].endswith("held-out.txt")
     table = evaluate(*options, *formats, "--group-size", 32).out
     assert "int4/32" in table
     assert "uniform (float)" in table

@@ -99,16 +99,18 @@ def command(
     if sparse_from is None:
         sparse_from = PAPER_SPARSE_FROM if plans else 0.0
     result: Evaluation | FormatEvaluation
+    record: dict[str, Any] = {}
     if len(plans) > 1 or formats != [(None, False)]:
         wanted = [WeightFormat(scheme=scheme, quantize_head=head) for scheme, head in formats]
         result = compare_formats(
             loaded, windows, wanted, plans, sparse_from=sparse_from, progress=progress_bar
         )
+        record = _record(model, loaded, windows)
     else:
         single = plans[0] if plans else None
         result = evaluate(loaded, windows, single, sparse_from=sparse_from, progress=progress_bar)
     if json:
-        print_json(result.to_dict())
+        print_json(record | result.to_dict())
     else:
         _print(result)
 
@@ -146,6 +148,20 @@ def check_plans(
         plan.model.require(identity_of(model), "plan")
         if windows is not None:
             check_no_overlap(windows, plan.calibration)
+
+
+def _record(source: str, model: Any, windows: "TokenWindows") -> dict[str, Any]:
+    import torch
+
+    from teal.foundation.version import __version__
+
+    return {
+        "model": source,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "text": windows.provenance.to_dict(),
+        "torch": torch.__version__,
+        "teal": __version__,
+    }
 
 
 def _print(result: "Evaluation | FormatEvaluation") -> None:
