@@ -112,7 +112,8 @@ def test_products_compile_to_wide_loads_without_spills(
 
     used = told("--dump-resource-usage")
     assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}
-    wide = re.findall(r"LDG\.E\.NA\.128\.CONSTANT", told("--dump-sass"))
+    bits = 64 if scheme.startswith("int4") else 128
+    wide = re.findall(rf"LDG\.E\.NA\.{bits}\.CONSTANT", told("--dump-sass"))
     assert len(wide) >= cut.unroll
 
 

@@ -22,6 +22,7 @@ from teal.models.architectures import Architecture
 
 try:
     from teal.kernels import (
+        cuda_attention,
         cuda_compile,
         cuda_ends,
         cuda_mlp,
@@ -47,6 +48,7 @@ class _Layer:
     gate_up: "cuda_step.Projections"
     down: "cuda_step.Projections"
     calls: LayerCalls
+    attention: "cuda_attention.Attention | None"
     has_fused_mlp: bool
 
 
@@ -90,8 +92,9 @@ class FusedStep:
             decoder.embedding_multiplier,
             dependent=dependent,
         )
-        for layer, place in zip(self._layers, places, strict=True):
-            self._run(layer, cache.positions, *place)
+        for index, (layer, place) in enumerate(zip(self._layers, places, strict=True)):
+            self._attend(layer, cache.positions, *place)
+            self._feed_forward(layer, index)
         cuda_ends.finish(
             decoder.weights.final_norm,
             decoder.architecture.epsilon,
@@ -101,18 +104,16 @@ class FusedStep:
         )
         return decoder.logits_of(memory.normed)
 
-    def _run(
-        self,
-        layer: _Layer,
-        positions: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        cosines: Tensor,
-        sines: Tensor,
-    ) -> None:
+    def _attend(self, layer: _Layer, positions: Tensor, *place: Tensor) -> None:
+        """Add attention to the residual stream; `place` is keys, values, cosines and sines."""
         m, dependent = self._memory, self._dependent
-        later = None if layer.has_fused_mlp else m.gate_up
-        cuda_step.project(layer.qkv, m.stream, m.qkv, later, m, dependent=dependent)
+        keys, values, cosines, sines = place
+        if layer.attention is not None:
+            cuda_attention.attend_and_project(
+                layer.attention, keys, values, positions, cosines, sines, m, dependent=dependent
+            )
+            return
+        cuda_step.project(layer.qkv, m.stream, m.qkv, None, m, dependent=dependent)
         triton_attention_launch.attend_parts(
             m.qkv,
             keys,
@@ -126,11 +127,15 @@ class FusedStep:
             dependent=dependent,
         )
         cuda_step.project(layer.o, m.parts, m.stream, m.qkv, m, dependent=dependent)
+
+    def _feed_forward(self, layer: _Layer, index: int) -> None:
+        m, dependent = self._memory, self._dependent
         if layer.has_fused_mlp:
             cuda_mlp.mlp(layer.gate_up, layer.down, m, dependent=dependent)
-        else:
-            cuda_step.project(layer.gate_up, m.stream, m.gate_up, None, m, dependent=dependent)
-            cuda_step.project(layer.down, m.gate_up, m.stream, None, m, dependent=dependent)
+            return
+        sums, later = m.gate_up[index % 2], m.gate_up[1 - index % 2]
+        cuda_step.project(layer.gate_up, m.stream, sums, later, m, dependent=dependent)
+        cuda_step.project(layer.down, sums, m.stream, None, m, dependent=dependent)
 
 
 def stepper_of(decoder: Decoder, cache: KeyValueCache, *, overlap: bool = True) -> Stepper:
@@ -217,14 +222,18 @@ def _layer(decoder: Decoder, calls: LayerCalls) -> _Layer:
             strict=True,
         )
     )
+    has_clusters = cuda_compile.has_clusters(decoder.weights.device)
+    attention = cuda_attention.Attention(
+        qkv=qkv, o=o, head_dim=decoder.architecture.head_dim, **calls.attend
+    )
     return _Layer(
         qkv=qkv,
         o=o,
         gate_up=gate_up,
         down=down,
         calls=calls,
-        has_fused_mlp=cuda_compile.has_clusters(decoder.weights.device)
-        and cuda_mlp.can_fuse(gate_up, down),
+        attention=attention if has_clusters and cuda_attention.can_attend(attention) else None,
+        has_fused_mlp=has_clusters and cuda_mlp.can_fuse(gate_up, down),
     )
 
 

@@ -106,7 +106,7 @@ __device__ __forceinline__ void exchange_sums(Shared& shared, bool has_bias) {
   for (int column = threadIdx.x; column < COLUMNS; column += THREADS) {
     float sum = sum_of(shared, column);
 #if FORMAT == INT8 || FORMAT == FP8
-    sum *= HALF_RANGE * shared.scales.scale(0, column);
+    sum *= shared.scales.scale(0, column);
 #endif
     shared.sums.send(&shared.exchange[rank][column % SUMMED], column / SUMMED, sum);
   }

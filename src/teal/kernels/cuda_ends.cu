@@ -9,11 +9,12 @@ constexpr int NORM_THREADS = 1024, CHOICE_THREADS = 1024;
 constexpr u32 POSITIVE_INFINITY = 0xff800000u, NEGATIVE_INFINITY = 0x007fffffu;
 
 // Start the residual stream with the embedding of a token, and a step without overflow. The second
-// buffer of the stream is cleared.
-extern "C" __global__ void embed(const i64* token, const u16* embedding, i64* hidden, int* overflow,
-                                 float multiplier, int size) {
+// buffer of the stream is cleared, and `clear`.
+extern "C" __global__ void embed(const i64* token, const u16* embedding, i64* hidden, i64* clear,
+                                 int* overflow, float multiplier, int size, int clear_size) {
   int channel = blockIdx.x * blockDim.x + threadIdx.x;
   wait_for_input();
+  for (int i = channel; i < clear_size; i += gridDim.x * blockDim.x) clear[i] = 0;
   if (channel == 0) *overflow = 0;
   if (channel >= size) return;
   float value = rounded(low_half(embedding[*token * size + channel]) * multiplier);

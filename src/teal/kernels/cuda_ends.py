@@ -22,13 +22,22 @@ def embed(
     token: Tensor, embedding: Tensor, memory: StepMemory, multiplier: float, *, dependent: bool
 ) -> None:
     """Start a step: no overflow, and the embedding of a token, (1,), int64, as hidden states."""
-    size = embedding.shape[1]
+    size, first_sums = embedding.shape[1], memory.gate_up[0]
     memory.complete = 0
     launch(
         function(SOURCE, "embed", definitions_of(embedding.dtype), token.device.index),
         (math.ceil(size / _EMBED_THREADS), 1),
         _EMBED_THREADS,
-        [token, embedding, memory.hidden, memory.overflow, (multiplier, FLOAT), (size, INT)],
+        [
+            token,
+            embedding,
+            memory.hidden,
+            first_sums,
+            memory.overflow,
+            (multiplier, FLOAT),
+            (size, INT),
+            (first_sums.numel(), INT),
+        ],
         dependent=dependent,
     )
 

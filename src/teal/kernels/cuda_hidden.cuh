@@ -20,24 +20,6 @@ __device__ __forceinline__ void add_fixed(i64* sum, float value, int* overflow) 
 }
 
 // 1 / rms of the hidden states; the blocks of a cluster share the reading.
-__device__ __forceinline__ float inverse_rms(const i64* hidden, float epsilon) {
-#if CLUSTER > 1
-  __shared__ float of_blocks[CLUSTER];
-  u32 rank = cluster_rank();
-  float sum = block_squares<THREADS>(hidden, K / 2, rank * THREADS + threadIdx.x, CLUSTER * THREADS);
-  cluster_wait();  // every block of the cluster has begun
-  if (threadIdx.x < CLUSTER) store_at_rank(of_blocks + rank, threadIdx.x, sum);
-  cluster_arrive();
-  cluster_wait();
-  sum = 0.0f;
-  for (int block = 0; block < CLUSTER; block++) sum += of_blocks[block];
-#else
-  float sum = block_squares<THREADS>(hidden, K / 2, threadIdx.x, THREADS);
-#endif
-  return rsqrtf(sum / K + epsilon);
-}
-
-// The same, the blocks' sums of squares coming through an inbox.
 struct Squares {
   Inbox inbox;
   float of_blocks[CLUSTER];

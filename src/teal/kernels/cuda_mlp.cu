@@ -30,7 +30,9 @@ struct Shared {
     Down::Passes passes;
   };
   ScaleTile<GROUPS_OF_SHARE, FORMAT == INT4 ? SLICE : COPY_BYTES> scales[PARTS];
+  Squares squares;
   // Sums of this block's own channels over the share of each block of the cluster.
+  Inbox sums;
   float exchange[PARTS][CLUSTER][OWN];
   Down down;
 };
@@ -48,11 +50,10 @@ __device__ __forceinline__ void exchange_sums(Shared& shared) {
   u32 rank = cluster_rank();
   for (int i = threadIdx.x; i < PARTS * SLICE; i += THREADS) {
     int part = i / SLICE, column = i % SLICE;
-    store_at_rank(&shared.exchange[part][rank][column % OWN], column / OWN,
-                  shared.teams[part].sum(column));
+    shared.sums.send(&shared.exchange[part][rank][column % OWN], column / OWN,
+                     shared.teams[part].sum(column));
   }
-  cluster_arrive();
-  cluster_wait();
+  shared.sums.wait();
 }
 
 // Gate or up of one of this block's channels.
@@ -62,7 +63,7 @@ __device__ __forceinline__ float summed(const Shared& shared, int part, int plac
 #pragma unroll
   for (int block = 0; block < CLUSTER; block++) sum += shared.exchange[part][block][place];
 #if FORMAT == INT8 || FORMAT == FP8
-  sum *= HALF_RANGE * to_float(static_cast<const Scale*>(scales)[column]);
+  sum *= to_float(static_cast<const Scale*>(scales)[column]);
 #endif
   return bias == nullptr ? sum : sum + low_half(bias[column]);
 }
@@ -82,7 +83,11 @@ mlp(const i64* hidden, i64* next, i64* clear, const float* gain, const float* th
   int columns = min(SLICE, INTERMEDIATE - first_column);
   int first_channel = rank * CHUNK, first_own = first_column + rank * OWN;
 
-  cluster_arrive();
+  if (threadIdx.x == 0) {
+    shared.squares.open();
+    shared.sums.open(sizeof(shared.exchange));
+  }
+  cluster_begin();
 #if FORMAT == INT4
 #pragma unroll
   for (int part = 0; part < PARTS; part++)
@@ -102,7 +107,7 @@ mlp(const i64* hidden, i64* next, i64* clear, const float* gain, const float* th
 
   Share share;
   share.ask(hidden, gain, first_channel);
-  share.norm(inverse_rms(hidden, epsilon), next, clear, first_channel, blockIdx.y == 0);
+  share.norm(shared.squares.inverse_rms(hidden, epsilon), next, clear, first_channel, blockIdx.y == 0);
   wait_for_copies();
 #pragma unroll
   for (int part = 0; part < PARTS; part++)

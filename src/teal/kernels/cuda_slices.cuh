@@ -7,16 +7,24 @@
 
 #include "cuda_hidden.cuh"
 
+// Which of a warp's columns a thread has, in units of PER_LANE.
+__device__ __forceinline__ int slot_of_warp() { return threadIdx.x % WARP / (WARP / SLOTS); }
+
 // Columns beside each other that a block covers at once, and how its threads share them.
 template <int COLUMNS>
 struct Teams {
-  static_assert(COLUMNS % PER_LANE == 0 && COLUMNS / PER_LANE <= THREADS, "a team is a block at most");
-  static constexpr int SIZE = COLUMNS / PER_LANE;
-  static constexpr int NUMBER = THREADS / SIZE;
+  // Slots of a team, each of PER_LANE columns. Of codes, whole warps belong to a team.
+  static constexpr int SIZE = FORMAT == FLOATS ? COLUMNS / PER_LANE
+                                               : (COLUMNS + WARP_N - 1) / WARP_N * SLOTS;
+  static constexpr int NUMBER = THREADS / (WARP / SLOTS) / SIZE;
   // Threads lie apart so that they write to different banks.
   static constexpr int PITCH = PER_LANE + 4;
+  static_assert(COLUMNS % PER_LANE == 0 && NUMBER >= 1, "a team is a block at most");
 
   float sums[NUMBER * SIZE * PITCH];
+
+  // Number of this thread's slot, over all teams.
+  static __device__ __forceinline__ int place() { return threadIdx.x / WARP * SLOTS + slot_of_warp(); }
 
   // Sum the strips of the kept channels; a barrier must follow. `weight` begins at the first column
   // of the COLUMNS, of which `columns` exist; its strips are BYTES apart. What int4 is scaled by is
@@ -25,42 +33,53 @@ struct Teams {
   __device__ __forceinline__ void add(const KeptChannels<CHANNELS>& list,
                                       const ScaleTile<GROUPS, TILE_COLUMNS>& tile, int tile_column,
                                       const u8* weight, int columns) {
-    int team = threadIdx.x / SIZE, slot = threadIdx.x % SIZE;
+    int team = place() / SIZE, slot = place() % SIZE;
     if (team >= NUMBER) return;
     // Threads beyond the last column read what the first of their team reads.
-    weight += slot * PER_LANE < columns ? slot * LOAD_BYTES : 0;
+    bool is_inside = slot * PER_LANE < min(columns, COLUMNS);
+    weight += is_inside ? slot * LOAD_BYTES : 0;
     float total[PER_LANE] = {};
-#if FORMAT != INT4
+#if FORMAT == FLOATS
     add_strips<BYTES>(list.entries, team, list.count(), NUMBER, weight, total);
+#elif FORMAT != INT4
+    Sums of_team;
+    float factor = list.factor();
+    of_team.template add<BYTES>(list.entries, team, list.count(), NUMBER, weight, factor);
+    of_team.share_inputs();
+#pragma unroll
+    for (int c = 0; c < PER_LANE; c++) total[c] = of_team.sum(c) / factor;
 #else
     // Whole groups, because the sum of a group is scaled at once.
     constexpr int PER_GROUP = NUMBER < GROUPS ? 1 : NUMBER / GROUPS, WORDS = CHANNELS / GROUPS / WARP;
+#pragma unroll 1
     for (int group = team % GROUPS; group < GROUPS && team / GROUPS < PER_GROUP;
          group += NUMBER < GROUPS ? NUMBER : GROUPS) {
-      float of_group[PER_LANE] = {};
       int begin = GROUPS == 1 ? 0 : list.before(group * WORDS);
       int end = GROUPS == 1 ? list.count() : list.before((group + 1) * WORDS);
       // Groups beyond the last channel have no scales.
       if (begin == end) continue;
-      float inputs =
-          add_strips<BYTES>(list.entries, begin + team / GROUPS, end, PER_GROUP, weight, of_group);
-      int column = tile_column + slot * PER_LANE;
+      Sums of_group;
+      of_group.template add<BYTES>(list.entries + begin, team / GROUPS, end - begin, PER_GROUP, weight, 1.0f);
+      of_group.share_inputs();
+      int column = tile_column + (is_inside ? slot * PER_LANE : 0);
 #pragma unroll
       for (int c = 0; c < PER_LANE; c++)
-        total[c] += tile.scale(group, column + c) *
-                    (64.0f * of_group[c] - (128.0f + tile.zero(group, column + c)) * inputs);
+        total[c] += tile.scale(group, column + c) * of_group.sum(c, tile.zero(group, column + c));
     }
 #endif
-    float* mine = sums + threadIdx.x * PITCH;
+    float* mine = sums + place() * PITCH;
+    // Threads that have the same columns write a part each.
+    constexpr int SAME = WARP / SLOTS, PART = PER_LANE / SAME;
 #pragma unroll
-    for (int c = 0; c < PER_LANE; c++) mine[c] = total[c];
+    for (int c = 0; c < PER_LANE; c++)
+      if (c / PART == threadIdx.x % SAME) mine[c] = total[c];
   }
 
   // Ask for the first strips of a weight that nothing is dropped from, before the list is known.
   template <u64 BYTES>
   static __device__ __forceinline__ void prefetch(const u8* weight, int columns, int channels) {
-    int team = threadIdx.x / SIZE, slot = threadIdx.x % SIZE;
-    if (slot * PER_LANE >= columns) return;
+    int team = place() / SIZE, slot = place() % SIZE;
+    if (slot * PER_LANE >= min(columns, COLUMNS) || threadIdx.x % (WARP / SLOTS) != 0) return;
     for (int channel = team; channel < channels; channel += NUMBER)
       asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + channel * BYTES + slot * LOAD_BYTES));
   }
@@ -78,7 +97,8 @@ struct Teams {
 // Columns of each of the fewest equal passes over all `columns` for which a team is a block at most.
 __device__ constexpr int pass_columns(int columns) {
   int loads = columns / PER_LANE, passes = 1;
-  while (loads % passes != 0 || loads / passes > THREADS) passes++;
+  // A warp has columns of one pass.
+  while (loads % passes != 0 || (loads / passes + SLOTS - 1) / SLOTS * WARP > THREADS) passes++;
   return loads / passes * PER_LANE;
 }
 
@@ -115,7 +135,7 @@ struct Rows {
         int column = pass * PASS + i;
         float sum = passes[pass].sum(i);
 #if FORMAT == INT8 || FORMAT == FP8
-        sum *= HALF_RANGE * scales.scale(0, column);
+        sum *= scales.scale(0, column);
 #endif
         if (bias != nullptr) sum += low_half(bias[column]);
         add_fixed(hidden + column, sum * multiplier, overflow);

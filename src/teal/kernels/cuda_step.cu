@@ -46,7 +46,8 @@ __device__ __forceinline__ float gated_sums(const i64* sums, int channel) {
 
 // Fill `x` with this thread's channels of the chunk, rounded to the activations' dtype.
 __device__ __forceinline__ void read_input(const void* source, const float* gain, float epsilon,
-                                           int first_channel, float (&x)[PER_THREAD]) {
+                                           int first_channel, Squares& squares,
+                                           float (&x)[PER_THREAD]) {
 #if SOURCE == HIDDEN
   const i64* hidden = static_cast<const i64*>(source);
   i64 fixed[PER_THREAD];
@@ -55,7 +56,7 @@ __device__ __forceinline__ void read_input(const void* source, const float* gain
     int channel = first_channel + i * THREADS + threadIdx.x;
     fixed[i] = channel < K ? __ldcg(hidden + channel) : 0;
   }
-  float factor = inverse_rms(hidden, epsilon);
+  float factor = squares.inverse_rms(hidden, epsilon);
 #endif
 #pragma unroll
   for (int i = 0; i < PER_THREAD; i++) {
@@ -71,12 +72,16 @@ __device__ __forceinline__ void read_input(const void* source, const float* gain
   }
 }
 
-// The sums of a warp over the kept channels that are its share of the chunk, for the columns of a
-// quad.
+// Which of the warp's columns a thread has, in units of PER_LANE.
+__device__ __forceinline__ int slot() { return threadIdx.x % WARP / (WARP / SLOTS); }
+
+// The sums over the kept channels that are a warp's share of the chunk, for a thread's columns.
 __device__ __forceinline__ void add_share(const List& list, const Scales& scales, int first_channel,
                                           const u8* weight, float (&total)[PER_LANE]) {
   int share = threadIdx.x / WARP / WARPS_N;
-#if FORMAT != INT4
+#if FORMAT == FLOATS
+  add_strips(list.entries, share, list.count(), WARPS_K, weight, total);
+#elif FORMAT != INT4
   Sums sums;
   float factor = list.factor();
   sums.add(list.entries, share, list.count(), WARPS_K, weight, factor);
@@ -86,7 +91,7 @@ __device__ __forceinline__ void add_share(const List& list, const Scales& scales
 #else
   // Whole groups, because the sum of a group is scaled at once.
   constexpr int SEGMENT = GROUP < CHUNK / WARPS_K ? GROUP : CHUNK / WARPS_K;
-  int column = (threadIdx.x / WARP % WARPS_N) * QUADS_N + threadIdx.x % WARP / 4 * PER_LANE;
+  int column = (threadIdx.x / WARP % WARPS_N) * WARP_N + slot() * PER_LANE;
 #pragma unroll 1
   for (int i = 0; i < CHUNK / SEGMENT / WARPS_K; i++) {
     int segment = share * (CHUNK / SEGMENT / WARPS_K) + i, words = SEGMENT / WARP;
@@ -108,15 +113,15 @@ __device__ __forceinline__ void add_share(const List& list, const Scales& scales
 __device__ __forceinline__ void add_block(const float (&total)[PER_LANE], const Scales& scales,
                                           i64* sums, const u16* bias, int columns, float multiplier,
                                           int* overflow) {
-  // The lanes of a quad have the same sums, and write a quarter each; quads lie apart so that they
-  // write to different banks.
-  constexpr int QUARTER = PER_LANE / 4, PITCH = PER_LANE + 4;
+  // Threads with other columns lie apart so that they write to different banks; of those that have
+  // the same, each writes a part.
+  constexpr int SAME = WARP / SLOTS, PART = PER_LANE / SAME, PITCH = PER_LANE + 4;
   __shared__ float of_warps[WARPS_K][BLOCK_N / PER_LANE * PITCH];
-  int warp = threadIdx.x / WARP, quad = threadIdx.x % WARP / 4, lane = threadIdx.x % 4;
-  float* row = of_warps[warp / WARPS_N] + ((warp % WARPS_N) * QUADS + quad) * PITCH;
+  int warp = threadIdx.x / WARP;
+  float* row = of_warps[warp / WARPS_N] + ((warp % WARPS_N) * SLOTS + slot()) * PITCH;
 #pragma unroll
   for (int c = 0; c < PER_LANE; c++)
-    if (c / QUARTER == lane) row[c] = total[c];
+    if (c / PART == threadIdx.x % SAME) row[c] = total[c];
   __syncthreads();
   for (int i = threadIdx.x; i < min(BLOCK_N, columns); i += THREADS) {
     float sum = 0.0f;
@@ -146,6 +151,7 @@ project(const void* source, const float* gain, const float* thresholds, const u8
         int* overflow, int clear_size, float epsilon, float multiplier) {
   __shared__ List list;
   __shared__ Scales scales;
+  __shared__ Squares squares;
   constexpr int TILES_1 = (START_1 + BLOCK_N - 1) / BLOCK_N;
   constexpr int TILES_2 = TILES_1 + (START_2 - START_1 + BLOCK_N - 1) / BLOCK_N;
   int tile = blockIdx.x, first_channel = blockIdx.y * CHUNK;
@@ -153,17 +159,20 @@ project(const void* source, const float* gain, const float* thresholds, const u8
   int start = part == 0 ? 0 : part == 1 ? START_1 : START_2;
   int end = part == 0 ? START_1 : part == 1 ? START_2 : N;
   int first_column = start + (tile - (part == 0 ? 0 : part == 1 ? TILES_1 : TILES_2)) * BLOCK_N;
-  int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  int column = first_column + (warp % WARPS_N) * QUADS_N + lane / 4 * PER_LANE;
+  int warp = threadIdx.x / WARP;
+  int column = first_column + (warp % WARPS_N) * WARP_N + slot() * PER_LANE;
   // Threads beyond the last column read what their block reads anyway.
   weight += (u64)(column < end ? column : first_column) * BITS / 8;
 
 #if SOURCE == HIDDEN
-  cluster_arrive();
+  if (threadIdx.x == 0) squares.open();
+  cluster_begin();
 #endif
 #if PREFETCH > 0
   // Nothing is dropped: what comes first is known before the input is.
-  for (int i = warp / WARPS_N * 4 + lane % 4; i < PREFETCH && first_channel + i < K; i += 4 * WARPS_K)
+  constexpr int SAME = WARP / SLOTS;
+  for (int i = warp / WARPS_N * SAME + threadIdx.x % SAME; i < PREFETCH && first_channel + i < K;
+       i += WARPS_K * SAME)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + (first_channel + i) * STRIP_BYTES));
 #endif
   scales.ask(all_scales, all_zeros, first_channel, first_column, end - first_column);
@@ -172,7 +181,7 @@ project(const void* source, const float* gain, const float* thresholds, const u8
 
   float x[PER_THREAD];
   bool keeps[PER_THREAD];
-  read_input(source, gain, epsilon, first_channel, x);
+  read_input(source, gain, epsilon, first_channel, squares, x);
 #pragma unroll
   for (int i = 0; i < PER_THREAD; i++) {
     int place = i * THREADS + threadIdx.x;

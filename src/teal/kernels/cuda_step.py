@@ -15,6 +15,7 @@ from teal.kernels.cuda_strips import (
     strip_definitions,
 )
 from teal.kernels.operands import Grid
+from teal.kernels.reference_quantized import FP8, INT4, INT8
 
 SOURCE = "cuda_step.cu"
 UNIT = 2.0**-FRACTION_BITS
@@ -30,11 +31,29 @@ _INPUTS: tuple[Input, ...] = ("hidden", "attention", "silu", "gelu_pytorch_tanh"
 PREFETCH = 16
 
 
-# The fastest for Llama-3-8B at 50 % on an H200, where neighbours are within 2 %.
-_NARROW = Cut(chunk=256, warps_n=4, warps_k=2, unroll=2, blocks=3, cluster=8, lanes=8)
-_WIDE = Cut(chunk=512, warps_n=4, warps_k=2, unroll=2, blocks=3, cluster=8, lanes=8)
-_ATTENDED = Cut(chunk=128, warps_n=4, warps_k=2, unroll=2, blocks=3, lanes=8)
-_GATED = Cut(chunk=128, warps_n=4, warps_k=2, unroll=2, blocks=3, lanes=8)
+# Lanes beside each other where tensor cores multiply; see `Cut.lanes`.
+_QUADS = 8
+# By the use of a product, the fastest for Llama-3-8B at 50 % on an H200, where neighbours are
+# within 2 %; for floats, and for codes of 8 and of 4 bits.
+_FLOATS = {
+    "narrow": Cut(chunk=256, warps_n=1, warps_k=4, unroll=4, blocks=3, cluster=8),
+    "wide": Cut(chunk=512, warps_n=2, warps_k=4, unroll=4, blocks=4, cluster=8),
+    "attended": Cut(chunk=128, warps_n=1, warps_k=8, unroll=4, blocks=4),
+    "gated": Cut(chunk=128, warps_n=1, warps_k=4, unroll=8, blocks=2),
+}
+_OF_8_BITS = {
+    "narrow": Cut(chunk=256, warps_n=2, warps_k=4, unroll=1, blocks=3, cluster=8, lanes=_QUADS),
+    "wide": Cut(chunk=512, warps_n=8, warps_k=2, unroll=2, blocks=1, cluster=8, lanes=_QUADS),
+    "attended": Cut(chunk=256, warps_n=4, warps_k=2, unroll=1, blocks=3, lanes=_QUADS),
+    "gated": Cut(chunk=512, warps_n=8, warps_k=2, unroll=2, blocks=1, lanes=_QUADS),
+}
+_OF_4_BITS = {
+    "narrow": Cut(chunk=256, warps_n=4, warps_k=2, unroll=2, blocks=2, cluster=8, lanes=_QUADS),
+    "wide": Cut(chunk=512, warps_n=8, warps_k=2, unroll=2, blocks=1, cluster=8, lanes=_QUADS),
+    "attended": Cut(chunk=256, warps_n=4, warps_k=2, unroll=1, blocks=3, lanes=_QUADS),
+    "gated": Cut(chunk=512, warps_n=8, warps_k=2, unroll=2, blocks=1, lanes=_QUADS),
+}
+_CUTS = {FP8: _OF_8_BITS, INT8: _OF_8_BITS, INT4: _OF_4_BITS}
 _MANY_COLUMNS = 16384
 _LONG_ATTENDED = 8192
 _LONG_GATED = 28672
@@ -78,7 +97,8 @@ class StepMemory:
             that read and add to it in one launch read one and add to the next.
         complete: Which of them holds the stream after the launches so far.
         qkv: Sums of q, k and v, (size,), as `hidden`.
-        gate_up: Sums of gate and up, as `qkv`.
+        gate_up: Sums of gate and up, (2, 2 · intermediate_size), as `qkv`: layers take turns, each
+            clearing those of the next.
         parts: What the splits of the context gave, (1, heads, splits, head_dim + 2), float32.
         overflow: 1 once a sum did not fit or was NaN, (1,), int32.
         normed: The residual stream after the final norm, (1, hidden_size).
@@ -99,7 +119,7 @@ class StepMemory:
         self.hidden = sums(3, hidden_size)
         self.complete = 0
         self.qkv = sums(qkv_size)
-        self.gate_up = sums(2 * intermediate_size)
+        self.gate_up = sums(2, 2 * intermediate_size)
         heads, splits, head_dim = parts
         self.parts = torch.zeros(1, heads, splits, head_dim + 2, device=device)
         self.overflow = torch.zeros(1, dtype=torch.int32, device=device)
@@ -170,12 +190,12 @@ def cut_for(projections: Projections, *, clusters: bool) -> Cut:
         clusters: Whether the device has clusters of blocks.
     """
     weight, widths = projections.weight, projections.widths
+    cuts = _CUTS.get(weight.dtype, _FLOATS)
     if projections.input == "attention":
-        cut = _lengthened(_ATTENDED, len(weight) >= _LONG_ATTENDED)
-    elif projections.input != "hidden":
-        cut = _lengthened(_GATED, len(weight) >= _LONG_GATED)
-    else:
-        cut = _WIDE if sum(widths) >= _MANY_COLUMNS else _NARROW
+        return _lengthened(cuts["attended"], len(weight) >= _LONG_ATTENDED)
+    if projections.input != "hidden":
+        return _lengthened(cuts["gated"], len(weight) >= _LONG_GATED)
+    cut = cuts["wide" if sum(widths) >= _MANY_COLUMNS else "narrow"]
     # A cluster has to divide the tiles evenly.
     tiles = cut.tiles(widths, weight.dtype)
     return replace(cut, cluster=math.gcd(tiles, cut.cluster) if clusters else 1)

@@ -28,10 +28,11 @@ constexpr int BITS = FORMAT == FLOATS ? 16 : FORMAT == INT4 ? 4 : 8;
 constexpr int LOAD_BYTES = FORMAT == INT4 ? 8 : 16;
 constexpr int COPY_BYTES = 16;
 constexpr int PER_LANE = 8 * LOAD_BYTES / BITS;  // columns
-constexpr int QUADS = WARP / 4;
-constexpr int QUADS_N = QUADS * PER_LANE;  // columns of a warp
+// Lanes of a warp that have columns of their own: of a quad, all four have the same.
+constexpr int SLOTS = FORMAT == FLOATS ? WARP : WARP / 4;
+constexpr int WARP_N = SLOTS * PER_LANE;
 constexpr int THREADS = WARP * WARPS_N * WARPS_K;
-constexpr int BLOCK_N = QUADS_N * WARPS_N;
+constexpr int BLOCK_N = WARP_N * WARPS_N;
 constexpr int PER_THREAD = (CHUNK + THREADS - 1) / THREADS;
 constexpr u64 STRIP_BYTES = (u64)N * BITS / 8;
 
