@@ -7,7 +7,7 @@ from helpers import relative_error
 from torch import Tensor
 
 from teal.foundation.errors import UserError
-from teal.kernels import dispatch_quantized, ops_quantized
+from teal.kernels import dispatch_quantized, ops, ops_quantized
 from teal.quantization import Scheme, round_to_nearest
 
 TINY = 2e-6
@@ -89,6 +89,29 @@ def test_operations_are_captured_in_a_cuda_graph(name: str, scheme: Scheme) -> N
         result = getattr(ops_quantized, name)(*arguments)
     graph.replay()
     torch.testing.assert_close(result, expected, rtol=TINY, atol=TINY)
+
+
+@pytest.mark.gpu
+def test_one_row_of_16_bits_is_computed_by_the_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_gemv = pytest.importorskip("teal.kernels.cuda_gemv")
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs clusters of blocks")
+    calls, compute = [], cuda_gemv.compute
+
+    def counted(*given: Any) -> Tensor:
+        calls.append(given)
+        return compute(*given)
+
+    monkeypatch.setattr(cuda_gemv, "compute", counted)
+    x, weight = draw(1, 70).cuda().bfloat16(), draw(70, 96, seed=1).cuda().bfloat16()
+    codes = weight_of(SCHEMES["int4 with zeros"], "cuda")
+    ops.sparse_gemv(x, weight, 0.5)
+    ops.sparse_parts(x, weight, [0.5, 0.4], [32, 64])
+    ops.sparse_gated(x, weight, [0.5, 0.4], "silu")
+    ops_quantized.quantized_parts(x, *codes, [-1.0, -1.0], [32, 64])
+    assert len(calls) == 4
+    ops_quantized.quantized_gated(x, *codes, [0.5, 0.4], "silu")
+    assert len(calls) == 5
 
 
 @schemes

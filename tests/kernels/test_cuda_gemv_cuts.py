@@ -1,0 +1,152 @@
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import draw
+from helpers import relative_error
+from torch import Tensor
+
+pytest.importorskip("cuda.bindings")
+
+from products import SCHEMES, assert_right, by_torch, weight_of
+
+from teal.kernels.cuda_compile import compiled
+from teal.kernels.cuda_gemv import SOURCE, compute, definitions_of, product_of
+from teal.kernels.cuda_gemv_cuts import chunked, cut_for, shared_bytes, tile_columns
+from teal.kernels.cuda_strips import WARP, Cut
+from teal.kernels.operands import Grid, Operands
+
+# Channels and columns of the decoder layers of Llama-3-8B and 70B, and of a head.
+LAYERS: list[tuple[int, Sequence[int], str | None]] = [
+    (4096, [4096], None),
+    (4096, [4096, 1024, 1024], None),
+    (4096, [14336, 14336], "silu"),
+    (14336, [4096], None),
+    (8192, [28672, 28672], "gelu_pytorch_tanh"),
+    (28672, [8192], None),
+    (4096, [128256], None),
+]
+
+schemes = pytest.mark.parametrize("scheme", SCHEMES)
+
+
+def _shape_only(
+    scheme: str, layer: tuple[int, Sequence[int], str | None], dtype: torch.dtype, **rest: Any
+) -> tuple[Operands, Grid | None]:
+    in_features, widths, activation = layer
+    columns, wanted = sum(widths), SCHEMES[scheme]
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    codes = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}
+    kind = dtype if wanted is None else codes[wanted.format]
+    stored = columns // 2 if kind == torch.uint8 else columns
+    weight, x = empty(in_features, stored, dtype=kind), empty(1, in_features, dtype=dtype)
+    operands = Operands(x, weight, [0.5] * len(widths), widths, activation=activation, **rest)
+    if wanted is None:
+        return operands, None
+    group = wanted.group_size or in_features
+    scales = empty(-(-in_features // group), columns, dtype=dtype)
+    zeros = None if wanted.symmetric else empty(*scales.shape, dtype=torch.uint8)
+    return operands, Grid(scales, zeros, group)
+
+
+@pytest.mark.parametrize(
+    "architecture, dtype",
+    [("sm_90", torch.bfloat16), ("sm_90", torch.float16)]
+    + [(other, torch.bfloat16) for other in ("sm_80", "sm_100")],
+    ids=str,
+)
+@pytest.mark.parametrize("layer", LAYERS[:3], ids=lambda layer: f"{layer[0]} {layer[1]}")
+@schemes
+def test_products_compile_to_wide_loads_without_spills(
+    scheme: str,
+    layer: tuple[int, Sequence[int], str | None],
+    architecture: str,
+    dtype: torch.dtype,
+    tmp_path: Path,
+) -> None:
+    triton = pytest.importorskip("triton")
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not cuobjdump.exists():
+        pytest.skip("needs the tools in triton's wheel")
+    gain = None if len(layer[1]) == 1 else torch.empty(layer[0], device="meta")
+    operands, grid = _shape_only(scheme, layer, dtype, gain=gain)
+    cut = cut_for(product_of(operands, grid), clusters=architecture != "sm_80")
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled(SOURCE, definitions_of(operands, grid, cut), architecture))
+    command = [cuobjdump, "--dump-resource-usage", "--dump-sass", cubin]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", told)) == {"0"}
+    assert len(re.findall(r"LDG\.E\.NA\.(?:64|128)\.CONSTANT", told)) >= cut.unroll * (
+        WARP // cut.lanes
+    )
+
+
+@pytest.mark.parametrize("clusters", [False, True], ids=["", "clusters"])
+@pytest.mark.parametrize(
+    "layer",
+    [*LAYERS, (40, [32], None), (2048, [5632, 5632], "silu"), (11008, [4096], None)],
+    ids=lambda layer: f"{layer[0]} {layer[1]}",
+)
+@schemes
+def test_cuts_cover_the_channels_and_fit_into_a_block(
+    scheme: str, layer: tuple[int, Sequence[int], str | None], clusters: bool
+) -> None:
+    product = product_of(*_shape_only(scheme, layer, torch.bfloat16))
+    cut = cut_for(product, clusters=clusters)
+    assert cut.cluster == 1 or clusters
+    assert (cut.cluster - 1) * cut.chunk < product.in_features
+    assert tile_columns(product, cut) % cut.cluster == 0
+    assert tile_columns(product, cut) // cut.cluster <= cut.threads <= 1024
+    assert shared_bytes(product, cut) <= 96 * 1024
+    assert not product.group_size or cut.chunk % product.group_size == 0
+
+
+@pytest.mark.gpu
+@schemes
+@pytest.mark.parametrize("warps_n", [2, 4])
+@pytest.mark.parametrize("cluster", [1, 2, 4, 8])
+def test_product_is_right_however_it_is_cut(scheme: str, cluster: int, warps_n: int) -> None:
+    if cluster > 1 and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs clusters of blocks")
+    weight, x = (
+        weight_of(scheme, 1200, 320, torch.bfloat16),
+        draw(1, 1200, dtype=torch.bfloat16).cuda(),
+    )
+    for widths, activation in (([192, 128], None), ([160, 160], "silu")):
+        operands = weight.operands(0.2 * x, [0.08, 0.16], widths=widths, activation=activation)
+        product = product_of(operands, weight.grid)
+        usual = cut_for(product, clusters=False)
+        cut = replace(usual, chunk=32, warps_n=warps_n, warps_k=8, unroll=2, cluster=cluster)
+        assert_right(weight, operands, chunked(product, cut))
+
+
+@pytest.mark.gpu
+@schemes
+@pytest.mark.parametrize("thresholds", [[0.4], [0.08, 0.16]], ids=["plain", "gated"])
+def test_a_block_may_have_several_chunks(scheme: str, thresholds: list[float]) -> None:
+    weight, x = (
+        weight_of(scheme, 1192, 320, torch.bfloat16),
+        draw(1, 1192, dtype=torch.bfloat16).cuda(),
+    )
+    cut = Cut(chunk=256, warps_n=2, warps_k=8, unroll=2, blocks=1, lanes=8)
+    cut = replace(cut, lanes=32) if weight.grid is None else cut
+    if len(thresholds) == 1:
+        gain = torch.ones(1192, device="cuda")
+        dense = weight.operands(x, [-1.0], gain=gain, epsilon=1e-5)
+        result = compute(dense, weight.grid, cut)
+        expected = by_torch(weight, dense, torch.float64)
+        assert relative_error(result, expected) < torch.finfo(torch.bfloat16).eps
+        assert_right(weight, weight.operands(x, thresholds), cut)
+    else:
+        operands = weight.operands(
+            0.2 * x, thresholds, widths=[160, 160], activation="gelu_pytorch_tanh"
+        )
+        assert_right(weight, operands, cut)
