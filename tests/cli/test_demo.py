@@ -28,7 +28,8 @@ def test_demo_prints_the_table_and_leaves_a_report_with_plots(teal, short_demo, 
     assert {"report.html", "results.json"} <= names
     assert sum(name.endswith(".png") for name in names) == 3
     assert demo.PROMPT in outcome.out
-    assert len(re.findall(r"── .*, \d+ tokens/s ──", outcome.out)) == 2
+    assert len(re.findall(r"── .*, \d+ tokens/s ──", outcome.out)) == 3
+    assert "── dense, weights of int8, " in outcome.out
 
 
 def test_an_existing_report_is_kept_without_force(teal, tmp_path):

@@ -73,7 +73,8 @@ def command(
     """Run the whole pipeline on a small model and write a report.
 
     Calibrates on the source of Python's standard library, plans uniformly and greedily, evaluates
-    on packages that models/py-16m has never seen, and continues a prompt dense and sparse.
+    on packages that models/py-16m has never seen, and continues a prompt dense, sparse and with
+    weights of int8.
     """
     started = time.perf_counter()
     quiet_libraries()
@@ -150,8 +151,11 @@ def _evaluate(subject: _Subject, plans: Sequence[SparsityPlan], text: Text) -> E
 def _continue(subject: _Subject, plans: Sequence[SparsityPlan]) -> list[Sample]:
     prompt = encode_prompt(PROMPT, subject.tokenizer)
     engine = Engine(subject.model, _shown(plans, "greedy"), tokenizer=subject.tokenizer)
+    rounded = Engine(
+        subject.model, tokenizer=subject.tokenizer, quantize="int8", quantize_head=True
+    )
 
-    def sample(title: str, sparsity: float | None) -> Sample:
+    def sample(title: str, engine: Engine, sparsity: float | None = None) -> Sample:
         # The first steps load compiled kernels, which is not what is measured.
         engine.generate(prompt, max_new_tokens=2, sparsity=sparsity)
         result = engine.generate(
@@ -164,7 +168,11 @@ def _continue(subject: _Subject, plans: Sequence[SparsityPlan]) -> list[Sample]:
             tokens_per_second=result.tokens_per_second,
         )
 
-    return [sample("dense", 0.0), sample(f"greedy at {percent(SHOWN_SPARSITY)}", None)]
+    return [
+        sample("dense", engine, 0.0),
+        sample(f"greedy at {percent(SHOWN_SPARSITY)}", engine),
+        sample("dense, weights of int8", rounded),
+    ]
 
 
 def _shown(plans: Sequence[SparsityPlan], strategy: str) -> SparsityPlan:
