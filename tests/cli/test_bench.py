@@ -43,3 +43,15 @@ def test_a_table_names_the_product(capsys):
 def test_bad_input_is_one_sentence(arguments, message):
     with pytest.raises(UserError, match=message):
         run(*arguments)
+
+
+def test_products_of_few_bits_stand_beside_floats(capsys):
+    run("64x48", "--sparsity", "0,0.5", "--quantize", "int4", "--group-size", "32")
+    printed = capsys.readouterr().out
+    assert "bfloat16 × int4" in printed
+    assert "floats" in printed
+
+
+def test_tiles_are_of_floats(tmp_path):
+    with pytest.raises(UserError, match="Leave out --quantize"):
+        run("64x48", "--quantize", "int8", "--tune", str(tmp_path / "tiles.json"))

@@ -29,16 +29,18 @@ class GemvResult:
 
     Attributes:
         shape: What was multiplied.
-        dtype: Of activations and weight.
+        dtype: Of activations, and of the weight unless it has a format.
         rows: Token rows.
         sparsity: Target, per row.
         read: Fraction of the strips that some row keeps.
         error: Of the sparse product against float64, rms over rms.
-        dense: Fastest dense product, on either layout of the weight.
+        dense: Fastest dense product, on either layout of the weight; our own with codes.
         sparse: Ours.
         peer: TEAL's own kernel, where asked for.
         limit: Microseconds to read the kept strips at full bandwidth.
         bandwidth: Bytes per second that the sparse product read.
+        format: Of the codes of a quantized weight, such as "int8"; `None` for floats.
+        floats: Fastest dense product with floats, beside that of a quantized weight.
     """
 
     shape: Shape
@@ -52,6 +54,8 @@ class GemvResult:
     peer: Timing | None
     limit: float
     bandwidth: float
+    format: str | None = None
+    floats: Timing | None = None
 
     @property
     def speed_up(self) -> float:
@@ -75,20 +79,30 @@ class Product:
         shape: What is multiplied.
         weights: Channel-major weights, each (in_features, out_features).
         x: Activations, (rows, in_features).
+        format: As in `GemvResult`.
     """
+
+    format: str | None = None
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, rows: int) -> None:
         generator = torch.Generator(device).manual_seed(0)
         size = (shape.in_features, shape.out_features)
-        number = max(
-            2, math.ceil(_ROTATION_BYTES[device.type] / (math.prod(size) * dtype.itemsize))
-        )
         self.shape = shape
         weight = torch.randn(size, dtype=dtype, device=device, generator=generator)
-        self.weights = [weight, *(weight.clone() for _ in range(number - 1))]
+        self.hold(weight)
         self.x = torch.randn(
             rows, shape.in_features, dtype=dtype, device=device, generator=generator
         )
+
+    @property
+    def copies(self) -> int:
+        """How many weights are in rotation."""
+        return len(self.weights)
+
+    def hold(self, weight: Tensor) -> None:
+        """Keep copies of a weight that no cache holds."""
+        copies = copies_of(weight.nbytes, weight.device)
+        self.weights = [weight, *(weight.clone() for _ in range(1, copies))]
 
     def threshold(self, sparsity: float) -> float:
         """Return the threshold that drops a fraction `sparsity` of x; below 0 drops nothing."""
@@ -96,9 +110,9 @@ class Product:
         index = round(sparsity * len(scores)) - 1
         return float(scores[index]) if index >= 0 else -1.0
 
-    def sparse(self, weight: Tensor, threshold: float) -> Tensor:
-        """Compute the product through the operation that decode uses."""
-        widths = self.shape.widths
+    def sparse(self, number: int, threshold: float) -> Tensor:
+        """Compute the product with one of the weights through the operation that decode uses."""
+        weight, widths = self.weights[number % self.copies], self.shape.widths
         if self.shape.form == "gated":
             return ops.sparse_gated(self.x, weight, [threshold] * 2, ACTIVATION)
         if self.shape.form == "parts":
@@ -111,12 +125,11 @@ class Product:
         Raises:
             UserError: It is larger than rounding explains.
         """
-        weight = self.weights[0]
         kept = reference.sparse_activation(self.x, threshold)
-        exact = self._finish(kept.double() @ weight.double())
-        by_torch = _error(self._finish(kept @ weight), exact)
-        error = _error(self.sparse(weight, threshold), exact)
-        eps = _ERROR_EPS[self.shape.form] * torch.finfo(weight.dtype).eps
+        exact = self._finish(self.by_torch(kept.double()))
+        by_torch = _error(self._finish(self.by_torch(kept)), exact)
+        error = _error(self.sparse(0, threshold), exact)
+        eps = _ERROR_EPS[self.shape.form] * torch.finfo(kept.dtype).eps
         if not error <= _ERROR_FACTOR * by_torch + eps:
             raise UserError(
                 f"The product {self.shape.name} errs by {error:.1e}, torch's by {by_torch:.1e}. "
@@ -124,13 +137,21 @@ class Product:
             )
         return error
 
+    def by_torch(self, kept: Tensor) -> Tensor:
+        """Multiply with the first weight in the dtype of the kept activations."""
+        return kept @ self.weights[0].to(kept.dtype)
+
+    def read_bytes(self, read: float) -> float:
+        """Return the bytes that a product reads which keeps a fraction of the strips."""
+        return read * self.weights[0].nbytes
+
     def time(self, call: Call) -> Timing:
         """Measure `call(i)`, which uses weight number i modulo their number."""
-        return time_call(call, self.x.device, least_calls=len(self.weights))
+        return time_call(call, self.x.device, least_calls=self.copies)
 
     def time_sparse(self, threshold: float) -> Timing:
         """Measure the sparse product."""
-        return self.time(lambda i: self.sparse(self.weights[i % len(self.weights)], threshold))
+        return self.time(lambda i: self.sparse(i, threshold))
 
     def time_dense(self) -> Timing:
         """Measure the fastest dense product on either layout of the weight, no activation."""
@@ -140,6 +161,10 @@ class Product:
         turned = [rows, *(rows.clone() for _ in range(number - 1))]
         usual = self.time(lambda i: F.linear(self.x, turned[i % number]))
         return min(channel_major, usual, key=lambda timing: timing.median)
+
+    def time_floats(self) -> Timing | None:
+        """Measure the dense product with floats, where that is another one."""
+        return None
 
     def _finish(self, product: Tensor) -> Tensor:
         if self.shape.form == "gated":
@@ -161,16 +186,16 @@ def measure(
     Yields:
         One result per sparsity.
     """
-    dense = product.time_dense()
-    weight = product.weights[0]
+    dense, floats = product.time_dense(), product.time_floats()
     for sparsity in sparsities:
         threshold = product.threshold(sparsity)
         error = product.check(threshold)
         sparse = product.time_sparse(threshold)
         read = float(reference.keep_mask(product.x, threshold).any(dim=0).float().mean())
+        read_bytes = product.read_bytes(read)
         yield GemvResult(
             shape=product.shape,
-            dtype=str(weight.dtype).removeprefix("torch."),
+            dtype=str(product.x.dtype).removeprefix("torch."),
             rows=len(product.x),
             sparsity=sparsity,
             read=read,
@@ -178,9 +203,21 @@ def measure(
             dense=dense,
             sparse=sparse,
             peer=None if peer is None else peer.time(product, threshold, sparsity),
-            limit=read * weight.nbytes / bandwidth * 1e6,
-            bandwidth=read * weight.nbytes / (sparse.median * 1e-6),
+            limit=read_bytes / bandwidth * 1e6,
+            bandwidth=read_bytes / (sparse.median * 1e-6),
+            format=product.format,
+            floats=floats,
         )
+
+
+def copies_of(nbytes: int, device: torch.device) -> int:
+    """Return how many weights of a size no cache holds.
+
+    Args:
+        nbytes: Of one weight.
+        device: Where they are.
+    """
+    return max(2, math.ceil(_ROTATION_BYTES[device.type] / nbytes))
 
 
 def _error(product: Tensor, exact: Tensor) -> float:

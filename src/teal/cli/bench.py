@@ -8,20 +8,24 @@ import typer
 
 from teal.cli import bench_decode
 from teal.cli.console import print_json, print_table, progress_bar, say
-from teal.cli.options import JsonOption
+from teal.cli.options import GroupSizeOption, JsonOption, scheme_of
+from teal.foundation.errors import UserError
 from teal.foundation.formatting import percent
 
 if TYPE_CHECKING:
     import torch
 
-    from teal.benchmark.gemv import GemvResult
+    from teal.benchmark.gemv import GemvResult, Product
     from teal.benchmark.shapes import Shape
+    from teal.quantization import Scheme
 
 EXAMPLES = """Examples:
 
 teal bench gemv llama-3-8b --sparsity 0.4,0.5 --plot gemv.png
 
 teal bench gemv 4096x11008 --dtype float32 --rows 2 --json
+
+teal bench gemv llama-3-8b --quantize int4 --group-size 64
 """
 
 GROUP_EXAMPLES = """Examples:
@@ -51,6 +55,10 @@ def gemv(
         str, typer.Option("--sparsity", help="Fractions, separated by commas.")
     ] = SPARSITIES,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Token rows.")] = 1,
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", help="Weights of int8, int4 or fp8.")
+    ] = None,
+    group_size: GroupSizeOption = None,
     dtype: Annotated[
         str, typer.Option("--dtype", help="bfloat16, float16 or float32.")
     ] = "bfloat16",
@@ -74,14 +82,17 @@ def gemv(
     json: JsonOption = False,
 ) -> None:
     """Time sparse products beside dense ones, on weights that no cache holds."""
-    from teal.benchmark.gemv import Product, measure
+    from teal.benchmark.gemv import measure
     from teal.benchmark.machine import describe_machine
     from teal.benchmark.peer import Peer
     from teal.benchmark.roofline import read_bandwidth
 
     place, number = _device(device), _dtype(dtype)
+    scheme = scheme_of(quantize, group_size)
     fractions = fractions_of(sparsity)
     wanted = _unique(shapes)
+    if scheme and (tune or peer_teal):
+        raise UserError("Tiles and TEAL's kernels are of floats. Leave out --quantize.")
     if tune:
         _write_table(tune, wanted, number, place)
         return
@@ -89,7 +100,8 @@ def gemv(
     bandwidth = read_bandwidth(place)
     results: list[GemvResult] = []
     for shape in progress_bar(wanted, "Products"):
-        results += measure(Product(shape, number, place, rows), fractions, bandwidth, peer)
+        product = _product(shape, number, place, rows, scheme)
+        results += measure(product, fractions, bandwidth, peer)
     if plot:
         from teal.benchmark.plot import save_plot
 
@@ -105,9 +117,20 @@ def gemv(
 app.command(epilog=bench_decode.EXAMPLES)(bench_decode.decode)
 
 
+def _product(
+    shape: "Shape", dtype: "torch.dtype", device: "torch.device", rows: int, scheme: "Scheme | None"
+) -> "Product":
+    from teal.benchmark.gemv import Product
+    from teal.benchmark.gemv_quantized import QuantizedProduct
+
+    if scheme is None:
+        return Product(shape, dtype, device, rows)
+    return QuantizedProduct(shape, dtype, device, rows, scheme)
+
+
 def _print(results: "list[GemvResult]", bandwidth: float) -> None:
     columns = ["product", "sparsity", "dense µs", "sparse µs", "10–90 %", "limit µs", "GB/s"]
-    columns += ["of limit", "speed-up", "peer µs"]
+    columns += ["of limit", "speed-up", "peer µs", "floats µs"]
     rows = [
         [
             result.shape.name,
@@ -120,10 +143,12 @@ def _print(results: "list[GemvResult]", bandwidth: float) -> None:
             percent(result.share_of_limit),
             f"{result.speed_up:.2f}×",
             f"{result.peer.median:.1f}" if result.peer else "–",
+            f"{result.floats.median:.1f}" if result.floats else "–",
         ]
         for result in results
     ]
-    title = f"{results[0].dtype}, {results[0].rows} row(s); memory reads {bandwidth / 1e9:.0f} GB/s"
+    kind = " × ".join(filter(None, (results[0].dtype, results[0].format)))
+    title = f"{kind}, {results[0].rows} row(s); memory reads {bandwidth / 1e9:.0f} GB/s"
     print_table(title, columns, rows)
 
 
@@ -156,7 +181,7 @@ def fractions_of(text: str) -> list[float]:
     Raises:
         UserError: They are none.
     """
-    from teal.foundation.errors import UserError, check_sparsity
+    from teal.foundation.errors import check_sparsity
 
     try:
         return [check_sparsity(float(part)) for part in text.split(",")]
@@ -169,7 +194,7 @@ def fractions_of(text: str) -> list[float]:
 def _device(name: str) -> "torch.device":
     import torch
 
-    from teal.foundation.errors import UserError, unknown_name
+    from teal.foundation.errors import unknown_name
 
     if name not in ("auto", "cpu", "cuda"):
         raise unknown_name("device", name, ("auto", "cpu", "cuda"))
