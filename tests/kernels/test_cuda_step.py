@@ -175,7 +175,7 @@ def test_what_does_not_fit_into_sums_sets_the_flag_and_makes_the_output_nan(visi
     source, _ = _source("attention", torch.bfloat16)
     source[0, 1, 0, 5] = visible
     projections = projections_of(wanted("attention"), [0.2])
-    project(projections, source, memory.stream, None, memory, dependent=hopper())
+    project(projections, source, memory.hidden, None, memory, dependent=hopper())
     assert memory.overflow.item() == 1
     position = torch.zeros(1, dtype=torch.int64, device="cuda")
     finish(torch.ones(SIZES[0], device="cuda"), EPSILON, memory, position, dependent=hopper())

@@ -22,10 +22,8 @@ from teal.models.architectures import Architecture
 
 try:
     from teal.kernels import (
-        cuda_attention,
         cuda_compile,
         cuda_ends,
-        cuda_mlp,
         cuda_step,
         cuda_strips,
         triton_attention_launch,
@@ -48,8 +46,6 @@ class _Layer:
     gate_up: "cuda_step.Projections"
     down: "cuda_step.Projections"
     calls: LayerCalls
-    attention: "cuda_attention.Attention | None"
-    has_fused_mlp: bool
 
 
 class FusedStep:
@@ -108,12 +104,7 @@ class FusedStep:
         """Add attention to the residual stream; `place` is keys, values, cosines and sines."""
         m, dependent = self._memory, self._dependent
         keys, values, cosines, sines = place
-        if layer.attention is not None:
-            cuda_attention.attend_and_project(
-                layer.attention, keys, values, positions, cosines, sines, m, dependent=dependent
-            )
-            return
-        cuda_step.project(layer.qkv, m.stream, m.qkv, None, m, dependent=dependent)
+        cuda_step.project(layer.qkv, m.hidden, m.qkv, None, m, dependent=dependent)
         triton_attention_launch.attend_parts(
             m.qkv,
             keys,
@@ -126,16 +117,13 @@ class FusedStep:
             unit=cuda_step.UNIT,
             dependent=dependent,
         )
-        cuda_step.project(layer.o, m.parts, m.stream, m.qkv, m, dependent=dependent)
+        cuda_step.project(layer.o, m.parts, m.hidden, m.qkv, m, dependent=dependent)
 
     def _feed_forward(self, layer: _Layer, index: int) -> None:
         m, dependent = self._memory, self._dependent
-        if layer.has_fused_mlp:
-            cuda_mlp.mlp(layer.gate_up, layer.down, m, dependent=dependent)
-            return
         sums, later = m.gate_up[index % 2], m.gate_up[1 - index % 2]
-        cuda_step.project(layer.gate_up, m.stream, sums, later, m, dependent=dependent)
-        cuda_step.project(layer.down, sums, m.stream, None, m, dependent=dependent)
+        cuda_step.project(layer.gate_up, m.hidden, sums, later, m, dependent=dependent)
+        cuda_step.project(layer.down, sums, m.hidden, None, m, dependent=dependent)
 
 
 def stepper_of(decoder: Decoder, cache: KeyValueCache, *, overlap: bool = True) -> Stepper:
@@ -222,18 +210,12 @@ def _layer(decoder: Decoder, calls: LayerCalls) -> _Layer:
             strict=True,
         )
     )
-    has_clusters = cuda_compile.has_clusters(decoder.weights.device)
-    attention = cuda_attention.Attention(
-        qkv=qkv, o=o, head_dim=decoder.architecture.head_dim, **calls.attend
-    )
     return _Layer(
         qkv=qkv,
         o=o,
         gate_up=gate_up,
         down=down,
         calls=calls,
-        attention=attention if has_clusters and cuda_attention.can_attend(attention) else None,
-        has_fused_mlp=has_clusters and cuda_mlp.can_fuse(gate_up, down),
     )
 
 

@@ -36,14 +36,6 @@ __device__ __forceinline__ u32 at_rank(const void* mine, u32 rank) {
 #endif
 
 // Write to the shared memory of another block of the cluster, where `mine` lies in this block's.
-__device__ __forceinline__ void store_at_rank(float* mine, u32 rank, float value) {
-#if CLUSTER > 1
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(at_rank(mine, rank)), "f"(value) : "memory");
-#else
-  *mine = value;
-#endif
-}
-
 __device__ __forceinline__ void store_at_rank(u64* mine, u32 rank, u64 value) {
 #if CLUSTER > 1
   asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(at_rank(mine, rank)), "l"(value) : "memory");

@@ -8,8 +8,8 @@ constexpr int NORM_THREADS = 1024, CHOICE_THREADS = 1024;
 // Of `choose`: a value in the order of unsigned integers, and the index of the first that has it.
 constexpr u32 POSITIVE_INFINITY = 0xff800000u, NEGATIVE_INFINITY = 0x007fffffu;
 
-// Start the residual stream with the embedding of a token, and a step without overflow. The second
-// buffer of the stream is cleared, and `clear`.
+// Start the residual stream with the embedding of a token, a step without overflow, and `clear` with
+// zeros.
 extern "C" __global__ void embed(const i64* token, const u16* embedding, i64* hidden, i64* clear,
                                  int* overflow, float multiplier, int size, int clear_size) {
   int channel = blockIdx.x * blockDim.x + threadIdx.x;
@@ -19,7 +19,6 @@ extern "C" __global__ void embed(const i64* token, const u16* embedding, i64* hi
   if (channel >= size) return;
   float value = rounded(low_half(embedding[*token * size + channel]) * multiplier);
   hidden[channel] = (i64)(value * UNIT);
-  hidden[size + channel] = 0;
 }
 
 // Write the normed residual stream for the head, NaN everywhere after an overflow, and move the

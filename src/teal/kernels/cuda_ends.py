@@ -23,7 +23,6 @@ def embed(
 ) -> None:
     """Start a step: no overflow, and the embedding of a token, (1,), int64, as hidden states."""
     size, first_sums = embedding.shape[1], memory.gate_up[0]
-    memory.complete = 0
     launch(
         function(SOURCE, "embed", definitions_of(embedding.dtype), token.device.index),
         (math.ceil(size / _EMBED_THREADS), 1),
@@ -61,7 +60,7 @@ def finish(
         (1, 1),
         _NORM_THREADS,
         [
-            memory.stream,
+            memory.hidden,
             gain,
             memory.overflow,
             memory.normed,

@@ -48,59 +48,11 @@ struct Shared {
   float of_warps[WARPS_K][BLOCK_COLUMNS / PER_LANE * PITCH];
   // Sums of the columns that this block finishes, of each block of the cluster.
   float received[CLUSTER][HALVES][FINISHED];
-  // Counts the bytes of these that have come.
-  u64 arrivals;
+  Inbox inbox;
 };
 
 // How much of it the host has to provide.
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
-
-// Let other blocks send sums to this one from the next barrier of the cluster on.
-__device__ __forceinline__ void expect_sums(Shared& shared) {
-#if CLUSTER > 1
-  u32 arrivals = (u32)__cvta_generic_to_shared(&shared.arrivals);
-  if (threadIdx.x == 0) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrivals) : "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(arrivals),
-                 "n"(sizeof(Shared::received))
-                 : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  __syncwarp();
-#endif
-}
-
-// Send one sum; this needs no fence, which would take longer than the way.
-__device__ __forceinline__ void send(Shared& shared, int half, int column, float sum) {
-  float* slot = &shared.received[blockIdx.y][half][column % FINISHED];
-#if CLUSTER > 1
-  u32 rank = column / FINISHED;
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
-                   at_rank(slot, rank)),
-               "f"(sum), "r"(at_rank(&shared.arrivals, rank))
-               : "memory");
-#else
-  *slot = sum;
-#endif
-}
-
-// Wait until all sums have come.
-__device__ __forceinline__ void receive_sums(Shared& shared) {
-#if CLUSTER > 1
-  u32 arrivals = (u32)__cvta_generic_to_shared(&shared.arrivals), done;
-  do {
-    asm volatile(
-        "{ .reg .pred p;\n"
-        "  mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n"
-        "  selp.u32 %0, 1, 0, p; }"
-        : "=r"(done)
-        : "r"(arrivals)
-        : "memory");
-  } while (!done);
-#else
-  __syncthreads();
-#endif
-}
 
 // Read a number here and now, long before it is used.
 __device__ __forceinline__ u16 load_early(const u16* pointer) {
@@ -238,7 +190,9 @@ __device__ __forceinline__ void send_sums(Shared& shared, const float (&total)[O
     float sum = 0.0f;
 #pragma unroll
     for (int k = 0; k < WARPS_K; k++) sum += shared.of_warps[k][i / PER_LANE * PITCH + i % PER_LANE];
-    send(shared, i / TILE_N, i % TILE_N, sum);
+    int column = i % TILE_N;
+    shared.inbox.send(&shared.received[blockIdx.y][i / TILE_N][column % FINISHED],
+                      column / FINISHED, sum);
   }
 }
 
@@ -273,8 +227,8 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
   u64 offset = half * START_1 + first_column + (column < columns ? column : 0);
   weight += offset * BITS / 8;
 
-  expect_sums(shared);
-  cluster_arrive();
+  if (threadIdx.x == 0) shared.inbox.open(sizeof(shared.received));
+  cluster_begin();
   auto ask_for_scales = [&](int first_channel) {
 #pragma unroll
     for (int part = 0; part < HALVES; part++)
@@ -328,7 +282,7 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
   if (threadIdx.x >= FINISHED) return;
 #endif
   // A block stays until all has come, whether it has columns or not.
-  receive_sums(shared);
+  shared.inbox.wait();
   if (!finishes) return;
   float sums[HALVES];
 #pragma unroll

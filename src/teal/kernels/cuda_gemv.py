@@ -21,6 +21,8 @@ MAX_ROWS = 8
 
 _ACTIVATIONS = (None, "silu", "gelu_pytorch_tanh")
 _HAS_CLUSTERS = (9, 0)
+# Weights of floats.
+_LARGEST = 1 << 27
 # Of addresses, in bytes.
 _ALIGNMENT = 16
 # A norm reads so many activations at once.
@@ -62,8 +64,9 @@ def can_compute(operands: Operands, grid: Grid | None) -> bool:
     weight, rows = operands.weight, operands.rows
     capability = torch.cuda.get_device_capability(operands.x.device)
     if grid is None:
-        # Dense ones are cuBLAS's. Without clusters Triton's kernel has more blocks.
-        is_wanted = rows == 1 and capability >= _HAS_CLUSTERS
+        # Dense ones are cuBLAS's. Without clusters Triton's kernel has more blocks, which is also
+        # what the largest weights want.
+        is_wanted = rows == 1 and capability >= _HAS_CLUSTERS and weight.numel() <= _LARGEST
         is_wanted = is_wanted and not reference.keeps_everything(operands.thresholds)
     else:
         is_wanted = 1 <= rows <= MAX_ROWS and _has_whole_groups(weight, grid)

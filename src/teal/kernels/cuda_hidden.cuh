@@ -5,7 +5,7 @@
 #pragma once
 
 #include "cuda_cluster.cuh"
-#include "cuda_strips.cuh"
+#include "cuda_codes.cuh"
 
 // Beyond this a sum of many blocks could leave 64 bits.
 constexpr float LARGEST = (float)(1ll << (62 - FRACTION_BITS));

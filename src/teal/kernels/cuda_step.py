@@ -93,9 +93,7 @@ class StepMemory:
     """Sums of a decode step, shared by all layers.
 
     Attributes:
-        hidden: Buffers of the residual stream, (3, hidden_size), int64, in units of `UNIT`. Kernels
-            that read and add to it in one launch read one and add to the next.
-        complete: Which of them holds the stream after the launches so far.
+        hidden: Residual stream, (hidden_size,), int64, in units of `UNIT`.
         qkv: Sums of q, k and v, (size,), as `hidden`.
         gate_up: Sums of gate and up, (2, 2 · intermediate_size), as `qkv`: layers take turns, each
             clearing those of the next.
@@ -116,25 +114,13 @@ class StepMemory:
         def sums(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.int64, device=device)
 
-        self.hidden = sums(3, hidden_size)
-        self.complete = 0
+        self.hidden = sums(hidden_size)
         self.qkv = sums(qkv_size)
         self.gate_up = sums(2, 2 * intermediate_size)
         heads, splits, head_dim = parts
         self.parts = torch.zeros(1, heads, splits, head_dim + 2, device=device)
         self.overflow = torch.zeros(1, dtype=torch.int32, device=device)
         self.normed = torch.zeros(1, hidden_size, dtype=dtype, device=device)
-
-    @property
-    def stream(self) -> Tensor:
-        """The residual stream after the launches so far, (hidden_size,)."""
-        return self.hidden[self.complete]
-
-    def advance(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the stream, what to add its successor to, and what to clear."""
-        first = self.complete
-        self.complete = (first + 1) % len(self.hidden)
-        return self.hidden[first], self.stream, self.hidden[(first + 2) % len(self.hidden)]
 
 
 def project(
