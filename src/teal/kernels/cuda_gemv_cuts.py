@@ -68,7 +68,7 @@ _BLOCKS = {
     (16, True): _Block(warps_n=2, warps_k=4, unroll=4, blocks=4),
     (8, False): _Block(warps_n=2, warps_k=4, unroll=2, blocks=2),
     (8, True): _Block(warps_n=4, warps_k=2, unroll=2, blocks=2),
-    (4, False): _Block(warps_n=1, warps_k=8, unroll=3, blocks=2),
+    (4, False): _Block(warps_n=1, warps_k=8, unroll=2, blocks=2),
     (4, True): _Block(warps_n=4, warps_k=2, unroll=4, blocks=2),
 }
 
