@@ -37,6 +37,9 @@ def draw(
     sampler.begin(settings, [prompt.to(device) for prompt in prompts])
     for _ in range(steps):
         sampler(logits)
+    if logits.is_cuda:
+        # The history may lie in memory of the host.
+        torch.cuda.synchronize()
     return sampler
 
 

@@ -70,7 +70,10 @@ def _plain(sampler: Sampler, advance: Advance, steps: int) -> Iterator[Row]:
 
 def _queued(sampler: Sampler, advance: Advance, steps: int) -> Iterator[Row]:
     """Queue steps ahead; their rows go through pinned memory, each with an event behind it."""
-    tokens = torch.empty_like(sampler.history[:steps], device="cpu", pin_memory=True)
+    is_there = not sampler.history.is_cuda
+    tokens = sampler.history[:steps]
+    if not is_there:
+        tokens = torch.empty_like(tokens, device="cpu", pin_memory=True)
     logprobs = torch.empty_like(sampler.logprobs[:steps], device="cpu", pin_memory=True)
     arrived: list[torch.cuda.Event] = []
     for step in range(steps):
@@ -78,7 +81,8 @@ def _queued(sampler: Sampler, advance: Advance, steps: int) -> Iterator[Row]:
             sent = len(arrived)
             if sent:
                 advance()
-            tokens[sent].copy_(sampler.history[sent], non_blocking=True)
+            if not is_there:
+                tokens[sent].copy_(sampler.history[sent], non_blocking=True)
             if sampler.form.has_logprobs:
                 logprobs[sent].copy_(sampler.logprobs[sent], non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]

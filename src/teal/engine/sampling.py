@@ -111,7 +111,8 @@ class Sampler:
     Attributes:
         tokens: The tokens chosen last, (rows,), int64; some token id where the logits hold NaN or
             infinity.
-        history: Those of every step since `begin`, (steps, rows), int64; there `BROKEN` instead.
+        history: Those of every step since `begin`, (steps, rows), int64; there `BROKEN` instead. In
+            pinned memory of the host where one kernel makes the choice, else on the device.
         logprobs: Their logarithmic probability under the unchanged logits, (steps, rows), float32,
             where the form has it.
     """
@@ -121,14 +122,18 @@ class Sampler:
     ) -> None:
         self.form = form
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.history = torch.zeros(steps, rows, dtype=torch.int64, device=device)
+        # Where there is only a largest logit to find, one kernel does all that follows.
+        is_plain = form.is_greedy and not form.has_penalty and not form.has_logprobs
+        self._is_one_launch = is_plain and rows == 1 and _can_launch(device)
+        self.history = (
+            torch.zeros(steps, rows, dtype=torch.int64, pin_memory=True)
+            if self._is_one_launch
+            else torch.zeros(steps, rows, dtype=torch.int64, device=device)
+        )
         self.logprobs = torch.zeros(steps, rows, dtype=torch.float32, device=device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._uniforms = torch.zeros(steps, rows, dtype=torch.float64, device=device)
         self._seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
-        # Where there is only a largest logit to find, one kernel does all that follows.
-        is_plain = form.is_greedy and not form.has_penalty and not form.has_logprobs
-        self._is_one_launch = is_plain and rows == 1 and _can_launch(device)
         self._values = {
             name: torch.ones((), dtype=torch.float32, device=device)
             for name in ("temperature", "top_p", "min_p", "repetition_penalty")

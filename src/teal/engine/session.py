@@ -112,7 +112,7 @@ class Session:
         else:
             lengths = [len(prompt) + step - 1 for prompt in prompts]
             self._cache.positions.copy_(torch.tensor(lengths))
-            tokens = self._sampler(_form(settings)).history[step - 1].clamp(min=0)
+            tokens = self._sampler(_form(settings)).history[step - 1].to(self._device).clamp(min=0)
             passes = [partial(decoder.step, tokens, self._cache)]
         names = (decoder.first_nonfinite_layer(run) for run in passes)
         return next((name for name in names if name), None)

@@ -28,7 +28,9 @@ Input = Literal["hidden", "attention", "silu", "gelu_pytorch_tanh"]
 _INPUTS: tuple[Input, ...] = ("hidden", "attention", "silu", "gelu_pytorch_tanh")
 
 # Dense products begin with this many channels of a chunk before their input is known.
-PREFETCH = 16
+_PREFETCH = 8
+# Sparse ones begin with those that seem to be kept of this many, before the norm is known.
+_GUESSED = 128
 
 
 # Lanes beside each other where tensor cores multiply; see `Cut.lanes`.
@@ -36,7 +38,7 @@ _QUADS = 8
 # By the use of a product, the fastest for Llama-3-8B at 50 % on an H200, where neighbours are
 # within 2 %; for floats, and for codes of 8 and of 4 bits.
 _FLOATS = {
-    "narrow": Cut(chunk=256, warps_n=1, warps_k=4, unroll=4, blocks=3, cluster=8),
+    "narrow": Cut(chunk=256, warps_n=1, warps_k=8, unroll=4, blocks=3, cluster=8),
     "wide": Cut(chunk=512, warps_n=2, warps_k=4, unroll=4, blocks=4, cluster=8),
     "attended": Cut(chunk=128, warps_n=1, warps_k=8, unroll=4, blocks=4),
     "gated": Cut(chunk=128, warps_n=1, warps_k=4, unroll=8, blocks=2),
@@ -209,7 +211,8 @@ def definitions_of(
         "HEAD_DIM": row - 2,
         "SPLITS": splits,
         "HAS_BIAS": int(projections.bias is not None),
-        "PREFETCH": PREFETCH if projections.is_dense and clusters else 0,
+        "PREFETCH": _PREFETCH if projections.is_dense and clusters else 0,
+        "GUESSED": 0 if projections.is_dense else _GUESSED,
     }
     strips = strip_definitions(
         projections.weight, projections.grid, columns, memory.normed.dtype, cut
