@@ -26,18 +26,13 @@ struct Squares {
 
   __device__ __forceinline__ void open() { inbox.open(sizeof(of_blocks)); }
 
-  // Read this block's part and send its sum of squares; return it.
-  __device__ __forceinline__ float send(const i64* hidden) {
+  __device__ __forceinline__ float inverse_rms(const i64* hidden, float epsilon) {
     int rank = cluster_rank();
     float sum = block_squares<THREADS>(hidden, K / 2, rank * THREADS + threadIdx.x, CLUSTER * THREADS);
     cluster_wait();  // every block of the cluster has begun
     if (threadIdx.x < CLUSTER) inbox.send(of_blocks + rank, threadIdx.x, sum);
-    return sum;
-  }
-
-  __device__ __forceinline__ float receive(float epsilon) {
     inbox.wait();
-    float sum = 0.0f;
+    sum = 0.0f;
     for (int block = 0; block < CLUSTER; block++) sum += of_blocks[block];
     return rsqrtf(sum / K + epsilon);
   }

@@ -6,7 +6,7 @@
 // and none waits for another. The residual stream is such a sum from the first layer to the last.
 //
 // Set on the compiler's command line, beside what cuda_strips.cuh wants: SOURCE, START_1, START_2,
-// HEAD_DIM, SPLITS, HAS_BIAS, BLOCKS, CLUSTER, PREFETCH, GUESSED.
+// HEAD_DIM, SPLITS, HAS_BIAS, BLOCKS, CLUSTER, PREFETCH.
 
 #include "cuda_hidden.cuh"
 
@@ -44,16 +44,12 @@ __device__ __forceinline__ float gated_sums(const i64* sums, int channel) {
   return gated(SOURCE == SILU, gate, up);
 }
 
+// The activations of this thread's channels of the chunk, rounded to their dtype.
+__device__ __forceinline__ void read_input(const void* source, const float* gain, float epsilon,
+                                           int first_channel, Squares& squares,
+                                           float (&x)[PER_THREAD]) {
 #if SOURCE == HIDDEN
-// The normed hidden states of this thread's channels of the chunk.
-//
-// Which of them are kept is nearly known by the norm over what this block has read itself: strips
-// of the first GUESSED channels that seem to be kept are asked for before the other blocks' sums of
-// squares have come. `strips` are those of the block's columns, `bytes` of each.
-__device__ __forceinline__ void read_hidden(const i64* hidden, const float* gain, float epsilon,
-                                            int first_channel, Squares& squares, float threshold,
-                                            const u8* strips, int bytes, float (&x)[PER_THREAD]) {
-  constexpr int LINE = 128;
+  const i64* hidden = static_cast<const i64*>(source);
   i64 fixed[PER_THREAD];
   float gains[PER_THREAD];
 #pragma unroll
@@ -62,37 +58,21 @@ __device__ __forceinline__ void read_hidden(const i64* hidden, const float* gain
     fixed[i] = channel < K ? __ldcg(hidden + channel) : 0;
     gains[i] = channel < K ? gain[channel] : 0.0f;
   }
-  float guess = rsqrtf(squares.send(hidden) * CLUSTER / K + epsilon);
-#pragma unroll
-  for (int i = 0; i < PER_THREAD; i++) {
-    int place = i * THREADS + threadIdx.x;
-    if (place < GUESSED && fabsf(to_float(fixed[i]) * guess * gains[i]) > threshold)
-      for (int line = 0; line < bytes; line += LINE)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(
-            strips + (first_channel + place) * STRIP_BYTES + line));
-  }
-  float factor = squares.receive(epsilon);
-#pragma unroll
-  for (int i = 0; i < PER_THREAD; i++) x[i] = normed(fixed[i], factor, gains[i]);
-}
+  float factor = squares.inverse_rms(hidden, epsilon);
 #endif
-
-#if SOURCE != HIDDEN
-// The activations of this thread's channels of the chunk, rounded to their dtype.
-__device__ __forceinline__ void read_input(const void* source, int first_channel,
-                                           float (&x)[PER_THREAD]) {
 #pragma unroll
   for (int i = 0; i < PER_THREAD; i++) {
-    int channel = first_channel + i * THREADS + threadIdx.x;
-    bool inside = i * THREADS + threadIdx.x < CHUNK && channel < K;
-#if SOURCE == ATTENTION
-    x[i] = inside ? rounded(attended(static_cast<const float*>(source), channel)) : 0.0f;
+    int place = i * THREADS + threadIdx.x, channel = first_channel + place;
+    bool is_inside = place < CHUNK && channel < K;
+#if SOURCE == HIDDEN
+    x[i] = is_inside ? normed(fixed[i], factor, gains[i]) : 0.0f;
+#elif SOURCE == ATTENTION
+    x[i] = is_inside ? rounded(attended(static_cast<const float*>(source), channel)) : 0.0f;
 #else
-    x[i] = inside ? rounded(gated_sums(static_cast<const i64*>(source), channel)) : 0.0f;
+    x[i] = is_inside ? rounded(gated_sums(static_cast<const i64*>(source), channel)) : 0.0f;
 #endif
   }
 }
-#endif
 
 // Which of the warp's columns a thread has, in units of PER_LANE.
 __device__ __forceinline__ int slot() { return threadIdx.x % WARP / (WARP / SLOTS); }
@@ -183,7 +163,6 @@ project(const void* source, const float* gain, const float* thresholds, const u8
   int first_column = start + (tile - (part == 0 ? 0 : part == 1 ? TILES_1 : TILES_2)) * BLOCK_N;
   int warp = threadIdx.x / WARP;
   int column = first_column + (warp % WARPS_N) * WARP_N + slot() * PER_LANE;
-  const u8* strips = weight + (u64)first_column * BITS / 8;
   // Threads beyond the last column read what their block reads anyway.
   weight += (u64)(column < end ? column : first_column) * BITS / 8;
 
@@ -204,12 +183,7 @@ project(const void* source, const float* gain, const float* thresholds, const u8
 
   float x[PER_THREAD];
   bool keeps[PER_THREAD];
-#if SOURCE == HIDDEN
-  read_hidden(static_cast<const i64*>(source), gain, epsilon, first_channel, squares, threshold,
-              strips, min(BLOCK_N, end - first_column) * BITS / 8, x);
-#else
-  read_input(source, first_channel, x);
-#endif
+  read_input(source, gain, epsilon, first_channel, squares, x);
 #pragma unroll
   for (int i = 0; i < PER_THREAD; i++) {
     int place = i * THREADS + threadIdx.x;

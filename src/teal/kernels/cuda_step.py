@@ -29,8 +29,6 @@ _INPUTS: tuple[Input, ...] = ("hidden", "attention", "silu", "gelu_pytorch_tanh"
 
 # Dense products begin with this many channels of a chunk before their input is known.
 _PREFETCH = 8
-# Sparse ones begin with those that seem to be kept of this many, before the norm is known.
-_GUESSED = 128
 
 
 # Lanes beside each other where tensor cores multiply; see `Cut.lanes`.
@@ -38,20 +36,20 @@ _QUADS = 8
 # By the use of a product, the fastest for Llama-3-8B at 50 % on an H200, where neighbours are
 # within 2 %; for floats, and for codes of 8 and of 4 bits.
 _FLOATS = {
-    "narrow": Cut(chunk=256, warps_n=1, warps_k=8, unroll=4, blocks=3, cluster=8),
+    "narrow": Cut(chunk=512, warps_n=1, warps_k=8, unroll=4, blocks=3, cluster=8),
     "wide": Cut(chunk=512, warps_n=2, warps_k=4, unroll=4, blocks=4, cluster=8),
     "attended": Cut(chunk=128, warps_n=1, warps_k=8, unroll=4, blocks=4),
-    "gated": Cut(chunk=128, warps_n=1, warps_k=4, unroll=8, blocks=2),
+    "gated": Cut(chunk=128, warps_n=1, warps_k=8, unroll=8, blocks=2),
 }
 _OF_8_BITS = {
-    "narrow": Cut(chunk=256, warps_n=2, warps_k=4, unroll=1, blocks=3, cluster=8, lanes=_QUADS),
-    "wide": Cut(chunk=512, warps_n=8, warps_k=2, unroll=2, blocks=1, cluster=8, lanes=_QUADS),
+    "narrow": Cut(chunk=128, warps_n=8, warps_k=1, unroll=2, blocks=2, cluster=8, lanes=_QUADS),
+    "wide": Cut(chunk=256, warps_n=4, warps_k=1, unroll=2, blocks=4, cluster=8, lanes=_QUADS),
     "attended": Cut(chunk=256, warps_n=4, warps_k=2, unroll=1, blocks=3, lanes=_QUADS),
     "gated": Cut(chunk=512, warps_n=8, warps_k=2, unroll=2, blocks=1, lanes=_QUADS),
 }
 _OF_4_BITS = {
     "narrow": Cut(chunk=256, warps_n=4, warps_k=2, unroll=2, blocks=2, cluster=8, lanes=_QUADS),
-    "wide": Cut(chunk=512, warps_n=8, warps_k=2, unroll=2, blocks=1, cluster=8, lanes=_QUADS),
+    "wide": Cut(chunk=256, warps_n=4, warps_k=1, unroll=2, blocks=4, cluster=8, lanes=_QUADS),
     "attended": Cut(chunk=256, warps_n=4, warps_k=2, unroll=1, blocks=3, lanes=_QUADS),
     "gated": Cut(chunk=512, warps_n=8, warps_k=2, unroll=2, blocks=1, lanes=_QUADS),
 }
@@ -212,7 +210,6 @@ def definitions_of(
         "SPLITS": splits,
         "HAS_BIAS": int(projections.bias is not None),
         "PREFETCH": _PREFETCH if projections.is_dense and clusters else 0,
-        "GUESSED": 0 if projections.is_dense else _GUESSED,
     }
     strips = strip_definitions(
         projections.weight, projections.grid, columns, memory.normed.dtype, cut
