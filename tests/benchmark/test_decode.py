@@ -58,6 +58,7 @@ def test_limit_and_speed_up_follow_from_the_times(results: tuple[list[DecodeResu
     assert sparse.limit < dense.limit
     assert dense.speed_up == 1.0
     assert slow.speed_up == dense.token.median / 5e5
+    assert dense.start.bytes is None
     record = json.loads(json.dumps(slow.to_dict()))
     assert record["tokens_per_second"] == 2.0
     assert record["share_of_limit"] == slow.limit / 5e5

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from teal.benchmark.decode import DecodeResult
+from teal.benchmark.decode import DecodeResult, Start
 from teal.benchmark.gemv import GemvResult
 from teal.benchmark.plot import save_decode_plot, save_plot
 from teal.benchmark.reading import WeightsRead
@@ -48,6 +48,7 @@ def test_every_model_has_a_panel_with_its_formats_and_peers(tmp_path: Path) -> N
         read=100,
         bandwidth=1e9,
         speed_up=1.0,
+        start=Start(seconds=0.5, bytes=None),
     )
     peer = replace(ours, runner="transformers", sparsity=0.0, effective_sparsity=0.0)
     floats = replace(ours, weights=WeightsRead())

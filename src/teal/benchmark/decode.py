@@ -1,5 +1,7 @@
 """Times the decoding of one stream, dense and sparse, beside the byte limit and other engines."""
 
+import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -7,6 +9,7 @@ from typing import Any
 
 from teal.benchmark.decode_peers import Peer
 from teal.benchmark.decode_subject import Subject
+from teal.benchmark.memory import MemoryTaken
 from teal.benchmark.reading import WeightsRead
 from teal.benchmark.timer import Timing, summary_of
 from teal.engine.engine import Engine
@@ -16,6 +19,20 @@ OURS = "teal"
 
 # Name of the runner and target sparsity.
 _Runner = tuple[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What it takes until a runner decodes, its weights being in memory.
+
+    Attributes:
+        seconds: By which the first call took longer: kernels compiled or loaded, graphs captured.
+        bytes: Memory that the first call took at most, beyond weights and caches of keys and
+            values; `None` where the device does not count it.
+    """
+
+    seconds: float
+    bytes: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +52,7 @@ class DecodeResult:
         read: Bytes that a token has to read: kept weights, scales, head, keys and values.
         bandwidth: Bytes per second that memory can deliver.
         speed_up: Time of our dense decoding with the same weights over this one.
+        start: What the first call took beside a later one.
     """
 
     model: str
@@ -49,6 +67,7 @@ class DecodeResult:
     read: int
     bandwidth: float
     speed_up: float
+    start: Start
 
     @property
     def tokens_per_second(self) -> float:
@@ -104,13 +123,22 @@ def measure(
     }
     for peer in peers:
         calls[peer.name, 0.0] = partial(peer.time, subject.prompt, subject.workload.new_tokens)
-    times = _interleaved(subject, calls, progress)
+    times, starts = _interleaved(subject, calls, progress)
     effective = {
         sparsity: subject.effective_sparsity(engine) for sparsity, engine in engines.items()
     }
     dense = times[OURS, 0.0].median
     return [
-        _result(subject, runner, sparsity, timing, effective[sparsity], bandwidth, dense)
+        _result(
+            subject,
+            runner,
+            sparsity,
+            timing,
+            effective[sparsity],
+            bandwidth,
+            dense,
+            starts[runner, sparsity],
+        )
         for (runner, sparsity), timing in times.items()
     ]
 
@@ -119,13 +147,23 @@ def _interleaved(
     subject: Subject,
     calls: Mapping[_Runner, Callable[[], float]],
     progress: Progress,
-) -> dict[_Runner, Timing]:
+) -> tuple[dict[_Runner, Timing], dict[_Runner, Start]]:
     # The first round compiles and captures, at the size of all others.
     rounds = [key for _ in range(subject.workload.repeats + 1) for key in calls]
     times: dict[_Runner, list[float]] = {key: [] for key in calls}
+    seconds: dict[_Runner, list[float]] = {key: [] for key in calls}
+    memory: dict[_Runner, int | None] = {}
     for key in progress(rounds, f"Decoding {subject.name}"):
+        taken = MemoryTaken(subject.device)
+        begun = time.perf_counter()
         times[key].append(calls[key]())
-    return {key: summary_of(values[1:]) for key, values in times.items()}
+        seconds[key].append(time.perf_counter() - begun)
+        memory.setdefault(key, taken.beyond(subject.bytes_of_cache()))
+    starts = {
+        key: Start(seconds=first - statistics.median(later), bytes=memory[key])
+        for key, (first, *later) in seconds.items()
+    }
+    return {key: summary_of(values[1:]) for key, values in times.items()}, starts
 
 
 def _decode(subject: Subject, engine: Engine) -> float:
@@ -142,6 +180,7 @@ def _result(
     effective: Mapping[str, float],
     bandwidth: float,
     dense: float,
+    start: Start,
 ) -> DecodeResult:
     is_ours = runner == OURS
     return DecodeResult(
@@ -157,4 +196,5 @@ def _result(
         read=subject.bytes_read(effective) if is_ours else subject.bytes_of_floats(),
         bandwidth=bandwidth,
         speed_up=dense / timing.median,
+        start=start,
     )

@@ -99,6 +99,11 @@ class Subject:
         return str(self._weights.dtype).removeprefix("torch.")
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._weights.device
+
+    @property
     def weights(self) -> WeightsRead:
         """What the projections and the head are made of."""
         return WeightsRead.of(self._weights)
@@ -182,6 +187,11 @@ class Subject:
         weights = sum(map(a.identity.weight_size, a.identity.shapes))
         floats = weights + a.vocab_size * a.hidden_size
         return floats * self._weights.dtype.itemsize + self._bytes_cached()
+
+    def bytes_of_cache(self) -> int:
+        """Return what the keys and values of a stream take."""
+        a = self._architecture
+        return 2 * a.num_layers * a.kv_size * self.capacity * self._weights.dtype.itemsize
 
     def mean_sparsity(self, sparsities: Mapping[str, float]) -> float:
         """Return the mean over all projections, weighted by weight size."""
