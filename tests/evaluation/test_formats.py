@@ -1,10 +1,12 @@
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
 from teal.compression import quantize_model
-from teal.evaluation import WeightFormat, compare_formats, evaluate
+from teal.evaluation import WeightFormat, compare, compare_formats, evaluate
 from teal.evaluation.formats import plans_for
 from teal.foundation.errors import UserError
 from teal.models.weight_format import mark_weight_format
@@ -98,3 +100,18 @@ def test_a_quantized_model_is_not_quantized_again():
     mark_weight_format(model, "int8")
     with pytest.raises(UserError, match="quantized already"):
         compare_formats(model, tokens_of(), [WeightFormat(scheme=INT4)], [])
+
+
+def test_one_rounded_copy_is_in_memory_at_a_time(monkeypatch):
+    copies = []
+
+    def watched(candidate, *args, **options):
+        gc.collect()
+        assert all(copy() is None for copy in copies)
+        copies.append(weakref.ref(candidate))
+        return compare(candidate, *args, **options)
+
+    monkeypatch.setattr("teal.evaluation.formats.compare", watched)
+    wanted = [WeightFormat(scheme=scheme) for scheme in (INT8, INT4, INT8)]
+    compare_formats(model_of(), tokens_of(), wanted, [])
+    assert len(copies) == 3

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from teal.compression import quantize_head, quantize_model
 from teal.data import TokenWindows
-from teal.evaluation.comparison import compare
+from teal.evaluation.comparison import Evaluation, compare
 from teal.evaluation.scores import Score, SparseScore
 from teal.foundation.progress import Progress, silent
 from teal.models.weight_format import weight_format_of
@@ -128,8 +128,7 @@ def compare_formats(
     rows: list[FormatScore] = []
     for weight_format in formats:
         candidate = _rounded(model, weight_format, progress)
-        made_of = weight_format_of(candidate)
-        chosen: list[SparsityPlan | None] = [*plans_for(made_of, plans)]
+        chosen: list[SparsityPlan | None] = [*plans_for(weight_format_of(candidate), plans)]
         if candidate is not model:
             chosen.insert(0, None)
         result = compare(
@@ -140,16 +139,9 @@ def compare_formats(
             sparse_from=sparse_from,
             progress=progress,
         )
-        rows += [
-            FormatScore(
-                weight_format=made_of,
-                group_size=weight_format.scheme.group_size if weight_format.scheme else None,
-                head_format="int8" if weight_format.quantize_head else FLOAT,
-                plan=plan,
-                score=score,
-            )
-            for plan, score in zip(chosen, result.sparse, strict=True)
-        ]
+        rows += _format_scores(candidate, weight_format, chosen, result)
+        # Its memory is free before the next copy takes any.
+        del candidate
     return FormatEvaluation(
         weight_format=weight_format_of(model),
         dense=result.dense,
@@ -167,6 +159,24 @@ def plans_for(weight_format: str, plans: Sequence[SparsityPlan]) -> list[Sparsit
         if found:
             return found
     return list(plans)
+
+
+def _format_scores(
+    model: Any,
+    weight_format: WeightFormat,
+    plans: Sequence[SparsityPlan | None],
+    result: Evaluation,
+) -> list[FormatScore]:
+    return [
+        FormatScore(
+            weight_format=weight_format_of(model),
+            group_size=weight_format.scheme.group_size if weight_format.scheme else None,
+            head_format="int8" if weight_format.quantize_head else FLOAT,
+            plan=plan,
+            score=score,
+        )
+        for plan, score in zip(plans, result.sparse, strict=True)
+    ]
 
 
 def _rounded(model: Any, weight_format: WeightFormat, progress: Progress) -> Any:
