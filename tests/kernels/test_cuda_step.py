@@ -26,6 +26,7 @@ from stepping import (
     magnitude,
     memory_of,
     normed,
+    outlined,
     projections_of,
     thresholds_at,
 )
@@ -88,16 +89,27 @@ def _source(kind: Input, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return fixed(both).cuda(), (reference.GATES[kind](gate) * up).to(dtype).cuda()
 
 
+def told(cubin: Path, option: str) -> str:
+    """Return what NVIDIA's tools say of a compiled kernel."""
+    triton = pytest.importorskip("triton")
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not cuobjdump.exists():
+        pytest.skip("needs the tools in triton's wheel")
+    command = [cuobjdump, option, cubin]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def assert_no_spills(cubin: Path) -> None:
+    used = told(cubin, "--dump-resource-usage")
+    assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @inputs
 @schemes
 def test_products_compile_to_wide_loads_without_spills(
     kind: Input, scheme: str, architecture: str, tmp_path: Path
 ) -> None:
-    triton = pytest.importorskip("triton")
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not cuobjdump.exists():
-        pytest.skip("needs the tools in triton's wheel")
     clusters = architecture != "sm_80"
     projections = projections_of(wanted(kind, scheme), device="cpu")
     cut = cut_for(projections, clusters=clusters)
@@ -105,16 +117,31 @@ def test_products_compile_to_wide_loads_without_spills(
     definitions = definitions_of(projections, cut, memory, clusters=clusters)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled(SOURCE, definitions, architecture))
-
-    def told(option: str) -> str:
-        command = [cuobjdump, option, cubin]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    used = told("--dump-resource-usage")
-    assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}
+    assert_no_spills(cubin)
     bits = 64 if scheme.startswith("int4") else 128
-    wide = re.findall(rf"LDG\.E\.NA\.{bits}\.CONSTANT", told("--dump-sass"))
+    wide = re.findall(rf"LDG\.E\.NA\.{bits}\.CONSTANT", told(cubin, "--dump-sass"))
     assert len(wide) >= cut.unroll
+
+
+@pytest.mark.parametrize("sizes", [(4096, 14336), (8192, 28672)], ids=["8B", "70B"])
+@pytest.mark.parametrize("scheme", ["floats", "int8", "fp8", "int4 in 128"])
+def test_models_compile_without_spills(scheme: str, sizes: tuple[int, int], tmp_path: Path) -> None:
+    hidden, intermediate = sizes
+    products = (
+        Wanted("hidden", hidden, [hidden, 1024, 1024], SCHEMES[scheme]),
+        Wanted("attention", hidden, [hidden], SCHEMES[scheme]),
+        Wanted("hidden", hidden, [intermediate] * 2, SCHEMES[scheme]),
+        Wanted("silu", intermediate, [hidden], SCHEMES[scheme]),
+    )
+    for product in products:
+        projections = outlined(product)
+        cut = cut_for(projections, clusters=True)
+        memory = memory_of(torch.bfloat16, "meta")
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(
+            compiled(SOURCE, definitions_of(projections, cut, memory, clusters=True), "sm_90")
+        )
+        assert_no_spills(cubin)
 
 
 def test_the_compiler_says_which_gpus_it_knows() -> None:

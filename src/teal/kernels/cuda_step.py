@@ -41,6 +41,13 @@ _FLOATS = {
     "attended": Cut(chunk=128, warps_n=1, warps_k=8, unroll=4, blocks=4),
     "gated": Cut(chunk=128, warps_n=1, warps_k=8, unroll=8, blocks=2),
 }
+# From so many channels on, of Llama-3-70B.
+_LONG_FLOATS = {
+    "narrow": (8192, Cut(chunk=512, warps_n=2, warps_k=4, unroll=4, blocks=4, cluster=8)),
+    "wide": (8192, Cut(chunk=1024, warps_n=2, warps_k=4, unroll=4, blocks=4, cluster=8)),
+    "attended": (8192, Cut(chunk=256, warps_n=2, warps_k=4, unroll=4, blocks=4)),
+    "gated": (28672, Cut(chunk=256, warps_n=1, warps_k=8, unroll=8, blocks=2)),
+}
 _OF_8_BITS = {
     "narrow": Cut(chunk=128, warps_n=8, warps_k=1, unroll=2, blocks=2, cluster=8, lanes=_QUADS),
     "wide": Cut(chunk=256, warps_n=4, warps_k=1, unroll=2, blocks=4, cluster=8, lanes=_QUADS),
@@ -55,8 +62,6 @@ _OF_4_BITS = {
 }
 _CUTS = {FP8: _OF_8_BITS, INT8: _OF_8_BITS, INT4: _OF_4_BITS}
 _MANY_COLUMNS = 16384
-_LONG_ATTENDED = 8192
-_LONG_GATED = 28672
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -175,15 +180,13 @@ def cut_for(projections: Projections, *, clusters: bool) -> Cut:
         projections: What is computed.
         clusters: Whether the device has clusters of blocks.
     """
-    weight, widths = projections.weight, projections.widths
-    cuts = _CUTS.get(weight.dtype, _FLOATS)
-    if projections.input == "attention":
-        return _lengthened(cuts["attended"], len(weight) >= _LONG_ATTENDED)
-    if projections.input != "hidden":
-        return _lengthened(cuts["gated"], len(weight) >= _LONG_GATED)
-    cut = cuts["wide" if sum(widths) >= _MANY_COLUMNS else "narrow"]
+    weight, use = projections.weight, _use_of(projections)
+    cut = _CUTS.get(weight.dtype, _FLOATS)[use]
+    if projections.grid is None:
+        least_channels, long = _LONG_FLOATS[use]
+        cut = long if len(weight) >= least_channels else cut
     # A cluster has to divide the tiles evenly.
-    tiles = cut.tiles(widths, weight.dtype)
+    tiles = cut.tiles(projections.widths, weight.dtype)
     return replace(cut, cluster=math.gcd(tiles, cut.cluster) if clusters else 1)
 
 
@@ -222,5 +225,9 @@ def grid_tensors(grid: Grid | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if grid is None else (grid.scales, grid.zeros)
 
 
-def _lengthened(cut: Cut, is_long: bool) -> Cut:
-    return replace(cut, chunk=2 * cut.chunk) if is_long else cut
+def _use_of(projections: Projections) -> str:
+    if projections.input == "attention":
+        return "attended"
+    if projections.input != "hidden":
+        return "gated"
+    return "wide" if sum(projections.widths) >= _MANY_COLUMNS else "narrow"
