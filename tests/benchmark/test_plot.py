@@ -55,5 +55,5 @@ def test_every_model_has_a_panel_with_its_formats_and_peers(tmp_path: Path) -> N
     save_decode_plot([ours, floats, peer, replace(ours, model="second")], tmp_path / "plot.svg")
     drawing = (tmp_path / "plot.svg").read_text()
     assert drawing.count('id="axes_') == 2
-    for line in ("transformers", "int8: teal", "float: limit of memory"):
+    for line in ("transformers", "teal, int8", "teal, float", "limit of memory"):
         assert f"<!-- {line} -->" in drawing

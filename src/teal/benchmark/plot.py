@@ -53,7 +53,8 @@ def save_decode_plot(results: Sequence[DecodeResult], path: Path) -> None:
         mine = [row for row in here if row.runner == OURS]
         kinds = list(dict.fromkeys(row.weights for row in mine))
         for index, kind in enumerate(kinds):
-            _draw_lines(axes, [row for row in mine if row.weights == kind], f"C{index}")
+            rows = [row for row in mine if row.weights == kind]
+            _draw_lines(axes, rows, f"C{index}", has_label=index == 0)
         for index, peer in enumerate(row for row in here if row.runner != OURS):
             color = f"C{index + len(kinds)}"
             axes.axhline(peer.tokens_per_second, linestyle="--", color=color, label=peer.runner)
@@ -61,14 +62,13 @@ def save_decode_plot(results: Sequence[DecodeResult], path: Path) -> None:
     panels.save(path)
 
 
-def _draw_lines(axes: "Axes", rows: Sequence[DecodeResult], color: str) -> None:
+def _draw_lines(axes: "Axes", rows: Sequence[DecodeResult], color: str, *, has_label: bool) -> None:
     """Draw one kind of weights: our tokens/s, and the limit in the same colour."""
     rows = sorted(rows, key=lambda row: row.effective_sparsity)
     sparsity = [100 * row.effective_sparsity for row in rows]
-    name = str(rows[0].weights)
     speeds, limits = [row.tokens_per_second for row in rows], [1e6 / row.limit for row in rows]
-    axes.plot(sparsity, limits, ":", color=color, label=f"{name}: limit of memory")
-    axes.plot(sparsity, speeds, "o-", color=color, label=f"{name}: {OURS}")
+    axes.plot(sparsity, limits, ":", color=color, label="limit of memory" if has_label else None)
+    axes.plot(sparsity, speeds, "o-", color=color, label=f"{OURS}, {rows[0].weights}")
 
 
 class _Panels:
@@ -88,5 +88,5 @@ class _Panels:
         self.axes: list[Axes] = list(self._figure.subplots(1, number, squeeze=False)[0])
 
     def save(self, path: Path) -> None:
-        self.axes[0].legend()
+        self.axes[0].legend(fontsize="small")
         self._figure.savefig(path)
