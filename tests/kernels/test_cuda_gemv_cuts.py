@@ -109,6 +109,16 @@ def test_cuts_cover_the_channels_and_fit_into_a_block(
     assert not product.group_size or cut.chunk % product.group_size == 0
 
 
+@schemes
+@pytest.mark.parametrize("warps_n", [1, 2, 4])
+def test_groups_never_ask_for_more_threads_than_a_block_has(scheme: str, warps_n: int) -> None:
+    product = product_of(*_shape_only(scheme, (1200, [192, 128], None), torch.bfloat16))
+    for cluster in (1, 2, 4, 8):
+        cut = cut_for(product, clusters=False)
+        cut = replace(cut, chunk=WARP, warps_n=warps_n, warps_k=8, cluster=cluster)
+        assert chunked(product, cut).threads <= 1024
+
+
 @pytest.mark.gpu
 @schemes
 @pytest.mark.parametrize("warps_n", [2, 4])

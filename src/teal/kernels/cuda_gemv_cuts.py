@@ -17,6 +17,8 @@ _LANES = {16: WARP, 8: WARP // 4, 4: WARP // 4}
 _CHANNELS_PER_THREAD = 8
 _FLOAT_BITS = 16
 _SHARED_UNROLL = 4
+# Of a block.
+_MOST_THREADS = 1024
 # What every GPU that the kernels know lets a block have.
 _SHARED_BYTES = 96 * 1024
 
@@ -156,7 +158,8 @@ def _with_even_shares(product: Product, cut: Cut) -> Cut:
 
     # A thread finishes one column at most.
     least = math.ceil(tile_columns(product, cut) / (cut.cluster * WARP * cut.warps_n))
-    around = range(max(least, cut.warps_k // 2), 3 * cut.warps_k // 2 + 1)
+    most = min(3 * cut.warps_k // 2, _MOST_THREADS // (WARP * cut.warps_n))
+    around = range(max(least, cut.warps_k // 2), most + 1)
     warps = min(around, key=lambda number: (waste(number), abs(number - cut.warps_k)))
     # As many registers for a thread as before.
     blocks = max(1, cut.blocks * cut.warps_k // warps)
