@@ -21,10 +21,8 @@ _HOPPER = (9, 0)
 
 # Constant of a source that says how much shared memory the host has to provide.
 _SHARED_BYTES = b"shared_bytes"
-# Clusters of more blocks are not the same on every GPU.
-_PORTABLE_CLUSTER = 8
 
-Definitions = tuple[tuple[str, int], ...]
+Definitions = tuple[tuple[str, int | str], ...]
 Argument = torch.Tensor | tuple[Any, Any] | None
 
 
@@ -122,13 +120,9 @@ def function(source: str, name: str, definitions: Definitions, device: int) -> K
         )
         handle = _checked(driver.cuModuleGetFunction(module, name.encode()))
         shared_bytes = _shared_bytes(module)
-        attributes = driver.CUfunction_attribute
         if shared_bytes:
-            size = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            size = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(handle, size, shared_bytes))
-        if dict(definitions).get("CLUSTER", 1) > _PORTABLE_CLUSTER:
-            any_size = attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-            _checked(driver.cuFuncSetAttribute(handle, any_size, 1))
     return Kernel(handle, shared_bytes)
 
 

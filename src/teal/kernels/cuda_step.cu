@@ -6,7 +6,7 @@
 // and none waits for another. The residual stream is such a sum from the first layer to the last.
 //
 // Set on the compiler's command line, beside what cuda_strips.cuh wants: SOURCE, START_1, START_2,
-// HEAD_DIM, SPLITS, HAS_BIAS, BLOCKS, CLUSTER, PREFETCH.
+// HEAD_DIM, SPLITS, HAS_BIAS, BLOCKS, CLUSTER, PREFETCH, and NAME for the kernel to be told by.
 
 #include "cuda_hidden.cuh"
 
@@ -148,7 +148,7 @@ extern "C" __global__ void
 __cluster_dims__(CLUSTER)
 #endif
 __launch_bounds__(THREADS, BLOCKS)
-project(const void* source, const float* gain, const float* thresholds, const u8* weight,
+NAME(const void* source, const float* gain, const float* thresholds, const u8* weight,
         const void* all_scales, const u8* all_zeros, const u16* bias, i64* sums, i64* clear,
         int* overflow, int clear_size, float epsilon, float multiplier) {
   __shared__ List list;

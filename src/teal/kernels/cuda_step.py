@@ -61,6 +61,7 @@ _OF_4_BITS = {
     "gated": Cut(chunk=512, warps_n=8, warps_k=2, unroll=2, blocks=1, lanes=_QUADS),
 }
 _CUTS = {FP8: _OF_8_BITS, INT8: _OF_8_BITS, INT4: _OF_4_BITS}
+_GATE_AND_UP = 2
 _MANY_COLUMNS = 16384
 
 
@@ -152,7 +153,7 @@ def project(
     cut = cut_for(projections, clusters=clusters)
     definitions = definitions_of(projections, cut, memory, clusters=clusters)
     launch(
-        function(SOURCE, "project", definitions, sums.device.index),
+        function(SOURCE, _name_of(projections), definitions, sums.device.index),
         (cut.tiles(projections.widths, weight.dtype), math.ceil(len(weight) / cut.chunk)),
         cut.threads,
         [
@@ -205,7 +206,8 @@ def definitions_of(
     starts = [sum(widths[:part]) for part in range(1, len(widths))]
     start_1, start_2 = [*starts, columns, columns][:2]
     splits, row = memory.parts.shape[2:]
-    given = {
+    given: dict[str, int | str] = {
+        "NAME": _name_of(projections),
         "SOURCE": _INPUTS.index(projections.input),
         "START_1": start_1,
         "START_2": start_2,
@@ -223,6 +225,13 @@ def definitions_of(
 def grid_tensors(grid: Grid | None) -> tuple[Tensor | None, Tensor | None]:
     """Return scales and zeros as a kernel takes them."""
     return (None, None) if grid is None else (grid.scales, grid.zeros)
+
+
+def _name_of(projections: Projections) -> str:
+    """Return the name that a profile shows."""
+    if projections.input == "hidden":
+        return "project_gate_up" if len(projections.widths) == _GATE_AND_UP else "project_qkv"
+    return "project_o" if projections.input == "attention" else "project_down"
 
 
 def _use_of(projections: Projections) -> str:
