@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from products import SCHEMES as SCHEMES
 from torch import Tensor
 
 from teal.kernels.cuda_step import UNIT, Input, Projections, StepMemory
@@ -16,15 +17,6 @@ EPSILON = 1e-5
 MULTIPLIER = 0.5
 HEADS, SPLITS, HEAD_DIM = 4, 8, 32
 SIZES = (640, 1120, 352)
-
-SCHEMES = {
-    "floats": None,
-    "int8": Scheme(format="int8"),
-    "fp8": Scheme(format="fp8"),
-    "int4 in 32": Scheme(format="int4", group_size=32),
-    "int4 in 64 with zeros": Scheme(format="int4", group_size=64, symmetric=False),
-    "int4 in 128": Scheme(format="int4", group_size=128),
-}
 
 
 @dataclass(frozen=True)

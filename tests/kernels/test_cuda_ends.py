@@ -48,13 +48,18 @@ def test_a_step_begins_with_the_embedding_and_ends_with_the_norm(dtype: torch.dt
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [1, 31, 8192, 8193, 128256])
 @pytest.mark.parametrize("sign", [1.0, -1.0], ids=["", "negative"])
-def test_the_likeliest_token_is_chosen_and_the_first_of_equals(size: int, sign: float) -> None:
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_the_likeliest_token_is_chosen_and_the_first_of_equals(
+    size: int, sign: float, place: str
+) -> None:
     logits = sign * torch.rand(1, size, generator=torch.Generator().manual_seed(3))
     # Many equals, of which several are the largest.
     logits = (logits * 16).round().cuda()
     token, step = torch.full((1,), 9).cuda(), torch.full((1,), 2).cuda()
-    history = torch.full((4, 1), 9).cuda()
+    history = torch.full((4, 1), 9)
+    history = history.pin_memory() if place == "host" else history.cuda()
     choose(logits, token, history, step, BROKEN)
+    torch.cuda.synchronize()
     best = int(logits.cpu().argmax())
     assert token.item() == best
     assert history[:, 0].tolist() == [9, 9, best, 9]

@@ -1,5 +1,4 @@
 import re
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from teal.kernels import reference
 
 pytest.importorskip("cuda.bindings")
 
+from compiling import assert_no_spills, told
 from stepping import (
     EPSILON,
     HEAD_DIM,
@@ -31,7 +31,7 @@ from stepping import (
     thresholds_at,
 )
 
-from teal.kernels.cuda_compile import can_compile, compiled
+from teal.kernels.cuda_compile import compiled
 from teal.kernels.cuda_ends import finish
 from teal.kernels.cuda_step import (
     ALIGNMENT,
@@ -89,21 +89,6 @@ def _source(kind: Input, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return fixed(both).cuda(), (reference.GATES[kind](gate) * up).to(dtype).cuda()
 
 
-def told(cubin: Path, option: str) -> str:
-    """Return what NVIDIA's tools say of a compiled kernel."""
-    triton = pytest.importorskip("triton")
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not cuobjdump.exists():
-        pytest.skip("needs the tools in triton's wheel")
-    command = [cuobjdump, option, cubin]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def assert_no_spills(cubin: Path) -> None:
-    used = told(cubin, "--dump-resource-usage")
-    assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}
-
-
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @inputs
 @schemes
@@ -142,16 +127,6 @@ def test_models_compile_without_spills(scheme: str, sizes: tuple[int, int], tmp_
             compiled(SOURCE, definitions_of(projections, cut, memory, clusters=True), "sm_90")
         )
         assert_no_spills(cubin)
-
-
-def test_the_compiler_says_which_gpus_it_knows() -> None:
-    assert can_compile((9, 0))
-    assert not can_compile((3, 7))
-
-
-def test_a_source_that_does_not_compile_is_shown_with_the_compilers_words() -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)cuda_step.cu does not compile:\n.*CHUNK"):
-        compiled(SOURCE, (), "sm_90")
 
 
 @pytest.mark.gpu

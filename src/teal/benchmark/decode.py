@@ -27,8 +27,8 @@ class Start:
 
     Attributes:
         seconds: By which the first call took longer: kernels compiled or loaded, graphs captured.
-        bytes: Memory that the first call took at most, beyond weights and caches of keys and
-            values; `None` where the device does not count it.
+        bytes: Memory that our first call took at most, beyond weights and the cache of keys and
+            values; `None` for a peer, and where the device does not count it.
     """
 
     seconds: float
@@ -154,11 +154,13 @@ def _interleaved(
     seconds: dict[_Runner, list[float]] = {key: [] for key in calls}
     memory: dict[_Runner, int | None] = {}
     for key in progress(rounds, f"Decoding {subject.name}"):
+        runner, _ = key
         taken = MemoryTaken(subject.device)
         begun = time.perf_counter()
         times[key].append(calls[key]())
         seconds[key].append(time.perf_counter() - begun)
-        memory.setdefault(key, taken.beyond(subject.bytes_of_cache()))
+        beyond = taken.beyond(subject.bytes_of_cache()) if runner == OURS else None
+        memory.setdefault(key, beyond)
     starts = {
         key: Start(seconds=first - statistics.median(later), bytes=memory[key])
         for key, (first, *later) in seconds.items()

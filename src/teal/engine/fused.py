@@ -18,6 +18,7 @@ from teal.engine.decoder import Decoder, Stepper
 from teal.engine.layers import LayerCalls, Product
 from teal.engine.products import Matrix
 from teal.kernels.operands import Grid
+from teal.kernels.reference import keeps_everything
 from teal.models.architectures import Architecture
 
 try:
@@ -235,7 +236,7 @@ def _projections(
         widths=widths,
         thresholds=torch.tensor(padded, device=codes.device),
         input=source,  # type: ignore[arg-type]
-        is_dense=max(thresholds) < 0.0,
+        is_dense=keeps_everything(thresholds),
         bias=bias,
         gain=gain,
         epsilon=calls.epsilon,

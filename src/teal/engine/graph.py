@@ -70,26 +70,31 @@ def _plain(sampler: Sampler, advance: Advance, steps: int) -> Iterator[Row]:
 
 def _queued(sampler: Sampler, advance: Advance, steps: int) -> Iterator[Row]:
     """Queue steps ahead; their rows go through pinned memory, each with an event behind it."""
-    is_there = not sampler.history.is_cuda
+    is_on_host = not sampler.history.is_cuda
     tokens = sampler.history[:steps]
-    if not is_there:
+    if not is_on_host:
         tokens = torch.empty_like(tokens, device="cpu", pin_memory=True)
     logprobs = torch.empty_like(sampler.logprobs[:steps], device="cpu", pin_memory=True)
     arrived: list[torch.cuda.Event] = []
-    for step in range(steps):
-        while len(arrived) < min(steps, step + 1 + _AHEAD):
-            sent = len(arrived)
-            if sent:
-                advance()
-            if not is_there:
-                tokens[sent].copy_(sampler.history[sent], non_blocking=True)
-            if sampler.form.has_logprobs:
-                logprobs[sent].copy_(sampler.logprobs[sent], non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(sampler.tokens.device))
-            arrived.append(event)
-        arrived[step].synchronize()
-        yield _row(tokens[step], logprobs[step], sampler)
+    try:
+        for step in range(steps):
+            while len(arrived) < min(steps, step + 1 + _AHEAD):
+                sent = len(arrived)
+                if sent:
+                    advance()
+                if not is_on_host:
+                    tokens[sent].copy_(sampler.history[sent], non_blocking=True)
+                if sampler.form.has_logprobs:
+                    logprobs[sent].copy_(sampler.logprobs[sent], non_blocking=True)
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(torch.cuda.current_stream(sampler.tokens.device))
+                arrived.append(event)
+            arrived[step].synchronize()
+            yield _row(tokens[step], logprobs[step], sampler)
+    finally:
+        # torch does not know that steps still queued write to this memory of the host.
+        if is_on_host and arrived:
+            arrived[-1].synchronize()
 
 
 def _row(tokens: torch.Tensor, logprobs: torch.Tensor, sampler: Sampler) -> Row:

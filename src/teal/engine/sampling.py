@@ -95,7 +95,7 @@ class SamplingForm:
 
 
 class Sampler:
-    """The choice for a fixed number of streams, with all of its state on the device.
+    """The choice for a fixed number of streams, with no state that a step waits for.
 
     A call takes logits and moves on by one step; it never waits for the device, allocates nothing
     that depends on values and so can be captured. Equal logits and seeds give equal tokens on
@@ -112,7 +112,8 @@ class Sampler:
         tokens: The tokens chosen last, (rows,), int64; some token id where the logits hold NaN or
             infinity.
         history: Those of every step since `begin`, (steps, rows), int64; there `BROKEN` instead. In
-            pinned memory of the host where one kernel makes the choice, else on the device.
+            pinned memory of the host where one kernel makes the choice, to be read after an event
+            behind the step, else on the device.
         logprobs: Their logarithmic probability under the unchanged logits, (steps, rows), float32,
             where the form has it.
     """

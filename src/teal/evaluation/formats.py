@@ -11,6 +11,7 @@ from teal.compression import quantize_head, quantize_model
 from teal.data import TokenWindows
 from teal.evaluation.comparison import Evaluation, compare
 from teal.evaluation.scores import Score, SparseScore
+from teal.foundation.errors import UserError
 from teal.foundation.progress import Progress, silent
 from teal.models.weight_format import weight_format_of
 from teal.plan import SparsityPlan
@@ -123,8 +124,11 @@ def compare_formats(
         progress: Shows how far it is.
 
     Raises:
-        UserError: As `evaluate`; or the model is quantized already, or does not fit the groups.
+        UserError: As `evaluate`; or there is no format, the model is quantized already, or does not
+            fit the groups.
     """
+    if not formats:
+        raise UserError("There is no format to compare. Give at least one WeightFormat.")
     rows: list[FormatScore] = []
     for weight_format in formats:
         candidate = _rounded(model, weight_format, progress)

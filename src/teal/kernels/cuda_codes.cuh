@@ -166,7 +166,7 @@ struct Sums {
 
 template <int ROWS, int COLUMNS>
 struct ScaleTile {
-  __device__ __forceinline__ void ask(const void*, const u8*, int, int, int, int, int, int = 0) {}
+  __device__ __forceinline__ void ask(const void*, const u8*, int, int, int, int, int) {}
 };
 
 struct Scales {
@@ -199,16 +199,14 @@ struct ScaleTile {
   alignas(COPY_BYTES) u8 zeros[ROWS][COLUMNS];
 #endif
 
-  // Copy them in the background from tables with `row_size` columns, to the tile's columns from `to`
-  // on; they depend on no input.
+  // Copy them in the background from tables with `row_size` columns; they depend on no input.
   __device__ __forceinline__ void ask(const void* all_scales, const u8* all_zeros, int first_row,
-                                      int rows, int row_size, int first_column, int columns,
-                                      int to = 0) {
-    columns = min(COLUMNS - to, columns);
+                                      int rows, int row_size, int first_column, int columns) {
+    columns = min(COLUMNS, columns);
     u64 start = (u64)first_row * row_size + first_column;
-    copy(scales, static_cast<const Scale*>(all_scales) + start, rows, row_size, columns, to);
+    copy(scales, static_cast<const Scale*>(all_scales) + start, rows, row_size, columns);
 #if HAS_ZEROS
-    copy(zeros, all_zeros + start, rows, row_size, columns, to);
+    copy(zeros, all_zeros + start, rows, row_size, columns);
 #endif
   }
 
@@ -228,14 +226,14 @@ struct ScaleTile {
  private:
   template <typename T>
   static __device__ __forceinline__ void copy(T (*tile)[COLUMNS], const T* from, int rows,
-                                              int row_size, int columns, int to) {
+                                              int row_size, int columns) {
     constexpr int AT_ONCE = COPY_BYTES / sizeof(T), PIECES = (COLUMNS + AT_ONCE - 1) / AT_ONCE;
 #pragma unroll 1
     for (int i = threadIdx.x; i < min(ROWS, rows) * PIECES; i += THREADS) {
       int row = i / PIECES, column = i % PIECES * AT_ONCE;
       if (column < columns)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                         (u32)__cvta_generic_to_shared(&tile[row][to + column])),
+                         (u32)__cvta_generic_to_shared(&tile[row][column])),
                      "l"(from + (u64)row * row_size + column)
                      : "memory");
     }

@@ -17,7 +17,7 @@ INT = ctypes.c_int
 FLOAT = ctypes.c_float
 _POINTER = ctypes.c_void_p
 
-_HOPPER = (9, 0)
+_AMPERE, _HOPPER = (8, 0), (9, 0)
 
 # Constant of a source that says how much shared memory the host has to provide.
 _SHARED_BYTES = b"shared_bytes"
@@ -41,14 +41,18 @@ class Kernel:
 
 @functools.cache
 def can_compile(capability: tuple[int, int]) -> bool:
-    """Tell whether NVIDIA's run-time compiler is here and knows GPUs of a compute capability."""
+    """Tell whether the kernels compile for a compute capability.
+
+    That takes NVIDIA's run-time compiler, which has to know it, and asynchronous copies and
+    bfloat16, which came with 8.0.
+    """
     try:
         known: list[int] = _checked(nvrtc.nvrtcGetSupportedArchs())
     except RuntimeError:
         # The bindings look for the library at the first call.
         return False
     major, minor = capability
-    return 10 * major + minor in known
+    return capability >= _AMPERE and 10 * major + minor in known
 
 
 @functools.cache

@@ -1,10 +1,10 @@
 // Beginning and end of a decode step of one stream; cuda_step.cu has what lies between.
 //
-// Set on the compiler's command line: BFLOAT16, FRACTION_BITS, CLUSTER.
+// Set on the compiler's command line: BFLOAT16, FRACTION_BITS, CLUSTER, THREADS of `finish` and
+// `choose`.
 
 #include "cuda_cluster.cuh"
 
-constexpr int NORM_THREADS = 1024, CHOICE_THREADS = 1024;
 // Of `choose`: a value in the order of unsigned integers, and the index of the first that has it.
 constexpr u32 POSITIVE_INFINITY = 0xff800000u, NEGATIVE_INFINITY = 0x007fffffu;
 
@@ -23,15 +23,15 @@ extern "C" __global__ void embed(const i64* token, const u16* embedding, i64* hi
 
 // Write the normed residual stream for the head, NaN everywhere after an overflow, and move the
 // stream on by a position.
-extern "C" __global__ void __launch_bounds__(NORM_THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS)
 finish(const i64* hidden, const float* gain, const int* overflow, u16* out, i64* position,
        float epsilon, int size) {
   wait_for_input();
   if (threadIdx.x == 0) *position += 1;
-  float sum = block_squares<NORM_THREADS>(hidden, size / 2, threadIdx.x, NORM_THREADS);
+  float sum = block_squares<THREADS>(hidden, size / 2, threadIdx.x, THREADS);
   float factor = rsqrtf(sum / size + epsilon);
   float fault = *overflow ? __int_as_float(0x7fffffff) : 0.0f;
-  for (int i = threadIdx.x; i < size; i += NORM_THREADS)
+  for (int i = threadIdx.x; i < size; i += THREADS)
     out[i] = to_bits(normed(__ldcg(hidden + i), factor, gain[i]) + fault);
 }
 
@@ -50,20 +50,20 @@ extern "C" __global__ void
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER)
 #endif
-__launch_bounds__(CHOICE_THREADS)
+__launch_bounds__(THREADS)
 choose(const float* logits, i64* token, i64* history, i64* step, int size, int broken) {
-  __shared__ u64 of_warps[CHOICE_THREADS / WARP], of_blocks[CLUSTER];
+  __shared__ u64 of_warps[THREADS / WARP], of_blocks[CLUSTER];
   u32 rank = cluster_rank();
   cluster_arrive();
   wait_for_input();
   u64 best = 0;
 #pragma unroll 8
-  for (int i = rank * CHOICE_THREADS + threadIdx.x; i < size; i += CLUSTER * CHOICE_THREADS)
+  for (int i = rank * THREADS + threadIdx.x; i < size; i += CLUSTER * THREADS)
     best = larger(best, rank_of(__ldcg(logits + i), i));
   for (int lane = WARP / 2; lane > 0; lane /= 2) best = larger(best, __shfl_xor_sync(~0u, best, lane));
   if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = best;
   __syncthreads();
-  for (int warp = 0; warp < CHOICE_THREADS / WARP; warp++) best = larger(best, of_warps[warp]);
+  for (int warp = 0; warp < THREADS / WARP; warp++) best = larger(best, of_warps[warp]);
   cluster_wait();  // the first block has begun
   if (threadIdx.x == 0) store_at_rank(&of_blocks[rank], 0, best);
   cluster_arrive();

@@ -12,8 +12,7 @@ from teal.kernels.cuda_strips import FRACTION_BITS
 SOURCE = "cuda_ends.cu"
 
 _EMBED_THREADS = 256
-_NORM_THREADS = 1024
-_CHOICE_THREADS = 1024
+_THREADS = 1024
 # Blocks that read the logits.
 _CLUSTER = 8
 
@@ -21,7 +20,15 @@ _CLUSTER = 8
 def embed(
     token: Tensor, embedding: Tensor, memory: StepMemory, multiplier: float, *, dependent: bool
 ) -> None:
-    """Start a step: no overflow, and the embedding of a token, (1,), int64, as hidden states."""
+    """Start a step: no overflow, no sums, and the embedding of a token as hidden states.
+
+    Args:
+        token: (1,), int64.
+        embedding: (vocab_size, hidden_size), contiguous.
+        memory: Where the stream is.
+        multiplier: Of the embedding.
+        dependent: The launch may begin before the one in front has ended.
+    """
     size, first_sums = embedding.shape[1], memory.gate_up[0]
     launch(
         function(SOURCE, "embed", definitions_of(embedding.dtype), token.device.index),
@@ -58,7 +65,7 @@ def finish(
     launch(
         function(SOURCE, "finish", definitions_of(memory.normed.dtype), gain.device.index),
         (1, 1),
-        _NORM_THREADS,
+        _THREADS,
         [
             memory.hidden,
             gain,
@@ -89,7 +96,7 @@ def choose(logits: Tensor, token: Tensor, history: Tensor, step: Tensor, broken:
         launch(
             function(SOURCE, "choose", definitions_of(torch.bfloat16, cluster), device.index),
             (cluster, 1),
-            _CHOICE_THREADS,
+            _THREADS,
             [logits, token, history, step, (logits.shape[1], INT), (broken, INT)],
             dependent=dependent,
         )
@@ -106,4 +113,5 @@ def definitions_of(dtype: torch.dtype, cluster: int = 1) -> Definitions:
         ("BFLOAT16", int(dtype == torch.bfloat16)),
         ("CLUSTER", cluster),
         ("FRACTION_BITS", FRACTION_BITS),
+        ("THREADS", _THREADS),
     )

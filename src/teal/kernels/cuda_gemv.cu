@@ -15,16 +15,10 @@
 #define GELU_TANH 2
 
 constexpr int HALVES = ACTIVATION == NONE ? 1 : 2;  // gate and up
-// Lanes of a warp that have the same columns: those of a quad when tensor cores multiply codes.
-constexpr int ALIKE = FORMAT == FLOATS ? 1 : 4;
-constexpr int WARP_COLUMNS = WARP / ALIKE * PER_LANE;
-constexpr int BLOCK_COLUMNS = WARP_COLUMNS * WARPS_N;
-constexpr int TILE_N = BLOCK_COLUMNS / HALVES;
+constexpr int TILE_N = BLOCK_N / HALVES;
 constexpr int FINISHED = TILE_N / CLUSTER;
 // Columns of a thread when the lanes that are alike have divided them.
 constexpr int OWN = PER_LANE / ALIKE;
-// Threads lie apart so that they write to different banks.
-constexpr int PITCH = PER_LANE + 4;
 
 static_assert(WARPS_N % HALVES == 0, "a warp has columns of gate or of up");
 static_assert(TILE_N % CLUSTER == 0 && FINISHED <= THREADS, "a thread finishes a column");
@@ -45,7 +39,7 @@ using Tile = ScaleTile<GROUPS, TILE_N>;
 struct Shared {
   List lists[HALVES];
   Tile scales[HALVES];
-  float of_warps[WARPS_K][BLOCK_COLUMNS / PER_LANE * PITCH];
+  float of_warps[WARPS_K][BLOCK_N / PER_LANE * PITCH];
   // Sums of the columns that this block finishes, of each block of the cluster.
   float received[CLUSTER][HALVES][FINISHED];
   Inbox inbox;
@@ -186,7 +180,7 @@ __device__ __forceinline__ void send_sums(Shared& shared, const float (&total)[O
   for (int i = 0; i < OWN; i++) row[place / PER_LANE * PITCH + place % PER_LANE + i] = total[i];
   __syncthreads();
   cluster_wait();  // every block of the cluster has begun
-  for (int i = threadIdx.x; i < BLOCK_COLUMNS; i += THREADS) {
+  for (int i = threadIdx.x; i < BLOCK_N; i += THREADS) {
     float sum = 0.0f;
 #pragma unroll
     for (int k = 0; k < WARPS_K; k++) sum += shared.of_warps[k][i / PER_LANE * PITCH + i % PER_LANE];
@@ -221,7 +215,7 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
 
   int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   // Lanes that are alike read the same columns of different channels; each then has OWN of them.
-  int place = (warp % WARPS_N) * WARP_COLUMNS + lane / ALIKE * PER_LANE;
+  int place = (warp % WARPS_N) * WARP_N + lane / ALIKE * PER_LANE;
   int half = place / TILE_N, column = place % TILE_N, own = lane % ALIKE * OWN;
   // Threads beyond the last column read what their block reads anyway.
   u64 offset = half * START_1 + first_column + (column < columns ? column : 0);
@@ -231,30 +225,30 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
   cluster_begin();
   auto ask_for_scales = [&](int first_channel) {
 #pragma unroll
-    for (int part = 0; part < HALVES; part++)
+    for (int side = 0; side < HALVES; side++)
 #if FORMAT == INT4
-      shared.scales[part].ask(all_scales, all_zeros, first_channel / GROUP,
+      shared.scales[side].ask(all_scales, all_zeros, first_channel / GROUP,
                               (K - first_channel + GROUP - 1) / GROUP, N,
-                              part * START_1 + first_column, columns);
+                              side * START_1 + first_column, columns);
 #else
-      shared.scales[part].ask(all_scales, all_zeros, 0, 1, N, part * START_1 + first_column, columns);
+      shared.scales[side].ask(all_scales, all_zeros, 0, 1, N, side * START_1 + first_column, columns);
 #endif
   };
-  ask_for_scales(rank * CHUNK);
   if ((half == 0 ? threshold : threshold_1) < 0.0f)
     // Nothing is dropped: what comes first is known before the input is.
     for (int i = warp / WARPS_N * ALIKE + lane % ALIKE; i < min(PREFETCH, K - rank * CHUNK);
          i += WARPS_K * ALIKE)
       asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + (rank * CHUNK + i) * STRIP_BYTES));
   wait_for_input();
+  ask_for_scales(rank * CHUNK);
 
   int finished = rank * FINISHED + threadIdx.x, out_column = first_column + finished;
   bool finishes = threadIdx.x < FINISHED && finished < columns;
   u16 biases[HALVES] = {}, rest = 0;
   if (finishes && bias != nullptr)
 #pragma unroll
-    for (int part = 0; part < HALVES; part++)
-      biases[part] = load_early(bias + part * START_1 + out_column);
+    for (int side = 0; side < HALVES; side++)
+      biases[side] = load_early(bias + side * START_1 + out_column);
   if (finishes && residual != nullptr) rest = load_early(residual + out_column);
 
   bool has_one_list = HALVES == 1 || (scale == nullptr && threshold_0 == threshold_1);
@@ -286,15 +280,15 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
   if (!finishes) return;
   float sums[HALVES];
 #pragma unroll
-  for (int part = 0; part < HALVES; part++) {
-    sums[part] = 0.0f;
+  for (int side = 0; side < HALVES; side++) {
+    sums[side] = 0.0f;
 #pragma unroll
     for (int block = 0; block < CLUSTER; block++)
-      sums[part] += shared.received[block][part][threadIdx.x];
+      sums[side] += shared.received[block][side][threadIdx.x];
 #if FORMAT == INT8 || FORMAT == FP8
-    sums[part] *= shared.scales[part].scale(0, finished);
+    sums[side] *= shared.scales[side].scale(0, finished);
 #endif
-    sums[part] += low_half(biases[part]);
+    sums[side] += low_half(biases[side]);
   }
 #if ACTIVATION == NONE
   out[out_column] = to_bits(sums[0] + low_half(rest));

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from teal.kernels import reference
-from teal.kernels.cuda_compile import FLOAT, Definitions, Kernel, can_compile, function, launch
+from teal.kernels.cuda_compile import (
+    FLOAT,
+    Definitions,
+    Kernel,
+    can_compile,
+    function,
+    has_clusters,
+    launch,
+)
 from teal.kernels.cuda_gemv_cuts import Product, cut_for, tiles
 from teal.kernels.cuda_strips import Cut, can_load, strip_definitions
 from teal.kernels.operands import Grid, Operands
@@ -16,18 +24,16 @@ from teal.kernels.reference_quantized import INT4
 
 SOURCE = "cuda_gemv.cu"
 MAX_PARTS = 3
-# Of quantized weights, a launch for each; several rows of floats are faster elsewhere.
+# Of quantized weights, each in a launch of its own; several rows of floats are faster elsewhere.
 MAX_ROWS = 8
 
 _ACTIVATIONS = (None, "silu", "gelu_pytorch_tanh")
-_HAS_CLUSTERS = (9, 0)
-# Weights of floats.
+# Entries of the largest weight of floats for which this is the fastest.
 _LARGEST = 1 << 27
 # Of addresses, in bytes.
 _ALIGNMENT = 16
 # A norm reads so many activations at once.
 _NORM_PIECE = 8
-_WARP = 32
 # Strips of a chunk that a dense part asks for before its input is known.
 _PREFETCH = 16
 
@@ -66,17 +72,16 @@ def can_compute(operands: Operands, grid: Grid | None) -> bool:
     if grid is None:
         # Dense ones are cuBLAS's. Without clusters Triton's kernel has more blocks, which is also
         # what the largest weights want.
-        is_wanted = rows == 1 and capability >= _HAS_CLUSTERS and weight.numel() <= _LARGEST
+        is_wanted = rows == 1 and has_clusters(operands.x.device) and weight.numel() <= _LARGEST
         is_wanted = is_wanted and not reference.keeps_everything(operands.thresholds)
     else:
-        is_wanted = 1 <= rows <= MAX_ROWS and _has_whole_groups(weight, grid)
+        is_wanted = 1 <= rows <= MAX_ROWS
     return (
         is_wanted
         and len(weight) > 0
         and len(operands.widths) <= MAX_PARTS
         and can_load(weight, grid, operands.widths, operands.x.dtype)
         and (operands.gain is None or len(weight) % _NORM_PIECE == 0)
-        and _are_aligned(weight, *(grid or ())[:2])
         and can_compile(capability)
     )
 
@@ -173,7 +178,7 @@ def definitions_of(operands: Operands, grid: Grid | None, cut: Cut) -> Definitio
 def _prepared(signature: _Signature, cut: Cut | None, device: int) -> _Prepared:
     operands, grid = _shapes_of(signature)
     product = product_of(operands, grid)
-    clusters = torch.cuda.get_device_capability(device) >= _HAS_CLUSTERS
+    clusters = has_clusters(torch.device("cuda", device))
     cut = cut or cut_for(product, clusters=clusters)
     kernel = function(SOURCE, "multiply", definitions_of(operands, grid, cut), device)
     return _Prepared(kernel, (tiles(product, cut), cut.cluster), cut.threads, clusters)
@@ -217,19 +222,6 @@ def _shapes_of(signature: _Signature) -> tuple[Operands, Grid | None]:
     scales = empty(*signature.scales)
     zeros = empty(scales.shape, INT4) if signature.has_zeros else None
     return operands, Grid(scales, zeros, signature.group_size)
-
-
-def _has_whole_groups(codes: Tensor, grid: Grid) -> bool:
-    """Tell whether there is one scale per output, or int4 in groups of whole words of the list."""
-    return len(grid.scales) == 1 or (codes.dtype == INT4 and grid.group_size % _WARP == 0)
-
-
-def _are_aligned(*tensors: Tensor | int | None) -> bool:
-    return all(
-        tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
-        for tensor in tensors
-        if isinstance(tensor, Tensor)
-    )
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -11,8 +11,6 @@ from teal.kernels.cuda_strips import WARP, Cut, bits_of
 # Of an H200: a grid that fits into it at once leaves no multiprocessor waiting for the last blocks.
 _MULTIPROCESSORS = 132
 _CLUSTERS = (8, 4, 2, 1)
-# Lanes of a warp that read a strip side by side: all of them, or of codes one of each quad.
-_LANES = {16: WARP, 8: WARP // 4, 4: WARP // 4}
 # A thread has so many channels of a chunk at most: they take registers.
 _CHANNELS_PER_THREAD = 8
 _FLOAT_BITS = 16
@@ -91,7 +89,6 @@ def cut_for(product: Product, *, clusters: bool) -> Cut:
         unroll=block.unroll,
         blocks=block.blocks if clusters else 1,
         cluster=_CLUSTERS[0] if clusters else 1,
-        lanes=_LANES[product.bits],
     )
     fitting = [
         size

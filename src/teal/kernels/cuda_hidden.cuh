@@ -1,13 +1,13 @@
 // The residual stream in fixed point.
 //
-// Set on the compiler's command line: what cuda_strips.cuh and cuda_cluster.cuh want.
+// Set on the compiler's command line: what cuda_codes.cuh and cuda_cluster.cuh want.
 
 #pragma once
 
 #include "cuda_cluster.cuh"
 #include "cuda_codes.cuh"
 
-// Beyond this a sum of many blocks could leave 64 bits.
+// A block's part beyond this is told; the sum of all parts has to stay below twice that.
 constexpr float LARGEST = (float)(1ll << (62 - FRACTION_BITS));
 
 // Add to a fixed-point sum, or say that it does not fit.

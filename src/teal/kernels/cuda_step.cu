@@ -5,8 +5,8 @@
 // after the point: integer addition gives the same bits in any order, so blocks add with atomics
 // and none waits for another. The residual stream is such a sum from the first layer to the last.
 //
-// Set on the compiler's command line, beside what cuda_strips.cuh wants: SOURCE, START_1, START_2,
-// HEAD_DIM, SPLITS, HAS_BIAS, BLOCKS, CLUSTER, PREFETCH, and NAME for the kernel to be told by.
+// Set on the compiler's command line, beside what cuda_hidden.cuh wants: NAME of the kernel, SOURCE,
+// START_1, START_2, HEAD_DIM, SPLITS, HAS_BIAS, BLOCKS, PREFETCH.
 
 #include "cuda_hidden.cuh"
 
@@ -74,9 +74,6 @@ __device__ __forceinline__ void read_input(const void* source, const float* gain
   }
 }
 
-// Which of the warp's columns a thread has, in units of PER_LANE.
-__device__ __forceinline__ int slot() { return threadIdx.x % WARP / (WARP / SLOTS); }
-
 // The sums over the kept channels that are a warp's share of the chunk, for a thread's columns.
 __device__ __forceinline__ void add_share(const List& list, const Scales& scales, int first_channel,
                                           const u8* weight, float (&total)[PER_LANE]) {
@@ -115,15 +112,14 @@ __device__ __forceinline__ void add_share(const List& list, const Scales& scales
 __device__ __forceinline__ void add_block(const float (&total)[PER_LANE], const Scales& scales,
                                           i64* sums, const u16* bias, int columns, float multiplier,
                                           int* overflow) {
-  // Threads with other columns lie apart so that they write to different banks; of those that have
-  // the same, each writes a part.
-  constexpr int SAME = WARP / SLOTS, PART = PER_LANE / SAME, PITCH = PER_LANE + 4;
+  // Of the threads that have the same columns each writes a part.
+  constexpr int PART = PER_LANE / ALIKE;
   __shared__ float of_warps[WARPS_K][BLOCK_N / PER_LANE * PITCH];
   int warp = threadIdx.x / WARP;
   float* row = of_warps[warp / WARPS_N] + ((warp % WARPS_N) * SLOTS + slot()) * PITCH;
 #pragma unroll
   for (int c = 0; c < PER_LANE; c++)
-    if (c / PART == threadIdx.x % SAME) row[c] = total[c];
+    if (c / PART == threadIdx.x % ALIKE) row[c] = total[c];
   __syncthreads();
   for (int i = threadIdx.x; i < min(BLOCK_N, columns); i += THREADS) {
     float sum = 0.0f;
@@ -172,9 +168,8 @@ NAME(const void* source, const float* gain, const float* thresholds, const u8* w
 #endif
 #if PREFETCH > 0
   // Nothing is dropped: what comes first is known before the input is.
-  constexpr int SAME = WARP / SLOTS;
-  for (int i = warp / WARPS_N * SAME + threadIdx.x % SAME; i < PREFETCH && first_channel + i < K;
-       i += WARPS_K * SAME)
+  for (int i = warp / WARPS_N * ALIKE + threadIdx.x % ALIKE; i < PREFETCH && first_channel + i < K;
+       i += WARPS_K * ALIKE)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + (first_channel + i) * STRIP_BYTES));
 #endif
   scales.ask(all_scales, all_zeros, first_channel, first_column, end - first_column);

@@ -31,8 +31,6 @@ _INPUTS: tuple[Input, ...] = ("hidden", "attention", "silu", "gelu_pytorch_tanh"
 _PREFETCH = 8
 
 
-# Lanes beside each other where tensor cores multiply; see `Cut.lanes`.
-_QUADS = 8
 # By the use of a product, the fastest for Llama-3-8B at 50 % on an H200, where neighbours are
 # within 2 %; for floats, and for codes of 8 and of 4 bits.
 _FLOATS = {
@@ -49,16 +47,16 @@ _LONG_FLOATS = {
     "gated": (28672, Cut(chunk=256, warps_n=1, warps_k=8, unroll=8, blocks=2)),
 }
 _OF_8_BITS = {
-    "narrow": Cut(chunk=128, warps_n=8, warps_k=1, unroll=2, blocks=2, cluster=8, lanes=_QUADS),
-    "wide": Cut(chunk=256, warps_n=4, warps_k=1, unroll=2, blocks=4, cluster=8, lanes=_QUADS),
-    "attended": Cut(chunk=256, warps_n=4, warps_k=2, unroll=1, blocks=3, lanes=_QUADS),
-    "gated": Cut(chunk=512, warps_n=8, warps_k=2, unroll=2, blocks=1, lanes=_QUADS),
+    "narrow": Cut(chunk=128, warps_n=8, warps_k=1, unroll=2, blocks=2, cluster=8),
+    "wide": Cut(chunk=256, warps_n=4, warps_k=1, unroll=2, blocks=4, cluster=8),
+    "attended": Cut(chunk=256, warps_n=4, warps_k=2, unroll=1, blocks=3),
+    "gated": Cut(chunk=512, warps_n=8, warps_k=2, unroll=2, blocks=1),
 }
 _OF_4_BITS = {
-    "narrow": Cut(chunk=256, warps_n=4, warps_k=2, unroll=2, blocks=2, cluster=8, lanes=_QUADS),
-    "wide": Cut(chunk=256, warps_n=4, warps_k=1, unroll=2, blocks=4, cluster=8, lanes=_QUADS),
-    "attended": Cut(chunk=256, warps_n=4, warps_k=2, unroll=1, blocks=3, lanes=_QUADS),
-    "gated": Cut(chunk=512, warps_n=8, warps_k=2, unroll=2, blocks=1, lanes=_QUADS),
+    "narrow": Cut(chunk=256, warps_n=4, warps_k=2, unroll=2, blocks=2, cluster=8),
+    "wide": Cut(chunk=256, warps_n=4, warps_k=1, unroll=2, blocks=4, cluster=8),
+    "attended": Cut(chunk=256, warps_n=4, warps_k=2, unroll=1, blocks=3),
+    "gated": Cut(chunk=512, warps_n=8, warps_k=2, unroll=2, blocks=1),
 }
 _CUTS = {FP8: _OF_8_BITS, INT8: _OF_8_BITS, INT4: _OF_4_BITS}
 _GATE_AND_UP = 2

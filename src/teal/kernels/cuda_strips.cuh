@@ -24,11 +24,17 @@ constexpr int LOAD_BYTES = FORMAT == INT4 ? 8 : 16;
 constexpr int PER_LANE = 8 * LOAD_BYTES / BITS;  // columns
 // Lanes of a warp that have columns of their own: of a quad, all four have the same.
 constexpr int SLOTS = FORMAT == FLOATS ? WARP : WARP / 4;
+constexpr int ALIKE = WARP / SLOTS;
+// Sums of threads lie apart in shared memory, so that they are written to different banks.
+constexpr int PITCH = PER_LANE + 4;
 constexpr int WARP_N = SLOTS * PER_LANE;
 constexpr int THREADS = WARP * WARPS_N * WARPS_K;
 constexpr int BLOCK_N = WARP_N * WARPS_N;
 constexpr int PER_THREAD = (CHUNK + THREADS - 1) / THREADS;
 constexpr u64 STRIP_BYTES = (u64)N * BITS / 8;
+
+// Which of the warp's columns a thread has, in units of PER_LANE.
+__device__ __forceinline__ int slot() { return threadIdx.x % WARP / ALIKE; }
 
 // A kept channel and its activation.
 struct Entry {
@@ -81,13 +87,11 @@ __device__ __forceinline__ void add_strips(const Entry* list, int first, int end
 }
 #endif
 
-// The kept ones of up to SIZE channels that follow each other, in order.
-template <int SIZE>
-struct KeptChannels {
-  static constexpr int WORDS = (SIZE + WARP - 1) / WARP;
-  static constexpr int PER_THREAD = (SIZE + THREADS - 1) / THREADS;
+// The kept channels of a chunk, in order.
+struct List {
+  static constexpr int WORDS = (CHUNK + WARP - 1) / WARP;
 
-  Entry entries[SIZE];
+  Entry entries[CHUNK];
   u32 words[WORDS];
   int starts[WORDS + 1];
 #if SCALES_INPUTS
@@ -162,5 +166,3 @@ struct KeptChannels {
     __syncwarp();
   }
 };
-
-using List = KeptChannels<CHUNK>;

@@ -17,6 +17,8 @@ FRACTION_BITS = 40
 
 WARP = 32
 _LOAD_BITS = 128
+# Of addresses, in bytes.
+_ALIGNMENT = 16
 _MOST_COLUMNS = 16
 # Numbers in cuda_strips.cuh, and bits of a weight.
 _FORMATS = {
@@ -34,13 +36,13 @@ class Cut:
     """How a product is cut into blocks.
 
     Attributes:
-        chunk: Channels of a block, a multiple of 32 · warps_k.
-        warps_n: Warps beside each other, 16 bytes of a strip per lane.
-        warps_k: Warps that share the channels of the block.
-        unroll: Strips that a thread has under way.
+        chunk: Channels that a block lists at a time, a multiple of 32; of int4 also of 32 · warps_k
+            or of the channels that share a scale.
+        warps_n: Warps beside each other.
+        warps_k: Warps that share the channels.
+        unroll: Strips of floats that a thread has under way; of codes, four times as many.
         blocks: Blocks that fit into one multiprocessor, for the compiler.
-        cluster: Blocks that work together at most.
-        lanes: Threads that read a strip side by side, a power of two.
+        cluster: Blocks that work together.
     """
 
     chunk: int
@@ -49,7 +51,6 @@ class Cut:
     unroll: int
     blocks: int
     cluster: int = 1
-    lanes: int = WARP
 
     @property
     def threads(self) -> int:
@@ -58,7 +59,7 @@ class Cut:
 
     def columns(self, dtype: torch.dtype) -> int:
         """Columns of a block for a weight, or codes, of `dtype`."""
-        return columns_per_load(dtype) * self.lanes * self.warps_n
+        return columns_per_load(dtype) * lanes_beside(dtype) * self.warps_n
 
     def tiles(self, widths: Sequence[int], dtype: torch.dtype) -> int:
         """Blocks beside each other for parts of some widths."""
@@ -70,6 +71,14 @@ def columns_per_load(dtype: torch.dtype) -> int:
     return min(_LOAD_BITS // bits_of(dtype), _MOST_COLUMNS)
 
 
+def lanes_beside(dtype: torch.dtype) -> int:
+    """Return how many threads of a warp read a strip of `dtype` side by side.
+
+    Tensor cores want four lanes with other channels of the same columns.
+    """
+    return WARP if _FORMATS[dtype][0] == 0 else WARP // 4
+
+
 def bits_of(dtype: torch.dtype) -> int:
     """Return the bits of a weight, or code, of `dtype`."""
     return _FORMATS[dtype][1]
@@ -78,7 +87,7 @@ def bits_of(dtype: torch.dtype) -> int:
 def can_load(
     weight: Tensor, grid: Grid | None, widths: Sequence[int], activations: torch.dtype
 ) -> bool:
-    """Tell whether the kernels know the format of a weight and its strips begin at even addresses.
+    """Tell whether the kernels know the format of a weight, and loads divide its strips and parts.
 
     Args:
         weight: Floats or codes.
@@ -90,7 +99,9 @@ def can_load(
         return False
     if grid is None and weight.dtype != activations:
         return False
-    if grid is not None and grid.scales.dtype not in _SCALES:
+    if grid is not None and not _has_known_scales(weight, grid):
+        return False
+    if not all(map(_is_aligned, (weight, *(grid or ())[:2]))):
         return False
     return all(width % columns_per_load(weight.dtype) == 0 for width in widths)
 
@@ -98,7 +109,7 @@ def can_load(
 def strip_definitions(
     weight: Tensor, grid: Grid | None, columns: int, activations: torch.dtype, cut: Cut
 ) -> Definitions:
-    """Return what cuda_strips.cuh is compiled with.
+    """Return what cuda_codes.cuh is compiled with, and the size of blocks and clusters.
 
     Args:
         weight: Floats or codes, a strip per input channel.
@@ -129,6 +140,16 @@ def strip_definitions(
             "HAS_ZEROS": int(grid.zeros is not None),
         }
     return tuple(sorted(definitions.items()))
+
+
+def _has_known_scales(codes: Tensor, grid: Grid) -> bool:
+    """Tell whether there is a scale per output, or int4 in groups of whole words of the list."""
+    is_whole = codes.dtype == INT4 and grid.group_size % WARP == 0
+    return grid.scales.dtype in _SCALES and (len(grid.scales) == 1 or is_whole)
+
+
+def _is_aligned(tensor: Tensor | None) -> bool:
+    return tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0)
 
 
 def _next_multiple(size: int, of: int) -> int:
