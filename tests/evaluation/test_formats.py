@@ -95,6 +95,21 @@ def test_rows_say_with_what_their_plans_were_calibrated():
     assert {"perplexity", "standard_error", "kl", "top1_agreement"} <= set(sparse)
 
 
+def test_a_plan_that_no_format_takes_is_named(caplog):
+    model = model_of()
+    for_int8 = replace(plan_for(model, 0.3), weight_format="int8")
+    compare_formats(model, tokens_of(), [AS_IT_IS], [plan_for(model, 0.3)])
+    assert "was not scored" not in caplog.text
+    compare_formats(model, tokens_of(), [AS_IT_IS], [plan_for(model, 0.3), for_int8])
+    assert "A plan for int8 weights was not scored" in caplog.text
+    assert "--quantize int8" in caplog.text
+
+
+def test_nothing_to_compare_is_refused():
+    with pytest.raises(UserError, match="at least one WeightFormat"):
+        compare_formats(model_of(), tokens_of(), [], [])
+
+
 def test_a_quantized_model_is_not_quantized_again():
     model = model_of()
     mark_weight_format(model, "int8")

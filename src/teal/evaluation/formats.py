@@ -1,6 +1,7 @@
 """Sparsity and weights of few bits together: every plan with every format, on the same tokens."""
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from teal.foundation.progress import Progress, silent
 from teal.models.weight_format import weight_format_of
 from teal.plan import SparsityPlan
 from teal.quantization import FLOAT, Scheme
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +115,8 @@ def compare_formats(
     """Score every plan with every format beside the dense model as it is.
 
     A format takes the plans that were calibrated with it; where there are none, those that were
-    calibrated with floats, or else all of them. At any time one rounded copy of the model is in
-    memory.
+    calibrated with floats, or else all of them. The log names plans that no format takes. At any
+    time one rounded copy of the model is in memory.
 
     Args:
         model: A dense Hugging Face causal language model.
@@ -130,9 +133,11 @@ def compare_formats(
     if not formats:
         raise UserError("There is no format to compare. Give at least one WeightFormat.")
     rows: list[FormatScore] = []
+    unused = list(plans)
     for weight_format in formats:
         candidate = _rounded(model, weight_format, progress)
         chosen: list[SparsityPlan | None] = [*plans_for(weight_format_of(candidate), plans)]
+        unused = [plan for plan in unused if plan not in chosen]
         if candidate is not model:
             chosen.insert(0, None)
         result = compare(
@@ -146,6 +151,13 @@ def compare_formats(
         rows += _format_scores(candidate, weight_format, chosen, result)
         # Its memory is free before the next copy takes any.
         del candidate
+    for plan in unused:
+        _log.warning(
+            "A plan for %s weights was not scored: the formats have plans of their own or for "
+            "floats. Leave it out, or add --quantize %s.",
+            plan.weight_format,
+            plan.weight_format,
+        )
     return FormatEvaluation(
         weight_format=weight_format_of(model),
         dense=result.dense,
