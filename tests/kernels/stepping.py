@@ -7,6 +7,7 @@ import torch
 from products import SCHEMES as SCHEMES
 from torch import Tensor
 
+from teal.kernels.cuda_compile import has_clusters
 from teal.kernels.cuda_step import UNIT, Input, Projections, StepMemory
 from teal.kernels.operands import Grid
 from teal.kernels.reference_quantized import dequantized
@@ -150,4 +151,4 @@ def thresholds_at(x: Tensor, sparsity: float, parts: int) -> list[float]:
 
 def hopper() -> bool:
     """Tell whether the GPU has clusters and dependent launches."""
-    return torch.cuda.get_device_capability() >= (9, 0)
+    return has_clusters(torch.device("cuda", torch.cuda.current_device()))

@@ -74,7 +74,6 @@ class Sources:
             ).eval()
 
     def _opened(self, name: str, scheme: Scheme | None, quantize_head: bool) -> OpenedModel:
-
         if name not in self._configs:
             return open_model(
                 name,
