@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from teal.kernels.cuda_compile import FLOAT, INT, Definitions, function, has_clusters, launch
-from teal.kernels.cuda_strips import (
-    FRACTION_BITS,
-    Cut,
-    strip_definitions,
-)
+from teal.kernels.cuda_strips import FRACTION_BITS, Cut, strip_definitions
 from teal.kernels.operands import Grid
 from teal.kernels.reference_quantized import FP8, INT4, INT8
 
@@ -30,9 +26,8 @@ _INPUTS: tuple[Input, ...] = ("hidden", "attention", "silu", "gelu_pytorch_tanh"
 # Dense products begin with this many channels of a chunk before their input is known.
 _PREFETCH = 8
 
-
-# By the use of a product, the fastest for Llama-3-8B at 50 % on an H200, where neighbours are
-# within 2 %; for floats, and for codes of 8 and of 4 bits.
+# By the use of a product, the fastest found for Llama-3-8B at 50 % on an H200; for floats, and for
+# codes of 8 and of 4 bits.
 _FLOATS = {
     "narrow": Cut(chunk=512, warps_n=1, warps_k=8, unroll=4, blocks=3, cluster=8),
     "wide": Cut(chunk=512, warps_n=2, warps_k=4, unroll=4, blocks=4, cluster=8),
