@@ -111,6 +111,31 @@ def test_logits_of_short_dtypes_err_no_more_than_transformers(
     assert_as_precise_as_torch(logits, by_torch, expected)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("llama", {}, torch.bfloat16),
+        ("granite", {"logits_scaling": 1.0}, torch.bfloat16),
+        ("granite", {"logits_scaling": 2.0}, torch.float32),
+        ("gemma2", {"final_logit_softcapping": None}, torch.bfloat16),
+        ("gemma2", {"final_logit_softcapping": 5.0}, torch.float32),
+    ],
+    ids=["plain", "not divided", "divided", "not capped", "capped"],
+)
+def test_short_logits_become_float32_only_where_something_is_done_to_them(
+    family: str, changes: dict[str, Any], expected: torch.dtype
+) -> None:
+    decoder = decoder_of(tiny_model(family, **changes).bfloat16())
+    cache, tokens = cache_for(decoder), tiny_tokens(1, 3)[0]
+    assert decoder.prefill(tokens[:2], cache).dtype == expected
+    assert decoder.step(tokens[2:], cache).dtype == expected
+
+
+def test_logits_of_other_dtypes_are_float32() -> None:
+    decoder = decoder_of(tiny_model("llama").double())
+    assert decoder.prefill(tiny_tokens(1, 3)[0], cache_for(decoder)).dtype == torch.float32
+
+
 @pytest.mark.parametrize("prompt", [1, 2, 23, 24])
 def test_logits_do_not_depend_on_how_much_was_prompt(prompt: int) -> None:
     decoder, tokens = decoder_of(tiny_model("gemma3_text")), tiny_tokens(1, LENGTH)[0]

@@ -142,6 +142,21 @@ def test_broken_logits_give_no_token(logits, temperature, value, device) -> None
     assert 0 <= sampler.tokens[1] < VOCABULARY
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"temperature": 0.8, "top_p": 0.9}, {"repetition_penalty": 1.5}, {"logprobs": True}],
+    ids=lambda values: ", ".join(values) or "greedy",
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_of_short_dtypes_are_computed_with_in_float32(logits, dtype, values, device) -> None:
+    short = logits.to(dtype)
+    found, expected = (
+        draw(given, steps=20, device=device, **values) for given in (short, short.float())
+    )
+    assert torch.equal(found.history, expected.history)
+    assert torch.equal(found.logprobs, expected.logprobs)
+
+
 def test_a_tiny_temperature_is_as_good_as_none(logits) -> None:
     tokens = draw(logits, steps=5, temperature=1e-4).history
     assert (tokens == logits.argmax()).all()

@@ -1,9 +1,14 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 pytest.importorskip("cuda.bindings")
 
+from compiling import assert_no_spills, told
 from stepping import EPSILON, SIZES, hopper, memory_of
 
 from teal.kernels.cuda_compile import compiled
@@ -15,12 +20,29 @@ INFINITY = float("inf")
 BROKEN = -1
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+logit_dtypes = pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
+
+
+def chosen_from(logits: Tensor) -> tuple[int, int]:
+    """Choose once; return the token, and what the history says."""
+    token, step = torch.full((1,), 9).cuda(), torch.zeros(1, dtype=torch.int64).cuda()
+    history = torch.full((1, 1), 9).cuda()
+    choose(logits, token, history, step, BROKEN)
+    return int(token), int(history)
 
 
 @pytest.mark.parametrize(("architecture", "cluster"), [("sm_80", 1), ("sm_90", 8), ("sm_100", 8)])
-@dtypes
-def test_both_ends_compile(dtype: torch.dtype, architecture: str, cluster: int) -> None:
-    assert compiled(SOURCE, definitions_of(dtype, cluster), architecture)
+@logit_dtypes
+def test_both_ends_compile(
+    dtype: torch.dtype, architecture: str, cluster: int, tmp_path: Path
+) -> None:
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled(SOURCE, definitions_of(dtype, cluster), architecture))
+    assert_no_spills(cubin)
+    code = told(cubin, "--dump-sass").split("Function : choose")[1].split("Function :")[0]
+    # Two loads of 16 bytes are under way at once, and no block waits for its writes to be visible.
+    assert re.search(r"LDG\.E\.128(.*\n){1,12}.*LDG\.E\.128", code)
+    assert "MEMBAR" not in code
 
 
 @pytest.mark.gpu
@@ -46,15 +68,16 @@ def test_a_step_begins_with_the_embedding_and_ends_with_the_norm(dtype: torch.dt
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", [1, 31, 8192, 8193, 128256])
+@pytest.mark.parametrize("size", [1, 31, 8192, 8193, 128256, 128263, 262144])
 @pytest.mark.parametrize("sign", [1.0, -1.0], ids=["", "negative"])
 @pytest.mark.parametrize("place", ["device", "host"])
+@logit_dtypes
 def test_the_likeliest_token_is_chosen_and_the_first_of_equals(
-    size: int, sign: float, place: str
+    dtype: torch.dtype, size: int, sign: float, place: str
 ) -> None:
     logits = sign * torch.rand(1, size, generator=torch.Generator().manual_seed(3))
     # Many equals, of which several are the largest.
-    logits = (logits * 16).round().cuda()
+    logits = (logits * 16).round().to("cuda", dtype)
     token, step = torch.full((1,), 9).cuda(), torch.full((1,), 2).cuda()
     history = torch.full((4, 1), 9)
     history = history.pin_memory() if place == "host" else history.cuda()
@@ -67,22 +90,52 @@ def test_the_likeliest_token_is_chosen_and_the_first_of_equals(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fault", [float("nan"), -float("nan"), INFINITY])
-def test_a_fault_anywhere_is_told_and_the_token_stays_one_of_the_vocabulary(fault: float) -> None:
-    logits = torch.randn(1, 5000, device="cuda")
-    logits[0, 4321] = fault
-    token, step = torch.zeros(1, dtype=torch.int64).cuda(), torch.zeros(1, dtype=torch.int64).cuda()
-    history = torch.zeros(1, 1, dtype=torch.int64).cuda()
-    choose(logits, token, history, step, BROKEN)
-    assert history.item() == BROKEN
-    assert token.item() == 4321
+@pytest.mark.parametrize("index", [0, 1, 65535, 65536, 99999, 100000, 100006])
+@logit_dtypes
+def test_a_logit_is_found_wherever_it_is(dtype: torch.dtype, index: int) -> None:
+    logits = torch.randn(1, 100007, device="cuda").clamp(max=3).to(dtype)
+    logits[0, index] = 3.5
+    assert chosen_from(logits) == (index, index)
 
 
 @pytest.mark.gpu
-def test_logits_that_rule_out_every_token_are_a_fault() -> None:
-    logits = torch.full((1, 300), -INFINITY, device="cuda")
-    token, step = torch.zeros(1, dtype=torch.int64).cuda(), torch.zeros(1, dtype=torch.int64).cuda()
-    history = torch.zeros(1, 1, dtype=torch.int64).cuda()
-    choose(logits, token, history, step, BROKEN)
-    assert history.item() == BROKEN
-    assert token.item() == 0
+@logit_dtypes
+def test_logits_may_begin_anywhere_in_memory(dtype: torch.dtype) -> None:
+    memory = torch.randn(1, 20001, device="cuda").to(dtype)
+    memory[0, 0] = 100
+    memory[0, 12345] = 50
+    assert chosen_from(memory[:, 1:]) == (12344, 12344)
+
+
+@pytest.mark.gpu
+@logit_dtypes
+def test_zeros_of_either_sign_are_equal(dtype: torch.dtype) -> None:
+    logits = torch.full((1, 300), -1.0).to("cuda", dtype)
+    logits[0, 17], logits[0, 18] = -0.0, 0.0
+    assert chosen_from(logits) == (17, 17)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sign", [0, -1], ids=["", "negative"])
+@logit_dtypes
+def test_nan_of_either_sign_is_told(dtype: torch.dtype, sign: int) -> None:
+    logits = torch.randn(1, 5000, device="cuda").to(dtype)
+    logits[0, 4321] = float("nan")
+    bits = logits.view(torch.int16 if dtype in DTYPES else torch.int32)
+    bits[0, 4321] |= sign << (8 * bits.itemsize - 1)
+    assert chosen_from(logits) == (4321, BROKEN)
+
+
+@pytest.mark.gpu
+@logit_dtypes
+def test_infinity_is_told_and_the_token_stays_one_of_the_vocabulary(dtype: torch.dtype) -> None:
+    logits = torch.randn(1, 5000, device="cuda").to(dtype)
+    logits[0, 4321] = INFINITY
+    assert chosen_from(logits) == (4321, BROKEN)
+
+
+@pytest.mark.gpu
+@logit_dtypes
+def test_logits_that_rule_out_every_token_are_a_fault(dtype: torch.dtype) -> None:
+    logits = torch.full((1, 300), -INFINITY).to("cuda", dtype)
+    assert chosen_from(logits) == (0, BROKEN)

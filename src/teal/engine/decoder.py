@@ -93,7 +93,7 @@ class Decoder:
             row: Which stream.
 
         Returns:
-            Logits of the token after the last, (vocab_size,), float32.
+            Logits of the token after the last, (vocab_size,), in the dtype of `logits_of`.
 
         Raises:
             UserError: The prompt is empty, has ids outside the vocabulary, or does not fit.
@@ -123,7 +123,7 @@ class Decoder:
             cache: The streams; their positions move on by one.
 
         Returns:
-            Logits of the tokens after them, (rows, vocab_size), float32.
+            Logits of the tokens after them, (rows, vocab_size), in the dtype of `logits_of`.
         """
         places = zip(
             cache.keys,
@@ -183,12 +183,16 @@ class Decoder:
             normed: (..., hidden_size).
 
         Returns:
-            (..., vocab_size), float32.
+            (..., vocab_size), float32; in the dtype of `normed` where that has 16 bits and logits
+            are neither divided nor capped.
         """
-        logits = head_product(normed, self.weights.head).float()
-        if self.architecture.logit_divisor != 1.0:
-            logits = logits / self.architecture.logit_divisor
-        softcap = self.architecture.logit_softcap
+        logits = head_product(normed, self.weights.head)
+        divisor, softcap = self.architecture.logit_divisor, self.architecture.logit_softcap
+        if logits.itemsize == 2 and divisor == 1.0 and not softcap:
+            return logits
+        logits = logits.float()
+        if divisor != 1.0:
+            logits = logits / divisor
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -161,11 +161,12 @@ class Sampler:
         """Choose a token for every stream: sets `tokens`, a row of `history` and of `logprobs`.
 
         Args:
-            logits: (rows, vocab_size), float32.
+            logits: (rows, vocab_size), bfloat16, float16 or float32; computed in float32.
         """
         if self._is_one_launch:
             cuda_ends.choose(logits, self.tokens, self.history, self._step, BROKEN)
             return
+        logits = logits.float()
         best, tokens = logits.max(-1)
         if self.form.has_penalty or not self.form.is_greedy:
             scores = self._penalised(logits)

@@ -83,7 +83,7 @@ def choose(logits: Tensor, token: Tensor, history: Tensor, step: Tensor, broken:
     """Choose the likeliest token, the first of equals.
 
     Args:
-        logits: (1, vocab_size), float32, contiguous.
+        logits: (1, vocab_size), bfloat16, float16 or float32, contiguous.
         token: Is set, (1,), int64.
         history: Row `step` is set, (steps, 1), int64.
         step: (1,), int64; one more afterwards.
@@ -94,7 +94,7 @@ def choose(logits: Tensor, token: Tensor, history: Tensor, step: Tensor, broken:
     cluster = _CLUSTER if dependent else 1
     with torch.cuda.device(device):
         launch(
-            function(SOURCE, "choose", definitions_of(torch.bfloat16, cluster), device.index),
+            function(SOURCE, "choose", definitions_of(logits.dtype, cluster), device.index),
             (cluster, 1),
             _THREADS,
             [logits, token, history, step, (logits.shape[1], INT), (broken, INT)],
@@ -106,12 +106,13 @@ def definitions_of(dtype: torch.dtype, cluster: int = 1) -> Definitions:
     """Return what the kernels are compiled with.
 
     Args:
-        dtype: Of the activations.
+        dtype: Of the activations or, for `choose`, of the logits.
         cluster: Blocks that read the logits.
     """
     return (
         ("BFLOAT16", int(dtype == torch.bfloat16)),
         ("CLUSTER", cluster),
         ("FRACTION_BITS", FRACTION_BITS),
+        ("LOGIT_BITS", torch.finfo(dtype).bits),
         ("THREADS", _THREADS),
     )
