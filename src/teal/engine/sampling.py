@@ -161,7 +161,7 @@ class Sampler:
         """Choose a token for every stream: sets `tokens`, a row of `history` and of `logprobs`.
 
         Args:
-            logits: (rows, vocab_size), bfloat16, float16 or float32; computed in float32.
+            logits: (rows, vocab_size), bfloat16, float16 or float32; compared in float32.
         """
         if self._is_one_launch:
             cuda_ends.choose(logits, self.tokens, self.history, self._step, BROKEN)

@@ -52,8 +52,8 @@ __device__ __forceinline__ float logit_at(const u32* words, int i) {
 #endif
 }
 
-// The largest of some logits, NaN before all, and of equals the first. `order` is a logit in the order
-// of unsigned integers, 0 where there is none.
+// The largest of some logits, NaN before all, and of equals the first. `order` is a logit that
+// compares as an unsigned integer, 0 where there is none.
 struct Best {
   static constexpr u32 POSITIVE_INFINITY = 0xff800000u, NEGATIVE_INFINITY = 0x007fffffu;
 
