@@ -17,6 +17,7 @@ FILE_BYTES = 1024 * 1024
 TRAINED_MODEL = "models/py-16m/model.safetensors"
 # Tests of more than one module.
 UNMIRRORED = {
+    "engine/test_trained_model.py",
     "kernels/test_triton_compile.py",
     "methods/test_conformance.py",
     "test_docs.py",
