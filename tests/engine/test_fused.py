@@ -50,6 +50,15 @@ def test_dense_steps_are_as_near_to_float32_as_those_of_the_general_path(family:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [48, 80])
+def test_heads_need_not_be_powers_of_two(head_dim: int) -> None:
+    decoder = _decoder("llama", head_dim=head_dim)
+    exact = _exact("llama", head_dim=head_dim)
+    general = relative_error(_logits(decoder, fused=False), exact)
+    assert relative_error(_logits(decoder, fused=True), exact) <= 2 * general
+
+
+@pytest.mark.gpu
 def test_biases_are_added() -> None:
     changes = {"attention_bias": True, "mlp_bias": True}
     decoder = _decoder("llama", **changes)

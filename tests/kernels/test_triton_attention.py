@@ -89,18 +89,6 @@ def test_any_number_of_splits_gives_the_same_attention(splits: int) -> None:
 
 
 @pytest.mark.gpu
-def test_fixed_point_sums_give_the_same_bits_as_their_values() -> None:
-    tensors, options = _given(_case(40), torch.float16)
-    parts = [torch.full((1, 4, 8, 34), NAN, device=DEVICE) for _ in range(2)]
-    copies = [tensor.clone() for tensor in tensors]
-    attend_parts(*tensors, parts[0], **options)
-    fixed = (copies[0].double() * 2**40).long()
-    attend_parts(fixed, *copies[1:], parts[1], **options, unit=2.0**-40)
-    assert torch.equal(parts[0], parts[1])
-    torch.testing.assert_close(tensors[1], copies[1], rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.gpu
 def test_what_is_no_number_in_a_stream_stays_visible_there_and_only_there() -> None:
     tensors, options = _given(_case(5, 6), torch.float32)
     tensors[0][1, 0] = NAN

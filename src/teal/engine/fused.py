@@ -22,13 +22,7 @@ from teal.kernels.reference import keeps_everything
 from teal.models.architectures import Architecture
 
 try:
-    from teal.kernels import (
-        cuda_compile,
-        cuda_ends,
-        cuda_step,
-        cuda_strips,
-        triton_attention_launch,
-    )
+    from teal.kernels import cuda_attention, cuda_compile, cuda_ends, cuda_step, cuda_strips
 except ImportError:
     cuda_step = None  # type: ignore[assignment]
 
@@ -46,7 +40,7 @@ class _Layer:
     o: "cuda_step.Projections"
     gate_up: "cuda_step.Projections"
     down: "cuda_step.Projections"
-    calls: LayerCalls
+    attention: "cuda_attention.Attention"
 
 
 class FusedStep:
@@ -62,7 +56,7 @@ class FusedStep:
         architecture, weights = decoder.architecture, decoder.weights
         self._decoder = decoder
         self._dependent = overlap and cuda_compile.has_clusters(weights.device)
-        splits = triton_attention_launch.splits_for(cache.capacity)
+        splits = cuda_attention.splits_for(cache.capacity)
         self._memory = cuda_step.StepMemory(
             architecture.hidden_size,
             architecture.q_size + 2 * architecture.kv_size,
@@ -106,17 +100,8 @@ class FusedStep:
         m, dependent = self._memory, self._dependent
         keys, values, cosines, sines = place
         cuda_step.project(layer.qkv, m.hidden, m.qkv, None, m, dependent=dependent)
-        triton_attention_launch.attend_parts(
-            m.qkv,
-            keys,
-            values,
-            positions,
-            cosines,
-            sines,
-            m.parts,
-            **layer.calls.attend,
-            unit=cuda_step.UNIT,
-            dependent=dependent,
+        cuda_attention.attend(
+            layer.attention, keys, values, positions, cosines, sines, m, dependent=dependent
         )
         cuda_step.project(layer.o, m.parts, m.hidden, m.qkv, m, dependent=dependent)
 
@@ -153,12 +138,14 @@ def obstacle(decoder: Decoder, cache: KeyValueCache) -> str | None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < _AMPERE:
         return "the weights are not on a GPU of compute capability 8.0 or later"
     if cuda_step is None:
-        return "NVIDIA's Python bindings or Triton are not installed"
+        return "NVIDIA's Python bindings are not installed"
     if not cuda_compile.can_compile(torch.cuda.get_device_capability(device)):
         return "NVIDIA's run-time compiler is not installed or does not know this GPU"
     dtype, form = decoder.weights.dtype, architecture.form
     sizes = (architecture.hidden_size, architecture.q_size, architecture.intermediate_size)
-    heads_fit = triton_attention_launch.fits(architecture.head_dim, cache.cosines[0], dtype)
+    heads_fit = cuda_attention.can_attend(
+        architecture.heads, architecture.kv_heads, architecture.head_dim, cache.cosines[0]
+    )
     obstacles = {
         "there is more than one stream": cache.rows > 1,
         "the weights are not bfloat16 or float16": dtype not in cuda_strips.DTYPES,
@@ -216,7 +203,7 @@ def _layer(decoder: Decoder, calls: LayerCalls) -> _Layer:
         o=o,
         gate_up=gate_up,
         down=down,
-        calls=calls,
+        attention=cuda_attention.Attention(**calls.attend),
     )
 
 

@@ -1,8 +1,8 @@
 """Triton kernels of decode attention: norms per head, RoPE, append to the cache, attention.
 
 The context is split over programs, and the splits are put together in their order, so the result
-does not depend on which finishes first. q, k and v come as activations, or as the fixed-point sums
-of a fused decode step (cuda_step.cu), which also puts the splits together itself.
+does not depend on which finishes first. The fused decode step has attention of its own
+(cuda_attention.cu).
 
 Legend: `D` head_dim. Heads are handled in two halves, for RoPE pairs channels i and i + D / 2.
 """
@@ -12,24 +12,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _prefetch(pointer, mask, BYTES: tl.constexpr):
-    """Bring BYTES bytes from each pointer into the L2 cache; nobody waits for them."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.u32 p, $2, 0; "
-        "@p cp.async.bulk.prefetch.L2.global [$1], " + BYTES + "; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [pointer, mask.to(tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _read_heads(qkv_ptr, column, inside, UNIT: tl.constexpr, dtype: tl.constexpr):
-    """Return entries of q, k or v, rounded to `dtype`, as float32."""
-    value = tl.load(qkv_ptr + column, mask=inside, other=0).to(tl.float32) * UNIT
-    return value.to(dtype).to(tl.float32)
+def _read_heads(qkv_ptr, column, inside):
+    """Return entries of q, k or v as float32."""
+    return tl.load(qkv_ptr + column, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -81,10 +66,7 @@ def attend_kernel(
     WINDOW: tl.constexpr,
     HAS_GAIN: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    KEY_BYTES: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Attend from the query heads of one key head of one stream to one split of its context.
 
@@ -114,22 +96,14 @@ def attend_kernel(
     share = tl.cdiv(tl.cdiv(end - begin, BLOCK_T), splits) * BLOCK_T
     first = begin + split * share
     last = tl.minimum(first + share, end)
-    if PDL:
-        # The context does not depend on what this launch waits for.
-        early = first + tl.arange(0, BLOCK_T)
-        _prefetch(keys_ptr + early.to(tl.int64) * D, early < last, KEY_BYTES)
-        _prefetch(values_ptr + early.to(tl.int64) * D, early < last, KEY_BYTES)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
     cosine = tl.load(cosine_ptr + position * HALF + half)[None, :]
     sine = tl.load(sine_ptr + position * HALF + half)[None, :]
     q_column = (kv * SHARED + query)[:, None] * D + half[None, :]
-    q_low = _read_heads(qkv_ptr, q_column, real[:, None], UNIT, dtype)
-    q_high = _read_heads(qkv_ptr, q_column + HALF, real[:, None], UNIT, dtype)
+    q_low = _read_heads(qkv_ptr, q_column, real[:, None])
+    q_high = _read_heads(qkv_ptr, q_column + HALF, real[:, None])
     k_column = (HEADS + kv) * D + half[None, :]
-    k_low = _read_heads(qkv_ptr, k_column, half[None, :] < HALF, UNIT, dtype)
-    k_high = _read_heads(qkv_ptr, k_column + HALF, half[None, :] < HALF, UNIT, dtype)
+    k_low = _read_heads(qkv_ptr, k_column, half[None, :] < HALF)
+    k_high = _read_heads(qkv_ptr, k_column + HALF, half[None, :] < HALF)
     if HAS_GAIN:
         q_low, q_high = _norm_halves(q_low, q_high, q_gain_ptr, epsilon, dtype, HALF)
         k_low, k_high = _norm_halves(k_low, k_high, k_gain_ptr, epsilon, dtype, HALF)
@@ -140,7 +114,7 @@ def attend_kernel(
         tl.store(keys_ptr + here, k_low)
         tl.store(keys_ptr + here + HALF, k_high)
         v_column = (HEADS + KV_HEADS + kv) * D + whole
-        v = _read_heads(qkv_ptr, v_column, whole < D, UNIT, dtype)
+        v = _read_heads(qkv_ptr, v_column, whole < D)
         tl.store(values_ptr + position * D + whole, v.to(dtype))
     tl.debug_barrier()
 

@@ -42,13 +42,11 @@ def attend_parts(
     q_gain: Tensor | None = None,
     k_gain: Tensor | None = None,
     epsilon: float = 0.0,
-    unit: float = 1.0,
-    dependent: bool = False,
 ) -> None:
     """Append the new tokens to the cache and attend, split by split; see `ops.attend`.
 
     Args:
-        qkv: (T, (heads + 2 · kv_heads) · head_dim), contiguous; activations or fixed-point sums.
+        qkv: (T, (heads + 2 · kv_heads) · head_dim), contiguous.
         keys: (T, kv_heads, capacity, head_dim), contiguous; gets the new keys.
         values: As `keys`.
         positions: Index of the new tokens, (T,), int64.
@@ -62,12 +60,9 @@ def attend_parts(
         q_gain: Gain of an RMSNorm of each query head, (head_dim,).
         k_gain: The same for keys.
         epsilon: Of these norms.
-        unit: What one in `qkv` stands for.
-        dependent: The launch may begin before the one in front has ended.
     """
     streams, kv_heads, capacity, head_dim = keys.shape
     heads, splits = parts.shape[1:3]
-    options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
     attend_kernel[(kv_heads, splits, streams)](
         qkv,
         keys,
@@ -89,13 +84,9 @@ def attend_parts(
         WINDOW=window,
         HAS_GAIN=q_gain is not None,
         HAS_SOFTCAP=softcap > 0.0,
-        UNIT=unit,
         BLOCK_T=_BLOCK_T,
-        KEY_BYTES=str(head_dim * keys.element_size()),
-        PDL=dependent,
         num_warps=_WARPS,
         num_stages=2,
-        **options,
     )
 
 
@@ -111,7 +102,7 @@ def attend(
     """Append the new tokens to the cache and attend; see `ops.attend`.
 
     Args:
-        qkv: As `attend_parts`, activations.
+        qkv: As `attend_parts`.
         keys: As `attend_parts`.
         values: As `attend_parts`.
         positions: As `attend_parts`.
