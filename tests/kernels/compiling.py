@@ -5,6 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+from teal.kernels.cuda_strips import Cut, bits_of
 
 
 def told(cubin: Path, option: str) -> str:
@@ -20,3 +23,11 @@ def told(cubin: Path, option: str) -> str:
 def assert_no_spills(cubin: Path) -> None:
     used = told(cubin, "--dump-resource-usage")
     assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}
+
+
+def assert_strips_load_whole(cubin: Path, cut: Cut, dtype: torch.dtype) -> None:
+    """Check that a thread asks at once for all its columns, of every strip under way."""
+    bits = cut.per_lane * bits_of(dtype)
+    width = "" if bits == 32 else rf"\.{bits}"
+    loads = re.findall(rf"LDG\.E\.NA{width}\.CONSTANT", told(cubin, "--dump-sass"))
+    assert len(loads) >= cut.unroll

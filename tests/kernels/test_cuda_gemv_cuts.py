@@ -1,4 +1,3 @@
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from cases import draw
-from compiling import assert_no_spills, told
+from compiling import assert_no_spills, assert_strips_load_whole
 from helpers import relative_error
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from products import SCHEMES, assert_right, by_torch, weight_of
 from teal.kernels.cuda_compile import compiled
 from teal.kernels.cuda_gemv import SOURCE, compute, definitions_of, product_of
 from teal.kernels.cuda_gemv_cuts import chunked, cut_for, shared_bytes, tile_columns
-from teal.kernels.cuda_strips import WARP, Cut, lanes_beside
+from teal.kernels.cuda_strips import WARP, Cut
 from teal.kernels.operands import Grid, Operands
 
 # Channels and columns of the decoder layers of Llama-3-8B and 70B, and of a head.
@@ -78,8 +77,7 @@ def test_products_compile_to_wide_loads_without_spills(
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled(SOURCE, definitions_of(operands, grid, cut), architecture))
     assert_no_spills(cubin)
-    wide = re.findall(r"LDG\.E\.NA\.(?:64|128)\.CONSTANT", told(cubin, "--dump-sass"))
-    assert len(wide) >= cut.unroll * (WARP // lanes_beside(operands.weight.dtype))
+    assert_strips_load_whole(cubin, cut, operands.weight.dtype)
 
 
 @pytest.mark.parametrize("clusters", [False, True], ids=["", "clusters"])
@@ -114,9 +112,12 @@ def test_groups_never_ask_for_more_threads_than_a_block_has(scheme: str, warps_n
 
 @pytest.mark.gpu
 @schemes
+@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("warps_n", [2, 4])
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8])
-def test_product_is_right_however_it_is_cut(scheme: str, cluster: int, warps_n: int) -> None:
+def test_product_is_right_however_it_is_cut(
+    scheme: str, cluster: int, warps_n: int, depth: int
+) -> None:
     if cluster > 1 and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs clusters of blocks")
     weight, x = (
@@ -128,6 +129,7 @@ def test_product_is_right_however_it_is_cut(scheme: str, cluster: int, warps_n: 
         product = product_of(operands, weight.grid)
         usual = cut_for(product, clusters=False)
         cut = replace(usual, chunk=32, warps_n=warps_n, warps_k=8, unroll=2, cluster=cluster)
+        cut = replace(cut, depth=depth)
         assert_right(weight, operands, chunked(product, cut))
 
 

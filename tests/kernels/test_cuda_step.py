@@ -1,4 +1,3 @@
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from teal.kernels import reference
 
 pytest.importorskip("cuda.bindings")
 
-from compiling import assert_no_spills, told
+from compiling import assert_no_spills, assert_strips_load_whole
 from stepping import (
     EPSILON,
     HEAD_DIM,
@@ -42,7 +41,7 @@ from teal.kernels.cuda_step import (
     definitions_of,
     project,
 )
-from teal.kernels.cuda_strips import DTYPES
+from teal.kernels.cuda_strips import DTYPES, Cut
 
 # K and the widths of each input, odd in every way that is allowed for weights of 16 bits.
 SHAPES: dict[Input, tuple[int, list[int]]] = {
@@ -59,7 +58,16 @@ ALIGNED: dict[Input, tuple[int, list[int]]] = {
     "gelu_pytorch_tanh": (200, [288]),
 }
 
+# Unlike each other in every respect; threads of floats have 8 columns in all of them.
+CUTS = [
+    Cut(chunk=256, per_lane=8, warps_n=2, warps_k=4, unroll=4, blocks=2, cluster=8, depth=2),
+    Cut(chunk=608, per_lane=16, warps_n=1, warps_k=8, unroll=2, blocks=2, cluster=4, depth=2),
+    Cut(chunk=128, per_lane=32, warps_n=1, warps_k=4, unroll=4, blocks=2, cluster=8),
+    Cut(chunk=96, per_lane=16, warps_n=4, warps_k=2, unroll=8, blocks=1, cluster=8),
+]
+
 inputs = pytest.mark.parametrize("kind", SHAPES)
+cuts = pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut.chunk} × {cut.columns}")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 
@@ -67,6 +75,12 @@ schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def wanted(kind: Input, scheme: str = "floats", **changes: object) -> Wanted:
     in_features, widths = (SHAPES if scheme == "floats" else ALIGNED)[kind]
     return replace(Wanted(kind, in_features, widths, SCHEMES[scheme]), **changes)  # type: ignore[arg-type]
+
+
+def _for(scheme: str, cut: Cut) -> Cut:
+    """Return a cut whose threads have as many columns as they can have of a format."""
+    most = {"floats": 8, "int8": 16, "fp8": 16}.get(scheme, 32)
+    return replace(cut, per_lane=min(cut.per_lane, most))
 
 
 def _source(kind: Input, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -99,13 +113,11 @@ def test_products_compile_to_wide_loads_without_spills(
     projections = projections_of(wanted(kind, scheme), device="cpu")
     cut = cut_for(projections, clusters=clusters)
     memory = memory_of(torch.bfloat16, "cpu")
-    definitions = definitions_of(projections, cut, memory, clusters=clusters)
+    definitions = definitions_of(projections, cut, memory)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled(SOURCE, definitions, architecture))
     assert_no_spills(cubin)
-    bits = 64 if scheme.startswith("int4") else 128
-    wide = re.findall(rf"LDG\.E\.NA\.{bits}\.CONSTANT", told(cubin, "--dump-sass"))
-    assert len(wide) >= cut.unroll
+    assert_strips_load_whole(cubin, cut, projections.weight.dtype)
 
 
 @pytest.mark.parametrize("sizes", [(4096, 14336), (8192, 28672)], ids=["8B", "70B"])
@@ -123,9 +135,7 @@ def test_models_compile_without_spills(scheme: str, sizes: tuple[int, int], tmp_
         cut = cut_for(projections, clusters=True)
         memory = memory_of(torch.bfloat16, "meta")
         cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(
-            compiled(SOURCE, definitions_of(projections, cut, memory, clusters=True), "sm_90")
-        )
+        cubin.write_bytes(compiled(SOURCE, definitions_of(projections, cut, memory), "sm_90"))
         assert_no_spills(cubin)
 
 
@@ -151,6 +161,43 @@ def test_products_are_those_of_the_kept_channels(
     error = (sums.double() * UNIT - 1.0 - exact * MULTIPLIER).abs().max()
     assert error <= torch.finfo(dtype).eps / 8 * magnitude(projections, x)
     assert not memory.overflow
+
+
+@cuts
+@schemes
+def test_every_cut_compiles_without_spills(scheme: str, cut: Cut, tmp_path: Path) -> None:
+    projections = replace(
+        projections_of(wanted("silu", scheme), device="cpu"), cut=_for(scheme, cut)
+    )
+    cut = cut_for(projections, clusters=True)
+    cubin = tmp_path / "kernel.cubin"
+    definitions = definitions_of(projections, cut, memory_of(torch.bfloat16, "cpu"))
+    cubin.write_bytes(compiled(SOURCE, definitions, "sm_90"))
+    assert_no_spills(cubin)
+    assert_strips_load_whole(cubin, cut, projections.weight.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sparsity", [None, 0.5, 0.95], ids=str)
+@cuts
+@schemes
+@pytest.mark.parametrize("kind", ["hidden", "silu"])
+def test_products_are_right_however_they_are_cut(
+    kind: Input, scheme: str, cut: Cut, sparsity: float | None
+) -> None:
+    dtype = torch.bfloat16
+    source, x = _source(kind, dtype)
+    memory = memory_of(dtype)
+    projections = replace(projections_of(wanted(kind, scheme)), cut=_for(scheme, cut))
+    if projections.gain is not None:
+        x = normed(x, projections, dtype)
+    if sparsity is not None:
+        projections.thresholds.copy_(torch.tensor(thresholds_at(x, sparsity, 3)))
+    exact = exact_product(projections, x)
+    sums = fixed(torch.ones(len(exact))).cuda()
+    project(projections, source, sums, None, memory, dependent=hopper())
+    error = (sums.double() * UNIT - 1.0 - exact * MULTIPLIER).abs().max()
+    assert error <= torch.finfo(dtype).eps / 8 * magnitude(projections, x)
 
 
 @pytest.mark.gpu

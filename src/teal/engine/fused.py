@@ -7,7 +7,7 @@ are used, and lets each launch begin before the one in front has ended.
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +33,16 @@ _AMPERE = (8, 0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Layer:
-    """What the launches of one layer are given."""
+class Layer:
+    """What the launches of one layer are given.
+
+    Attributes:
+        qkv: Projections of the attention input.
+        o: Projection of what attention gave.
+        gate_up: Projections of the MLP input.
+        down: Projection of activation(gate) · up.
+        attention: What lies between.
+    """
 
     qkv: "cuda_step.Projections"
     o: "cuda_step.Projections"
@@ -50,14 +58,26 @@ class FusedStep:
         decoder: With rules as they shall be applied; later changes are not seen.
         cache: The stream.
         overlap: Let launches begin before the one in front has ended, where the GPU can.
+        cuts: How to cut "qkv", "o", "gate_up" or "down"; by default as was measured to be fast.
+
+    Attributes:
+        memory: Sums of a step.
+        layers: What the launches of each layer are given.
     """
 
-    def __init__(self, decoder: Decoder, cache: KeyValueCache, *, overlap: bool = True) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KeyValueCache,
+        *,
+        overlap: bool = True,
+        cuts: "Mapping[str, cuda_strips.Cut] | None" = None,
+    ) -> None:
         architecture, weights = decoder.architecture, decoder.weights
         self._decoder = decoder
         self._dependent = overlap and cuda_compile.has_clusters(weights.device)
         splits = cuda_attention.splits_for(cache.capacity)
-        self._memory = cuda_step.StepMemory(
+        self.memory = cuda_step.StepMemory(
             architecture.hidden_size,
             architecture.q_size + 2 * architecture.kv_size,
             architecture.intermediate_size,
@@ -65,16 +85,16 @@ class FusedStep:
             weights.dtype,
             weights.device,
         )
-        self._layers = [_layer(decoder, calls) for calls in decoder.layers]
+        self.layers = [_layer(decoder, calls, cuts or {}) for calls in decoder.layers]
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         """Append a token to the stream; see `Decoder.step`."""
-        with torch.cuda.device(self._memory.hidden.device):
+        with torch.cuda.device(self.memory.hidden.device):
             return self._step(tokens, cache)
 
     def _step(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-        memory, dependent, decoder = self._memory, self._dependent, self._decoder
+        memory, dependent, decoder = self.memory, self._dependent, self._decoder
         places = zip(cache.keys, cache.values, cache.cosines, cache.sines, strict=False)
         cuda_ends.embed(
             tokens,
@@ -83,7 +103,7 @@ class FusedStep:
             decoder.embedding_multiplier,
             dependent=dependent,
         )
-        for index, (layer, place) in enumerate(zip(self._layers, places, strict=True)):
+        for index, (layer, place) in enumerate(zip(self.layers, places, strict=True)):
             self._attend(layer, cache.positions, *place)
             self._feed_forward(layer, index)
         cuda_ends.finish(
@@ -95,9 +115,9 @@ class FusedStep:
         )
         return decoder.logits_of(memory.normed)
 
-    def _attend(self, layer: _Layer, positions: Tensor, *place: Tensor) -> None:
+    def _attend(self, layer: Layer, positions: Tensor, *place: Tensor) -> None:
         """Add attention to the residual stream; `place` is keys, values, cosines and sines."""
-        m, dependent = self._memory, self._dependent
+        m, dependent = self.memory, self._dependent
         keys, values, cosines, sines = place
         cuda_step.project(layer.qkv, m.hidden, m.qkv, None, m, dependent=dependent)
         cuda_attention.attend(
@@ -105,8 +125,8 @@ class FusedStep:
         )
         cuda_step.project(layer.o, m.parts, m.hidden, m.qkv, m, dependent=dependent)
 
-    def _feed_forward(self, layer: _Layer, index: int) -> None:
-        m, dependent = self._memory, self._dependent
+    def _feed_forward(self, layer: Layer, index: int) -> None:
+        m, dependent = self.memory, self._dependent
         sums, later = m.gate_up[index % 2], m.gate_up[1 - index % 2]
         cuda_step.project(layer.gate_up, m.hidden, sums, later, m, dependent=dependent)
         cuda_step.project(layer.down, sums, m.hidden, None, m, dependent=dependent)
@@ -187,24 +207,19 @@ def _products(
     return (qkv, qkv[2]), (o, o[2]), (gate_up, halves), (down, down[2])
 
 
-def _layer(decoder: Decoder, calls: LayerCalls) -> _Layer:
-    products = _products(calls, decoder.architecture)
-    qkv, o, gate_up, down = (
-        _projections(*product, source, calls, gain)
-        for product, source, gain in zip(
-            products,
+def _layer(decoder: Decoder, calls: LayerCalls, cuts: "Mapping[str, cuda_strips.Cut]") -> Layer:
+    names = ("qkv", "o", "gate_up", "down")
+    projections = {
+        name: _projections(*product, source, calls, gain, cuts.get(name))
+        for name, product, source, gain in zip(
+            names,
+            _products(calls, decoder.architecture),
             ("hidden", "attention", "hidden", decoder.architecture.activation),
             (calls.norms[0], None, calls.norms[1], None),
             strict=True,
         )
-    )
-    return _Layer(
-        qkv=qkv,
-        o=o,
-        gate_up=gate_up,
-        down=down,
-        attention=cuda_attention.Attention(**calls.attend),
-    )
+    }
+    return Layer(**projections, attention=cuda_attention.Attention(**calls.attend))
 
 
 def _projections(
@@ -212,7 +227,8 @@ def _projections(
     widths: Sequence[int],
     source: str,
     calls: LayerCalls,
-    gain: Tensor | None = None,
+    gain: Tensor | None,
+    cut: "cuda_strips.Cut | None",
 ) -> "cuda_step.Projections":
     weight, thresholds, _, _, _, bias = product
     codes, grid = _codes_and_grid(weight)
@@ -228,6 +244,7 @@ def _projections(
         gain=gain,
         epsilon=calls.epsilon,
         multiplier=1.0 if gain is not None else calls.residual_multiplier,
+        cut=cut,
     )
 
 

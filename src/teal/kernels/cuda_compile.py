@@ -33,10 +33,12 @@ class Kernel:
     Attributes:
         handle: Of the driver.
         shared_bytes: Shared memory of a block, beside what is in the kernel's own declaration.
+        local_bytes: Memory of a thread, for what its registers do not hold.
     """
 
     handle: Any
     shared_bytes: int
+    local_bytes: int
 
 
 @functools.cache
@@ -59,6 +61,12 @@ def can_compile(capability: tuple[int, int]) -> bool:
 def has_clusters(device: torch.device) -> bool:
     """Tell whether a GPU has clusters of blocks and launches that begin early."""
     return torch.cuda.get_device_capability(device) >= _HOPPER
+
+
+def architecture_of(device: int | torch.device) -> str:
+    """Return what kernels are compiled for to run on a device, such as "sm_90"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 @functools.cache
@@ -116,18 +124,18 @@ def function(source: str, name: str, definitions: Definitions, device: int) -> K
             f"The first call of {name} for new sizes or dtypes cannot be captured in a CUDA graph. "
             "Run it once before capturing."
         )
-    major, minor = torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()
-        module = _checked(
-            driver.cuModuleLoadData(compiled(source, definitions, f"sm_{major}{minor}"))
-        )
+        cubin = compiled(source, definitions, architecture_of(device))
+        module = _checked(driver.cuModuleLoadData(cubin))
         handle = _checked(driver.cuModuleGetFunction(module, name.encode()))
-        shared_bytes = _shared_bytes(module)
+        attributes, shared_bytes = driver.CUfunction_attribute, _shared_bytes(module)
         if shared_bytes:
-            size = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            size = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(handle, size, shared_bytes))
-    return Kernel(handle, shared_bytes)
+        local = attributes.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
+        local_bytes = _checked(driver.cuFuncGetAttribute(local, handle))
+    return Kernel(handle, shared_bytes, local_bytes)
 
 
 def launch(

@@ -8,6 +8,7 @@
 // Set on the compiler's command line, beside what cuda_hidden.cuh wants: ACTIVATION, HAS_NORM,
 // START_1, START_2, BLOCKS, PREFETCH.
 
+#include "cuda_chunks.cuh"
 #include "cuda_hidden.cuh"
 
 #define NONE 0
@@ -17,29 +18,16 @@
 constexpr int HALVES = ACTIVATION == NONE ? 1 : 2;  // gate and up
 constexpr int TILE_N = BLOCK_N / HALVES;
 constexpr int FINISHED = TILE_N / CLUSTER;
-// Columns of a thread when the lanes that are alike have divided them.
-constexpr int OWN = PER_LANE / ALIKE;
 
 static_assert(WARPS_N % HALVES == 0, "a warp has columns of gate or of up");
 static_assert(TILE_N % CLUSTER == 0 && FINISHED <= THREADS, "a thread finishes a column");
 
-#if FORMAT == INT4
-constexpr int GROUPS = GROUP < CHUNK ? CHUNK / GROUP : 1;
-// Channels that a warp scales at once: its share of a chunk, or a group if that is not cut evenly.
-constexpr int SHARE = CHUNK / WARPS_K;
-constexpr int SEGMENT = CHUNK % (WARPS_K * WARP) == 0 && GROUP % SHARE == 0 ? SHARE : GROUP;
-static_assert(CHUNK % SEGMENT == 0 && SEGMENT % WARP == 0, "segments cover the chunk");
-static_assert(CHUNK % GROUP == 0 || GROUP % CHUNK == 0, "a chunk is of whole groups, or in one");
-#else
-constexpr int GROUPS = 1;
-#endif
-
-using Tile = ScaleTile<GROUPS, TILE_N>;
+using Tile = ScaleTile<TILE_N>;
 
 struct Shared {
   List lists[HALVES];
   Tile scales[HALVES];
-  float of_warps[WARPS_K][BLOCK_N / PER_LANE * PITCH];
+  Totals totals;
   // Sums of the columns that this block finishes, of each block of the cluster.
   float received[CLUSTER][HALVES][FINISHED];
   Inbox inbox;
@@ -48,16 +36,8 @@ struct Shared {
 // How much of it the host has to provide.
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 
-// Read a number here and now, long before it is used.
-__device__ __forceinline__ u16 load_early(const u16* pointer) {
-  u16 bits;
-  asm volatile("ld.global.u16 %0, [%1];" : "=h"(bits) : "l"(pointer));
-  return bits;
-}
-
 // 1 / rms of the input, which every block reads whole.
 __device__ __forceinline__ float inverse_rms(const u16* x, float epsilon) {
-  __shared__ float of_warps[THREADS / WARP];
   float sum = 0.0f;
 #pragma unroll 4
   for (int i = threadIdx.x; i < K / 8; i += THREADS) {
@@ -69,12 +49,7 @@ __device__ __forceinline__ float inverse_rms(const u16* x, float epsilon) {
       sum += a * a + b * b;
     }
   }
-  sum = warp_sum(sum);
-  if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = sum;
-  __syncthreads();
-  sum = 0.0f;
-  for (int warp = 0; warp < THREADS / WARP; warp++) sum += of_warps[warp];
-  return rsqrtf(sum / K + epsilon);
+  return rsqrtf(block_sum<THREADS>(sum) / K + epsilon);
 }
 
 // This thread's activations of a chunk.
@@ -126,67 +101,15 @@ struct Activations {
   }
 };
 
-#if FORMAT != FLOATS
-// Add `factor` times the sums of this thread's columns, of which `column` is the first in its tile.
-__device__ __forceinline__ void add_own(const Sums& sums, const Tile& scales, int group, int column,
-                                        float factor, float (&total)[OWN]) {
-#pragma unroll
-  for (int i = 0; i < OWN; i++) {
-#if FORMAT == INT4
-    float zero = scales.zero(group, column + i);
-    factor = scales.scale(group, column + i);
-#else
-    float zero = 0.0f;
-#endif
-#pragma unroll
-    for (int lane = 0; lane < ALIKE; lane++)
-      if (threadIdx.x % ALIKE == lane) total[i] += factor * sums.sum(lane * OWN + i, zero);
-  }
-}
-#endif
-
-// Add the strips of the kept channels of a chunk that are this warp's share.
-__device__ __forceinline__ void add_chunk(const List& list, const Tile& scales, int column,
-                                          const u8* weight, float (&total)[OWN]) {
-  int share = threadIdx.x / WARP / WARPS_N;
-#if FORMAT == FLOATS
-  add_strips(list.entries, share, list.count(), WARPS_K, weight, total);
-#elif FORMAT != INT4
-  Sums sums;
-  float factor = list.factor();
-  sums.add(list.entries, share, list.count(), WARPS_K, weight, factor);
-  sums.share_inputs();
-  add_own(sums, scales, 0, column, 1.0f / factor, total);
-#else
-  // Whole groups, because the sum of a group is scaled at once.
-#pragma unroll 1
-  for (int segment = share; segment < CHUNK / SEGMENT; segment += WARPS_K) {
-    int begin = list.before(segment * (SEGMENT / WARP));
-    int end = list.before((segment + 1) * (SEGMENT / WARP));
-    // Beyond the last channel there are no scales.
-    if (begin == end) continue;
-    Sums sums;
-    sums.add(list.entries + begin, 0, end - begin, 1, weight, 1.0f);
-    sums.share_inputs();
-    add_own(sums, scales, segment * SEGMENT / GROUP, column, 1.0f, total);
-  }
-#endif
-}
-
 // Add up the warps of this block, in their order, and send each sum to the block that finishes it.
-__device__ __forceinline__ void send_sums(Shared& shared, const float (&total)[OWN], int place) {
-  float* row = shared.of_warps[threadIdx.x / WARP / WARPS_N];
-#pragma unroll
-  for (int i = 0; i < OWN; i++) row[place / PER_LANE * PITCH + place % PER_LANE + i] = total[i];
+__device__ __forceinline__ void send_sums(Shared& shared, const float (&total)[PER_LANE]) {
+  shared.totals.put(total);
   __syncthreads();
   cluster_wait();  // every block of the cluster has begun
   for (int i = threadIdx.x; i < BLOCK_N; i += THREADS) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int k = 0; k < WARPS_K; k++) sum += shared.of_warps[k][i / PER_LANE * PITCH + i % PER_LANE];
     int column = i % TILE_N;
     shared.inbox.send(&shared.received[blockIdx.y][i / TILE_N][column % FINISHED],
-                      column / FINISHED, sum);
+                      column / FINISHED, shared.totals.sum(i));
   }
 }
 
@@ -213,10 +136,9 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
   int columns = end - first_column;
   float threshold = part == 0 ? threshold_0 : part == 1 ? threshold_1 : threshold_2;
 
-  int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  // Lanes that are alike read the same columns of different channels; each then has OWN of them.
-  int place = (warp % WARPS_N) * WARP_N + lane / ALIKE * PER_LANE;
-  int half = place / TILE_N, column = place % TILE_N, own = lane % ALIKE * OWN;
+  int warp = threadIdx.x / WARP;
+  int place = (warp % WARPS_N) * WARP_N + threadIdx.x % WARP * PER_LANE;
+  int half = place / TILE_N, column = place % TILE_N;
   // Threads beyond the last column read what their block reads anyway.
   u64 offset = half * START_1 + first_column + (column < columns ? column : 0);
   weight += offset * BITS / 8;
@@ -226,18 +148,12 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
   auto ask_for_scales = [&](int first_channel) {
 #pragma unroll
     for (int side = 0; side < HALVES; side++)
-#if FORMAT == INT4
-      shared.scales[side].ask(all_scales, all_zeros, first_channel / GROUP,
-                              (K - first_channel + GROUP - 1) / GROUP, N,
-                              side * START_1 + first_column, columns);
-#else
-      shared.scales[side].ask(all_scales, all_zeros, 0, 1, N, side * START_1 + first_column, columns);
-#endif
+      shared.scales[side].ask(all_scales, all_zeros, first_channel, side * START_1 + first_column,
+                              columns);
   };
   if ((half == 0 ? threshold : threshold_1) < 0.0f)
     // Nothing is dropped: what comes first is known before the input is.
-    for (int i = warp / WARPS_N * ALIKE + lane % ALIKE; i < min(PREFETCH, K - rank * CHUNK);
-         i += WARPS_K * ALIKE)
+    for (int i = warp / WARPS_N; i < min(PREFETCH, K - rank * CHUNK); i += WARPS_K)
       asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + (rank * CHUNK + i) * STRIP_BYTES));
   wait_for_input();
   ask_for_scales(rank * CHUNK);
@@ -252,7 +168,7 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
   if (finishes && residual != nullptr) rest = load_early(residual + out_column);
 
   bool has_one_list = HALVES == 1 || (scale == nullptr && threshold_0 == threshold_1);
-  float total[OWN] = {}, factor = 0.0f;
+  float total[PER_LANE] = {}, factor = 0.0f;
 #pragma unroll 1
   for (int first_channel = rank * CHUNK; first_channel < K; first_channel += CLUSTER * CHUNK) {
     if (first_channel != rank * CHUNK) {
@@ -267,10 +183,10 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
     if (!has_one_list)
       activations.list(shared.lists[HALVES - 1], threshold_1, scale == nullptr ? scale : scale + K,
                        shift, first_channel);
-    add_chunk(shared.lists[has_one_list ? 0 : half], shared.scales[half], column + own, weight,
-              total);
+    add_chunk(shared.lists[has_one_list ? 0 : half], shared.scales[half], column, weight, total);
+    if (CLUSTER * CHUNK >= K) break;
   }
-  send_sums(shared, total, place + own);
+  send_sums(shared, total);
 
 #if CLUSTER > 1
   if (threadIdx.x >= FINISHED) return;
@@ -286,7 +202,7 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
     for (int block = 0; block < CLUSTER; block++)
       sums[side] += shared.received[block][side][threadIdx.x];
 #if FORMAT == INT8 || FORMAT == FP8
-    sums[side] *= shared.scales[side].scale(0, finished);
+    sums[side] *= shared.scales[side].scale(finished);
 #endif
     sums[side] += low_half(biases[side]);
   }

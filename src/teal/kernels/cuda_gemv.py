@@ -28,8 +28,8 @@ MAX_PARTS = 3
 MAX_ROWS = 8
 
 _ACTIVATIONS = (None, "silu", "gelu_pytorch_tanh")
-# Entries of the largest weight of floats for which this is the fastest.
-_LARGEST = 1 << 27
+# Channels of the longest weight of floats for which this is the fastest.
+_LONGEST = 1 << 14
 # Of addresses, in bytes.
 _ALIGNMENT = 16
 # A norm reads so many activations at once.
@@ -71,8 +71,8 @@ def can_compute(operands: Operands, grid: Grid | None) -> bool:
     capability = torch.cuda.get_device_capability(operands.x.device)
     if grid is None:
         # Dense ones are cuBLAS's. Without clusters Triton's kernel has more blocks, which is also
-        # what the largest weights want.
-        is_wanted = rows == 1 and has_clusters(operands.x.device) and weight.numel() <= _LARGEST
+        # what many channels want.
+        is_wanted = rows == 1 and has_clusters(operands.x.device) and len(weight) <= _LONGEST
         is_wanted = is_wanted and not reference.keeps_everything(operands.thresholds)
     else:
         is_wanted = 1 <= rows <= MAX_ROWS

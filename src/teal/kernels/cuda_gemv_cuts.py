@@ -6,15 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from teal.kernels.cuda_cuts import Task, measured_cut
 from teal.kernels.cuda_strips import WARP, Cut, bits_of
 
-# Of an H200: a grid that fits into it at once leaves no multiprocessor waiting for the last blocks.
-_MULTIPROCESSORS = 132
-_CLUSTERS = (8, 4, 2, 1)
 # A thread has so many channels of a chunk at most: they take registers.
 _CHANNELS_PER_THREAD = 8
-_FLOAT_BITS = 16
-_SHARED_UNROLL = 4
+_LEAST_PER_LANE = 8
 # Of a block.
 _MOST_THREADS = 1024
 # What every GPU that the kernels know lets a block have.
@@ -52,54 +49,36 @@ class Product:
         return bits_of(self.dtype)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Block:
-    """Warps of a block, strips under way per thread, and blocks per multiprocessor."""
-
-    warps_n: int
-    warps_k: int
-    unroll: int
-    blocks: int
-
-
-# By bits of a weight, and whether it is gate and up; the fastest of a sweep on an H200.
-_BLOCKS = {
-    (16, False): _Block(warps_n=1, warps_k=8, unroll=8, blocks=2),
-    (16, True): _Block(warps_n=2, warps_k=4, unroll=4, blocks=4),
-    (8, False): _Block(warps_n=2, warps_k=4, unroll=2, blocks=2),
-    (8, True): _Block(warps_n=4, warps_k=2, unroll=2, blocks=2),
-    (4, False): _Block(warps_n=1, warps_k=8, unroll=2, blocks=2),
-    (4, True): _Block(warps_n=4, warps_k=2, unroll=4, blocks=2),
-}
-
-
 @functools.cache
 def cut_for(product: Product, *, clusters: bool) -> Cut:
-    """Return how a product is cut.
+    """Return how a product is cut: as was measured to be fast for the nearest size.
 
     Args:
         product: Its size and format.
         clusters: Whether the device has clusters of blocks.
     """
-    block = _BLOCKS[product.bits, product.is_gated]
-    cut = Cut(
-        chunk=WARP,
-        warps_n=block.warps_n,
-        warps_k=block.warps_k,
-        unroll=block.unroll,
-        blocks=block.blocks if clusters else 1,
-        cluster=_CLUSTERS[0] if clusters else 1,
-    )
-    fitting = [
-        size
-        for size in _CLUSTERS
-        if size <= cut.cluster and tiles(product, cut) * size <= _MULTIPROCESSORS * cut.blocks
-    ]
-    cut = replace(cut, cluster=max(fitting, default=1))
-    if product.bits == _FLOAT_BITS and tiles(product, cut) * cut.cluster > _MULTIPROCESSORS:
-        # Blocks that share a multiprocessor have enough strips under way together.
-        cut = replace(cut, unroll=min(cut.unroll, _SHARED_UNROLL))
+    cut = measured_cut(task_of(product))
+    # A thread has columns of one part.
+    cut = replace(cut, chunk=WARP, per_lane=math.gcd(cut.per_lane, *product.widths))
+    if not clusters:
+        # More channels for a block take more registers.
+        cut = replace(cut, cluster=1, blocks=1)
+    if tile_columns(product, cut) > cut.threads * cut.cluster:
+        # A thread finishes one column.
+        cut = replace(cut, per_lane=_LEAST_PER_LANE)
     return chunked(product, cut)
+
+
+def task_of(product: Product) -> Task:
+    """Return what the cut of a product depends on."""
+    return Task(
+        kernel="product",
+        form="gated" if product.is_gated else "plain",
+        bits=product.bits,
+        is_dense=False,
+        in_features=product.in_features,
+        out_features=sum(product.widths),
+    )
 
 
 def tiles(product: Product, cut: Cut) -> int:
@@ -109,8 +88,7 @@ def tiles(product: Product, cut: Cut) -> int:
 
 def tile_columns(product: Product, cut: Cut) -> int:
     """Return how many columns of the result a block computes."""
-    columns = cut.columns(product.dtype)
-    return columns // 2 if product.is_gated else columns
+    return cut.columns // 2 if product.is_gated else cut.columns
 
 
 def chunked(product: Product, cut: Cut) -> Cut:
@@ -122,10 +100,11 @@ def chunked(product: Product, cut: Cut) -> Cut:
         chunk = math.ceil(product.in_features / (cut.cluster * passes * unit)) * unit
         if cut.cluster > 1 and (cut.cluster - 1) * chunk >= product.in_features:
             cut = replace(cut, cluster=cut.cluster // 2)
-        elif chunk > unit and shared_bytes(product, replace(cut, chunk=chunk)) > _SHARED_BYTES:
-            passes += 1
-        else:
-            return _with_even_shares(product, replace(cut, chunk=chunk))
+            continue
+        even = _with_even_shares(product, replace(cut, chunk=chunk))
+        if chunk == unit or shared_bytes(product, even) <= _SHARED_BYTES:
+            return even
+        passes += 1
 
 
 def shared_bytes(product: Product, cut: Cut) -> int:
@@ -133,7 +112,8 @@ def shared_bytes(product: Product, cut: Cut) -> int:
     halves = 2 if product.is_gated else 1
     columns = halves * tile_columns(product, cut)
     groups = max(1, cut.chunk // product.group_size) if product.group_size else 1
-    sums = 4 * columns * (3 * cut.warps_k // 2 + 1)
+    # Those of threads lie apart; see cuda_strips.cuh.
+    sums = 4 * columns * (cut.warps_k * (cut.per_lane + 4) // cut.per_lane + 1)
     return halves * 9 * cut.chunk + columns * groups * product.group_bytes + sums
 
 

@@ -1,11 +1,11 @@
 // The residual stream in fixed point.
 //
-// Set on the compiler's command line: what cuda_codes.cuh and cuda_cluster.cuh want.
+// Set on the compiler's command line: what cuda_strips.cuh and cuda_cluster.cuh want.
 
 #pragma once
 
 #include "cuda_cluster.cuh"
-#include "cuda_codes.cuh"
+#include "cuda_strips.cuh"
 
 // A block's part beyond this is told; the sum of all parts has to stay below twice that.
 constexpr float LARGEST = (float)(1ll << (62 - FRACTION_BITS));
@@ -26,9 +26,9 @@ struct Squares {
 
   __device__ __forceinline__ void open() { inbox.open(sizeof(of_blocks)); }
 
-  __device__ __forceinline__ float inverse_rms(const i64* hidden, float epsilon) {
+  // `sum` is this block's share of the squares.
+  __device__ __forceinline__ float inverse_rms(float sum, float epsilon) {
     int rank = cluster_rank();
-    float sum = block_squares<THREADS>(hidden, K / 2, rank * THREADS + threadIdx.x, CLUSTER * THREADS);
     cluster_wait();  // every block of the cluster has begun
     if (threadIdx.x < CLUSTER) inbox.send(of_blocks + rank, threadIdx.x, sum);
     inbox.wait();

@@ -54,6 +54,19 @@ __device__ __forceinline__ void wait_for_input() {
 #endif
 }
 
+// Read a number here and now, long before it is used.
+__device__ __forceinline__ u16 load_early(const u16* pointer) {
+  u16 bits;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(bits) : "l"(pointer));
+  return bits;
+}
+
+__device__ __forceinline__ float load_early(const float* pointer) {
+  float value;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(pointer));
+  return value;
+}
+
 __device__ __forceinline__ float to_float(i64 fixed) { return (float)fixed * (1.0f / UNIT); }
 
 // Add `value` of all threads of a warp.
@@ -62,10 +75,21 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
+// Add `value` of all threads of a block.
+template <int BLOCK_THREADS>
+__device__ __forceinline__ float block_sum(float value) {
+  __shared__ float of_warps[BLOCK_THREADS / WARP];
+  value = warp_sum(value);
+  if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = value;
+  __syncthreads();
+  float sum = 0.0f;
+  for (int warp = 0; warp < BLOCK_THREADS / WARP; warp++) sum += of_warps[warp];
+  return sum;
+}
+
 // Sum of squares of the hidden states `first`, `first + stride`, … (in pairs) over a block.
 template <int BLOCK_THREADS>
 __device__ __forceinline__ float block_squares(const i64* hidden, int pairs, int first, int stride) {
-  __shared__ float of_warps[BLOCK_THREADS / WARP];
   float sum = 0.0f;
 #pragma unroll 8
   for (int i = first; i < pairs; i += stride) {
@@ -73,15 +97,14 @@ __device__ __forceinline__ float block_squares(const i64* hidden, int pairs, int
     float a = to_float(pair.x), b = to_float(pair.y);
     sum += a * a + b * b;
   }
-  sum = warp_sum(sum);
-  if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = sum;
-  __syncthreads();
-  sum = 0.0f;
-  for (int warp = 0; warp < BLOCK_THREADS / WARP; warp++) sum += of_warps[warp];
-  return sum;
+  return block_sum<BLOCK_THREADS>(sum);
 }
 
 // An RMSNorm's output, rounded twice as Hugging Face's LlamaRMSNorm does.
+__device__ __forceinline__ float normed(float hidden, float factor, float gain) {
+  return rounded(rounded(hidden * factor) * gain);
+}
+
 __device__ __forceinline__ float normed(i64 hidden, float factor, float gain) {
-  return rounded(rounded(to_float(hidden) * factor) * gain);
+  return normed(to_float(hidden), factor, gain);
 }

@@ -8,10 +8,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from teal.kernels.cuda_compile import FLOAT, INT, Definitions, function, has_clusters, launch
-from teal.kernels.cuda_strips import FRACTION_BITS, Cut, strip_definitions
+from teal.kernels.cuda_compile import (
+    FLOAT,
+    INT,
+    Definitions,
+    Kernel,
+    function,
+    has_clusters,
+    launch,
+)
+from teal.kernels.cuda_cuts import Task, measured_cut
+from teal.kernels.cuda_strips import FRACTION_BITS, Cut, bits_of, strip_definitions
 from teal.kernels.operands import Grid
-from teal.kernels.reference_quantized import FP8, INT4, INT8
 
 SOURCE = "cuda_step.cu"
 UNIT = 2.0**-FRACTION_BITS
@@ -23,39 +31,7 @@ ALIGNMENT = 8
 Input = Literal["hidden", "attention", "silu", "gelu_pytorch_tanh"]
 _INPUTS: tuple[Input, ...] = ("hidden", "attention", "silu", "gelu_pytorch_tanh")
 
-# Dense products begin with this many channels of a chunk before their input is known.
-_PREFETCH = 8
-
-# By the use of a product, the fastest found for Llama-3-8B at 50 % on an H200; for floats, and for
-# codes of 8 and of 4 bits.
-_FLOATS = {
-    "narrow": Cut(chunk=512, warps_n=1, warps_k=8, unroll=4, blocks=3, cluster=8),
-    "wide": Cut(chunk=512, warps_n=2, warps_k=4, unroll=4, blocks=4, cluster=8),
-    "attended": Cut(chunk=128, warps_n=1, warps_k=8, unroll=4, blocks=4),
-    "gated": Cut(chunk=128, warps_n=1, warps_k=8, unroll=8, blocks=2),
-}
-# From so many channels on, of Llama-3-70B.
-_LONG_FLOATS = {
-    "narrow": (8192, Cut(chunk=512, warps_n=2, warps_k=4, unroll=4, blocks=4, cluster=8)),
-    "wide": (8192, Cut(chunk=1024, warps_n=2, warps_k=4, unroll=4, blocks=4, cluster=8)),
-    "attended": (8192, Cut(chunk=256, warps_n=2, warps_k=4, unroll=4, blocks=4)),
-    "gated": (28672, Cut(chunk=256, warps_n=1, warps_k=8, unroll=8, blocks=2)),
-}
-_OF_8_BITS = {
-    "narrow": Cut(chunk=128, warps_n=8, warps_k=1, unroll=2, blocks=2, cluster=8),
-    "wide": Cut(chunk=256, warps_n=4, warps_k=1, unroll=2, blocks=4, cluster=8),
-    "attended": Cut(chunk=256, warps_n=4, warps_k=2, unroll=1, blocks=3),
-    "gated": Cut(chunk=512, warps_n=8, warps_k=2, unroll=2, blocks=1),
-}
-_OF_4_BITS = {
-    "narrow": Cut(chunk=256, warps_n=4, warps_k=2, unroll=2, blocks=2, cluster=8),
-    "wide": Cut(chunk=256, warps_n=4, warps_k=1, unroll=2, blocks=4, cluster=8),
-    "attended": Cut(chunk=256, warps_n=4, warps_k=2, unroll=1, blocks=3),
-    "gated": Cut(chunk=512, warps_n=8, warps_k=2, unroll=2, blocks=1),
-}
-_CUTS = {FP8: _OF_8_BITS, INT8: _OF_8_BITS, INT4: _OF_4_BITS}
 _GATE_AND_UP = 2
-_MANY_COLUMNS = 16384
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,6 +50,7 @@ class Projections:
         epsilon: Of that norm.
         multiplier: Of the result.
         grid: What codes stand for; `None` for floats.
+        cut: How to cut the product; by default what was measured to be fast for its size.
     """
 
     weight: Tensor
@@ -86,6 +63,7 @@ class Projections:
     epsilon: float = 0.0
     multiplier: float = 1.0
     grid: Grid | None = None
+    cut: Cut | None = None
 
 
 class StepMemory:
@@ -142,12 +120,10 @@ def project(
         dependent: The launch may begin before the one in front has ended.
     """
     weight = projections.weight
-    clusters = has_clusters(weight.device)
-    cut = cut_for(projections, clusters=clusters)
-    definitions = definitions_of(projections, cut, memory, clusters=clusters)
+    kernel, cut = load(projections, memory)
     launch(
-        function(SOURCE, _name_of(projections), definitions, sums.device.index),
-        (cut.tiles(projections.widths, weight.dtype), math.ceil(len(weight) / cut.chunk)),
+        kernel,
+        (cut.tiles(projections.widths), _chunks(len(weight), cut)),
         cut.threads,
         [
             source,
@@ -167,6 +143,19 @@ def project(
     )
 
 
+def load(projections: Projections, memory: StepMemory) -> tuple[Kernel, Cut]:
+    """Return the kernel of a product, compiled where that is not done yet, and how it is cut.
+
+    Args:
+        projections: What is computed.
+        memory: As `project`.
+    """
+    device = projections.weight.device
+    cut = cut_for(projections, clusters=has_clusters(device))
+    definitions = definitions_of(projections, cut, memory)
+    return function(SOURCE, _name_of(projections), definitions, device.index), cut
+
+
 def cut_for(projections: Projections, *, clusters: bool) -> Cut:
     """Return how a product is cut.
 
@@ -174,26 +163,35 @@ def cut_for(projections: Projections, *, clusters: bool) -> Cut:
         projections: What is computed.
         clusters: Whether the device has clusters of blocks.
     """
-    weight, use = projections.weight, _use_of(projections)
-    cut = _CUTS.get(weight.dtype, _FLOATS)[use]
-    if projections.grid is None:
-        least_channels, long = _LONG_FLOATS[use]
-        cut = long if len(weight) >= least_channels else cut
-    # A cluster has to divide the tiles evenly.
-    tiles = cut.tiles(projections.widths, weight.dtype)
-    return replace(cut, cluster=math.gcd(tiles, cut.cluster) if clusters else 1)
+    grid, in_features = projections.grid, len(projections.weight)
+    cut = projections.cut or measured_cut(task_of(projections))
+    if grid is not None and len(grid.scales) > 1:
+        cut = replace(cut, chunk=_whole_groups(cut.chunk, grid.group_size))
+    # A thread has columns of one projection.
+    cut = replace(cut, per_lane=math.gcd(cut.per_lane, *projections.widths))
+    return replace(cut, cluster=_cluster(in_features, cut) if clusters else 1)
 
 
-def definitions_of(
-    projections: Projections, cut: Cut, memory: StepMemory, *, clusters: bool
-) -> Definitions:
+def task_of(projections: Projections) -> Task:
+    """Return what the cut of a product depends on."""
+    is_plain = projections.input in ("hidden", "attention")
+    return Task(
+        kernel="step",
+        form=projections.input if is_plain else "gated",
+        bits=bits_of(projections.weight.dtype),
+        is_dense=projections.is_dense,
+        in_features=len(projections.weight),
+        out_features=sum(projections.widths),
+    )
+
+
+def definitions_of(projections: Projections, cut: Cut, memory: StepMemory) -> Definitions:
     """Return what the kernel `project` is compiled with.
 
     Args:
         projections: What is computed.
         cut: How it is cut.
         memory: Where the dtype of activations and the shape of attention are.
-        clusters: Whether the device is of compute capability 9.0 or later.
     """
     widths, columns = projections.widths, sum(projections.widths)
     starts = [sum(widths[:part]) for part in range(1, len(widths))]
@@ -207,7 +205,6 @@ def definitions_of(
         "HEAD_DIM": row - 2,
         "SPLITS": splits,
         "HAS_BIAS": int(projections.bias is not None),
-        "PREFETCH": _PREFETCH if projections.is_dense and clusters else 0,
     }
     strips = strip_definitions(
         projections.weight, projections.grid, columns, memory.normed.dtype, cut
@@ -227,9 +224,18 @@ def _name_of(projections: Projections) -> str:
     return "project_o" if projections.input == "attention" else "project_down"
 
 
-def _use_of(projections: Projections) -> str:
-    if projections.input == "attention":
-        return "attended"
-    if projections.input != "hidden":
-        return "gated"
-    return "wide" if sum(projections.widths) >= _MANY_COLUMNS else "narrow"
+def _whole_groups(chunk: int, group_size: int) -> int:
+    """Return about as many channels, of whole groups or a part of one."""
+    return chunk if group_size % chunk == 0 else max(1, chunk // group_size) * group_size
+
+
+def _cluster(in_features: int, cut: Cut) -> int:
+    """Return how many chunks work together, such that few are added that have no channels."""
+    chunks = math.ceil(in_features / cut.chunk)
+    sizes = range(min(chunks, cut.cluster // 2 + 1), cut.cluster + 1)
+    return min(sizes, key=lambda size: (-chunks % size, -size))
+
+
+def _chunks(in_features: int, cut: Cut) -> int:
+    """Return how many there are; the last ones may have no channels."""
+    return math.ceil(in_features / (cut.chunk * cut.cluster)) * cut.cluster

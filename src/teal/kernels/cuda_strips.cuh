@@ -1,9 +1,9 @@
-// The kept channels of a chunk, their strips in any format, and sums of strips that are floats.
+// The kept channels of a chunk, and their strips in any format.
 //
-// A thread holds 8 columns of a strip at a time if they have 16 bits, else 16.
+// A thread has PER_LANE columns beside each other, a warp those of its threads.
 //
-// Set on the compiler's command line, beside what cuda_numbers.cuh wants: K, N, CHUNK, WARPS_N,
-// WARPS_K, UNROLL, FORMAT.
+// Set on the compiler's command line, beside what cuda_numbers.cuh wants: K, N, CHUNK, PER_LANE,
+// WARPS_N, WARPS_K, UNROLL, DEPTH, FORMAT.
 
 #pragma once
 
@@ -15,77 +15,79 @@
 #define FP8 2
 #define INT4 3
 
-// Whether activations are scaled to fit into float16, which the codes of 8 bits become.
-#define SCALES_INPUTS (BFLOAT16 && (FORMAT == INT8 || FORMAT == FP8))
+// Codes become float16 for tensor cores, activations too: scaled where that would not hold them.
+#define HAS_FACTOR (BFLOAT16 && FORMAT != FLOATS)
+// Codes that count from below zero: what that adds to a sum is a multiple of the sum of activations.
+#define HAS_OFFSET (FORMAT == INT8 || FORMAT == INT4)
 
 constexpr int BITS = FORMAT == FLOATS ? 16 : FORMAT == INT4 ? 4 : 8;
-// Of codes of 4 bits only 8: the sums of 32 columns would leave no registers.
-constexpr int LOAD_BYTES = FORMAT == INT4 ? 8 : 16;
-constexpr int PER_LANE = 8 * LOAD_BYTES / BITS;  // columns
-// Lanes of a warp that have columns of their own: of a quad, all four have the same.
-constexpr int SLOTS = FORMAT == FLOATS ? WARP : WARP / 4;
-constexpr int ALIKE = WARP / SLOTS;
+constexpr int LOAD_BYTES = PER_LANE * BITS / 8;
+constexpr int LOAD_WORDS = LOAD_BYTES / 4;
 // Sums of threads lie apart in shared memory, so that they are written to different banks.
 constexpr int PITCH = PER_LANE + 4;
-constexpr int WARP_N = SLOTS * PER_LANE;
+constexpr int WARP_N = WARP * PER_LANE;
 constexpr int THREADS = WARP * WARPS_N * WARPS_K;
 constexpr int BLOCK_N = WARP_N * WARPS_N;
 constexpr int PER_THREAD = (CHUNK + THREADS - 1) / THREADS;
 constexpr u64 STRIP_BYTES = (u64)N * BITS / 8;
+// Entries of a list between two of one warp: those of int4 are cut by groups instead.
+constexpr int STRIDE = FORMAT == INT4 ? 1 : WARPS_K;
 
-// Which of the warp's columns a thread has, in units of PER_LANE.
-__device__ __forceinline__ int slot() { return threadIdx.x % WARP / ALIKE; }
+// What a strip is multiplied with: an activation, or twice its float16.
+#if FORMAT == FLOATS
+typedef float Input;
+__device__ __forceinline__ Input input_of(float x) { return x; }
+#else
+typedef u32 Input;
+__device__ __forceinline__ Input input_of(float x) {
+  Input both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(both) : "f"(x));
+  return both;
+}
+#endif
 
 // A kept channel and its activation.
 struct Entry {
   u32 channel;
-  float value;
+  Input input;
 };
 
-// Weights of a channel, which nobody reads again.
+// A thread's weights of a channel, which nobody reads again.
 struct Strip {
-  u32 words[LOAD_BYTES / 4];
+  u32 words[LOAD_WORDS];
+
+  __device__ __forceinline__ void load(const u8* pointer) {
+    if constexpr (LOAD_WORDS == 4)
+      asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                   : "l"(pointer));
+    else if constexpr (LOAD_WORDS == 2)
+      asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                   : "=r"(words[0]), "=r"(words[1])
+                   : "l"(pointer));
+    else
+      asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(words[0]) : "l"(pointer));
+  }
 };
 
-__device__ __forceinline__ Strip load_strip(const u8* pointer) {
-  Strip strip;
-#if FORMAT == INT4
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-               : "=r"(strip.words[0]), "=r"(strip.words[1])
-               : "l"(pointer));
-#else
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(strip.words[0]), "=r"(strip.words[1]), "=r"(strip.words[2]), "=r"(strip.words[3])
-               : "l"(pointer));
-#endif
-  return strip;
-}
+// Strips that are under way together, and what they are multiplied with.
+struct Batch {
+  Strip strips[UNROLL];
+  Input inputs[UNROLL];
 
-#if FORMAT == FLOATS
-// Add the strips first, first + stride, … of a list for this thread's columns.
-__device__ __forceinline__ void add_strips(const Entry* list, int first, int end, int stride,
-                                           const u8* weight, float (&sums)[PER_LANE]) {
-  for (; first < end; first += stride * UNROLL) {
-    Strip strips[UNROLL];
-    float values[UNROLL];
-    // All loads first. Beyond the list's end they read its last strip, and count for nothing.
+  // Ask for those of the first entries of a warp, of which there are `count`. Where they are fewer
+  // than UNROLL, the last one is read again, and counts for nothing.
+  template <bool IS_WHOLE>
+  __device__ __forceinline__ void ask(const Entry* list, int count, const u8* weight) {
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
-      int entry = first + u * stride;
-      Entry here = list[min(entry, end - 1)];
-      values[u] = entry < end ? here.value : 0.0f;
-      strips[u] = load_strip(weight + here.channel * STRIP_BYTES);
+      bool is_there = IS_WHOLE || u < count;
+      Entry here = list[(is_there ? u : count - 1) * STRIDE];
+      inputs[u] = is_there ? here.input : Input(0);
+      strips[u].load(weight + here.channel * STRIP_BYTES);
     }
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++)
-#pragma unroll
-      for (int word = 0; word < LOAD_BYTES / 4; word++) {
-        sums[2 * word] += values[u] * low_half(strips[u].words[word]);
-        sums[2 * word + 1] += values[u] * high_half(strips[u].words[word]);
-      }
   }
-}
-#endif
+};
 
 // The kept channels of a chunk, in order.
 struct List {
@@ -94,8 +96,11 @@ struct List {
   Entry entries[CHUNK];
   u32 words[WORDS];
   int starts[WORDS + 1];
-#if SCALES_INPUTS
+#if HAS_FACTOR
   u32 largest[THREADS / WARP];  // of each warp, the bits of a magnitude
+#endif
+#if HAS_OFFSET
+  float sums[WORDS];  // of the kept activations of each word
 #endif
 
   // Fill it: thread t has the channels i · THREADS + t.
@@ -107,8 +112,12 @@ struct List {
       int word = i * (THREADS / WARP) + warp;
       u32 kept = __ballot_sync(~0u, keeps[i]);
       if (word < WORDS && lane == 0) words[word] = kept;
+#if HAS_OFFSET
+      float sum = warp_sum(keeps[i] ? x[i] : 0.0f);
+      if (word < WORDS && lane == 0) sums[word] = sum;
+#endif
     }
-#if SCALES_INPUTS
+#if HAS_FACTOR
     u32 magnitude = 0;
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++)
@@ -118,12 +127,13 @@ struct List {
 #endif
     __syncthreads();
     count_words(lane);
+    float multiplier = factor();
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
       int word = i * (THREADS / WARP) + warp;
       if (word < WORDS && (words[word] >> lane & 1)) {
         int place = starts[word] + __popc(words[word] & ((1u << lane) - 1));
-        entries[place] = Entry{(u32)(first_channel + word * WARP + lane), x[i]};
+        entries[place] = Entry{(u32)(first_channel + word * WARP + lane), input_of(x[i] * multiplier)};
       }
     }
     __syncthreads();
@@ -134,11 +144,12 @@ struct List {
 
   __device__ __forceinline__ int count() const { return starts[WORDS]; }
 
-  // What activations are multiplied with to become operands of tensor cores, a power of two.
+  // What activations are multiplied with to become operands of tensor cores, a power of two; for
+  // whole warps.
   __device__ __forceinline__ float factor() const {
-#if SCALES_INPUTS
-    u32 magnitude = 0;
-    for (int warp = 0; warp < THREADS / WARP; warp++) magnitude = max(magnitude, largest[warp]);
+#if HAS_FACTOR
+    int lane = threadIdx.x % WARP;
+    u32 magnitude = __reduce_max_sync(~0u, lane < THREADS / WARP ? largest[lane] : 0);
     // The largest operand lies in [2^14, 2^15), or is as infinite as the activation.
     int exponent = (int)(magnitude >> 23);
     return __uint_as_float((u32)(127 + 14 + 127 - max(exponent, 22)) << 23);
@@ -146,6 +157,17 @@ struct List {
     return 1.0f;
 #endif
   }
+
+#if HAS_OFFSET
+  // The sum of the kept activations of some words.
+  template <int NUMBER>
+  __device__ __forceinline__ float sum(int first) const {
+    float all = 0.0f;
+#pragma unroll
+    for (int i = 0; i < NUMBER; i++) all += sums[first + i];
+    return all;
+  }
+#endif
 
  private:
   // Every warp counts all words and writes the same numbers: that saves a barrier.

@@ -16,10 +16,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 FRACTION_BITS = 40
 
 WARP = 32
-_LOAD_BITS = 128
 # Of addresses, in bytes.
 _ALIGNMENT = 16
-_MOST_COLUMNS = 16
+# Most columns of a thread.
+_COLUMNS_OF_FLOATS = 8
+_COLUMNS_OF_CODES = 16
 # Numbers in cuda_strips.cuh, and bits of a weight.
 _FORMATS = {
     torch.bfloat16: (0, 16),
@@ -36,47 +37,39 @@ class Cut:
     """How a product is cut into blocks.
 
     Attributes:
-        chunk: Channels that a block lists at a time, a multiple of 32; of int4 also of 32 · warps_k
-            or of the channels that share a scale.
+        chunk: Channels that a block lists at a time, a multiple of 32; of int4 a multiple of the
+            channels that share a scale, or a part of them.
+        per_lane: Columns of a thread: 8 of floats, 8 or 16 of 8 bits, up to 32 of 4 bits.
         warps_n: Warps beside each other.
         warps_k: Warps that share the channels.
-        unroll: Strips of floats that a thread has under way; of codes, four times as many.
+        unroll: Strips that a thread asks for at a time, of codes an even number.
         blocks: Blocks that fit into one multiprocessor, for the compiler.
         cluster: Blocks that work together.
+        depth: 2 where a thread asks for strips while it adds the ones before, else 1.
     """
 
     chunk: int
+    per_lane: int = 8
     warps_n: int
     warps_k: int
     unroll: int
     blocks: int
     cluster: int = 1
+    depth: int = 1
 
     @property
     def threads(self) -> int:
         """Threads of a block."""
         return WARP * self.warps_n * self.warps_k
 
-    def columns(self, dtype: torch.dtype) -> int:
-        """Columns of a block for a weight, or codes, of `dtype`."""
-        return columns_per_load(dtype) * lanes_beside(dtype) * self.warps_n
+    @property
+    def columns(self) -> int:
+        """Columns of a block."""
+        return self.per_lane * WARP * self.warps_n
 
-    def tiles(self, widths: Sequence[int], dtype: torch.dtype) -> int:
+    def tiles(self, widths: Sequence[int]) -> int:
         """Blocks beside each other for parts of some widths."""
-        return sum(math.ceil(width / self.columns(dtype)) for width in widths)
-
-
-def columns_per_load(dtype: torch.dtype) -> int:
-    """Return how many weights, or codes, of `dtype` a thread loads at once."""
-    return min(_LOAD_BITS // bits_of(dtype), _MOST_COLUMNS)
-
-
-def lanes_beside(dtype: torch.dtype) -> int:
-    """Return how many threads of a warp read a strip of `dtype` side by side.
-
-    Tensor cores want four lanes with other channels of the same columns.
-    """
-    return WARP if _FORMATS[dtype][0] == 0 else WARP // 4
+        return sum(math.ceil(width / self.columns) for width in widths)
 
 
 def bits_of(dtype: torch.dtype) -> int:
@@ -103,13 +96,14 @@ def can_load(
         return False
     if not all(map(_is_aligned, (weight, *(grid or ())[:2]))):
         return False
-    return all(width % columns_per_load(weight.dtype) == 0 for width in widths)
+    columns = _COLUMNS_OF_FLOATS if grid is None else _COLUMNS_OF_CODES
+    return all(width % columns == 0 for width in widths)
 
 
 def strip_definitions(
     weight: Tensor, grid: Grid | None, columns: int, activations: torch.dtype, cut: Cut
 ) -> Definitions:
-    """Return what cuda_codes.cuh is compiled with, and the size of blocks and clusters.
+    """Return what cuda_chunks.cuh is compiled with, and the size of blocks and clusters.
 
     Args:
         weight: Floats or codes, a strip per input channel.
@@ -126,11 +120,13 @@ def strip_definitions(
         "N": columns,
         "FORMAT": _FORMATS[weight.dtype][0],
         "CHUNK": cut.chunk,
+        "PER_LANE": cut.per_lane,
         "WARPS_N": cut.warps_n,
         "WARPS_K": cut.warps_k,
         "UNROLL": cut.unroll,
         "BLOCKS": cut.blocks,
         "CLUSTER": cut.cluster,
+        "DEPTH": cut.depth,
     }
     if grid is not None:
         has_one_group = grid.scales.shape[0] == 1

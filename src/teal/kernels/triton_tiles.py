@@ -1,17 +1,14 @@
 """Which tile the GPU kernel uses for a shape: a small measured table, shipped as JSON."""
 
 import functools
-import json
-import math
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from teal.foundation.errors import UserError
+from teal.kernels.measured import Table, distance
 
-TABLE = "triton_tiles.json"
-SCHEMA_VERSION = 1
+TABLE = Table(file="triton_tiles.json", key="tiles", schema_version=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +65,7 @@ def read_table(path: Path | None = None) -> list[TileRow]:
     Raises:
         UserError: It is of a newer schema.
     """
-    source = files("teal.kernels") / TABLE if path is None else path
-    content = json.loads(source.read_text(encoding="utf-8"))
-    if content["schema_version"] > SCHEMA_VERSION:
-        raise UserError(
-            f"The tile table has schema version {content['schema_version']}, this teal reads up "
-            f"to {SCHEMA_VERSION}. Update teal."
-        )
-    return [TileRow.from_dict(row) for row in content["tiles"]]
+    return [TileRow.from_dict(row) for row in TABLE.read(path)]
 
 
 def table_text(rows: list[TileRow], measured_on: str) -> str:
@@ -85,9 +75,7 @@ def table_text(rows: list[TileRow], measured_on: str) -> str:
         rows: Its rows.
         measured_on: Name of the device.
     """
-    lines = ",\n".join(f"    {json.dumps(row.to_dict())}" for row in rows)
-    head = f'  "schema_version": {SCHEMA_VERSION},\n  "measured_on": {json.dumps(measured_on)},'
-    return f'{{\n{head}\n  "tiles": [\n{lines}\n  ]\n}}\n'
+    return TABLE.text((row.to_dict() for row in rows), measured_on)
 
 
 @functools.cache
@@ -99,12 +87,9 @@ def tile_for(form: str, in_features: int, out_features: int) -> Tile:
         in_features: Size of the input.
         out_features: Columns of the weight.
     """
-
-    def distance(row: TileRow) -> float:
-        ratios = (row.in_features / in_features, row.out_features / out_features)
-        return sum(abs(math.log(ratio)) for ratio in ratios)
-
-    return min((row for row in _shipped() if row.form == form), key=distance).tile
+    size = (in_features, out_features)
+    rows = (row for row in _shipped() if row.form == form)
+    return min(rows, key=lambda row: distance((row.in_features, row.out_features), size)).tile
 
 
 @functools.cache

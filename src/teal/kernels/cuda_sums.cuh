@@ -1,0 +1,131 @@
+// Sums of strips times activations: of floats one by one, of codes on tensor cores.
+
+#pragma once
+
+#include "cuda_strips.cuh"
+
+#if FORMAT != FLOATS
+
+// Tensor cores add up a row of A times a column of B. Here a row of A are weights of the four lanes
+// of a quad, of each lane two columns of two channels, and in every column of B the activations stand
+// at one column of one lane, with zeros beside them: so each lane is given the sums of its columns.
+//
+// Two columns of one channel fill a register. Codes become float16 with one or two operations; what
+// that multiplies them with, or adds to them, is taken away from the sums:
+//   int8  counts from -128 on as a denormal number, in units of 2^-24
+//   fp8   becomes float16, too small by 2^8
+//   int4  as int8, from 0 on, every other pair in units of 2^-20
+constexpr int AT_ONCE = 2;  // channels
+constexpr int PAIRS = 16 / BITS;  // of columns, in a word
+static_assert(UNROLL % AT_ONCE == 0, "batches are multiplied whole");
+static_assert(LOAD_WORDS * PAIRS % 2 == 0, "pairs are multiplied two by two");
+
+// A pair of columns as operands: the columns `pair` and `pair` + PAIRS of a word.
+__device__ __forceinline__ u32 columns_of(u32 word, int pair) {
+#if FORMAT == INT8
+  u32 counts = word ^ 0x80808080u;
+  return pair == 0 ? counts & 0x00ff00ffu : __byte_perm(counts, 0, 0x4341);
+#elif FORMAT == FP8
+  u32 bytes = pair == 0 ? word << 8 : word;
+  return bytes & 0x80008000u | bytes >> 1 & 0x3f803f80u;
+#else
+  return (pair < 2 ? word : word >> 8) & (pair % 2 == 0 ? 0x000f000fu : 0x00f000f0u);
+#endif
+}
+
+// Which half of an activation, given twice, meets a lane's columns.
+__device__ __forceinline__ u32 place_of_input() {
+  int row = threadIdx.x % WARP / 4, first = 2 * (threadIdx.x % 4);
+  return row == first ? 0x0000ffffu : row == first + 1 ? 0xffff0000u : 0u;
+}
+
+// Add the products of two channels: `columns` are two pairs of the first, then of the second.
+__device__ __forceinline__ void multiply(float* sums, const u32 (&columns)[4], const u32 (&inputs)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(columns[0]), "r"(columns[1]), "r"(columns[2]), "r"(columns[3]), "r"(inputs[0]),
+        "r"(inputs[1]));
+}
+
+#endif
+
+// The sums of a thread's columns.
+struct Sums {
+  static constexpr int STEP = UNROLL * STRIDE;  // entries of a list
+
+  float sums[PER_LANE] = {};
+
+  // Add `count` entries of a list, a STRIDE apart.
+  __device__ __forceinline__ void add(const Entry* list, int count, const u8* weight) {
+#if DEPTH == 1
+#pragma unroll 1
+    for (; count >= UNROLL; count -= UNROLL) {
+      Batch batch;
+      batch.ask<true>(list, count, weight);
+      add_batch(batch);
+      list += STEP;
+    }
+    if (count > 0) {
+      Batch batch;
+      batch.ask<false>(list, count, weight);
+      add_batch(batch);
+    }
+#else
+    // While one batch is added, the next is on its way.
+    Batch even, odd;
+    if (count > 0) even.ask<false>(list, count, weight);
+#pragma unroll 1
+    while (count > 0) {
+      if (count > UNROLL) odd.ask<false>(list + STEP, count - UNROLL, weight);
+      add_batch(even);
+      count -= 2 * UNROLL, list += 2 * STEP;
+      if (count > 0) even.ask<false>(list, count, weight);
+      if (count > -UNROLL) add_batch(odd);
+    }
+#endif
+  }
+
+  // The sum of a column, of counts where codes are counts.
+  __device__ __forceinline__ float sum(int column) const {
+#if FORMAT == FLOATS
+    return sums[column];
+#else
+    // Where the column's pair lies, and which of the pair it is.
+    int word = column / (2 * PAIRS), pair = column % PAIRS, half = column / PAIRS % 2;
+    float unit = FORMAT == FP8 ? 1 << 8 : FORMAT == INT4 && pair % 2 == 1 ? 1 << 20 : 1 << 24;
+    return sums[2 * (word * PAIRS + pair) + half] * unit;
+#endif
+  }
+
+ private:
+#if FORMAT == FLOATS
+  __device__ __forceinline__ void add_batch(const Batch& batch) {
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++)
+#pragma unroll
+      for (int word = 0; word < LOAD_WORDS; word++) {
+        sums[2 * word] += batch.inputs[u] * low_half(batch.strips[u].words[word]);
+        sums[2 * word + 1] += batch.inputs[u] * high_half(batch.strips[u].words[word]);
+      }
+  }
+#else
+  __device__ __forceinline__ void add_batch(const Batch& batch) {
+    u32 place = place_of_input();
+#pragma unroll
+    for (int u = 0; u < UNROLL; u += AT_ONCE) {
+      u32 inputs[AT_ONCE] = {batch.inputs[u] & place, batch.inputs[u + 1] & place};
+#pragma unroll
+      for (int pair = 0; pair < LOAD_WORDS * PAIRS; pair += 2) {
+        u32 columns[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          int this_pair = pair + i % 2;
+          columns[i] = columns_of(batch.strips[u + i / 2].words[this_pair / PAIRS], this_pair % PAIRS);
+        }
+        multiply(sums + 2 * pair, columns, inputs);
+      }
+    }
+  }
+#endif
+};

@@ -1,0 +1,45 @@
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cuda.bindings")
+
+from teal.kernels.cuda_cuts import Task, measured_cut, read_table, table_text
+
+STEP_FORMS, PRODUCT_FORMS = ("hidden", "attention", "gated"), ("plain", "gated")
+
+
+def task(**changes: object) -> Task:
+    usual = Task(
+        kernel="step", form="gated", bits=16, is_dense=False, in_features=14336, out_features=4096
+    )
+    return replace(usual, **changes)  # type: ignore[arg-type]
+
+
+def test_a_table_survives_being_written(tmp_path: Path) -> None:
+    path = tmp_path / "cuts.json"
+    path.write_text(table_text(read_table(), "some GPU"))
+    assert read_table(path) == read_table()
+
+
+def test_a_task_of_the_table_gets_its_own_cut() -> None:
+    for known, cut in read_table().items():
+        assert measured_cut(known) == cut
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_every_kind_of_task_gets_a_cut(bits: int) -> None:
+    for form, is_dense in product(STEP_FORMS, (False, True)):
+        assert measured_cut(task(form=form, bits=bits, is_dense=is_dense)).threads
+    for form in PRODUCT_FORMS:
+        cut = measured_cut(task(kernel="product", form=form, bits=bits))
+        assert form == "plain" or cut.warps_n % 2 == 0
+
+
+def test_another_size_gets_the_cut_of_the_nearest() -> None:
+    assert measured_cut(task(in_features=12000, out_features=4000)) == measured_cut(
+        task(in_features=11008)
+    )
+    assert measured_cut(task(in_features=20000, out_features=5000)) == measured_cut(task())
