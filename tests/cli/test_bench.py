@@ -36,7 +36,7 @@ def test_a_table_names_the_product(capsys):
         (["64x48", "--sparsity", "half"], "is no list of fractions"),
         (["64x48", "--sparsity", "1.5"], r"outside \[0, 1\)"),
         (["64x48", "--dtype", "int8"], "Unknown dtype"),
-        (["64x48", "--tune", "tiles.json"], "on a GPU"),
+        (["64x48", "--tune", "tables"], "on a GPU"),
         (["64x48", "--peer-teal", "nowhere"], "Give a checkout"),
     ],
 )
@@ -52,6 +52,7 @@ def test_products_of_few_bits_stand_beside_floats(capsys):
     assert "floats" in printed
 
 
-def test_tiles_are_of_floats(tmp_path):
-    with pytest.raises(UserError, match="Leave out --quantize"):
-        run("64x48", "--quantize", "int8", "--tune", str(tmp_path / "tiles.json"))
+def test_cuts_of_few_bits_are_searched_on_a_gpu(tmp_path):
+    with pytest.raises(UserError, match="on a GPU"):
+        run("64x48", "--quantize", "int8", "--tune", str(tmp_path / "tables"))
+    assert not (tmp_path / "tables").exists()

@@ -13,6 +13,7 @@ from teal.benchmark.shapes import Shape
 from teal.benchmark.timer import Call, Timing, time_call
 from teal.foundation.errors import UserError
 from teal.kernels import ops, reference
+from teal.kernels.operands import Grid, Operands
 
 ACTIVATION = "silu"
 
@@ -119,6 +120,10 @@ class Product:
             return ops.sparse_parts(self.x, weight, [threshold] * len(widths), widths)
         return ops.sparse_gemv(self.x, weight, threshold)
 
+    def operands(self, number: int, threshold: float) -> tuple[Operands, Grid | None]:
+        """Return what the kernels are given for one of the weights."""
+        return self._operands(self.weights[number], threshold), None
+
     def check(self, threshold: float) -> float:
         """Return the error of the sparse product against float64.
 
@@ -165,6 +170,16 @@ class Product:
     def time_floats(self) -> Timing | None:
         """Measure the dense product with floats, where that is another one."""
         return None
+
+    def _operands(self, weight: Tensor, threshold: float) -> Operands:
+        widths = self.shape.widths
+        return Operands(
+            x=self.x,
+            weight=weight,
+            thresholds=[threshold] * len(widths),
+            widths=widths,
+            activation=ACTIVATION if self.shape.form == "gated" else None,
+        )
 
     def _finish(self, product: Tensor) -> Tensor:
         if self.shape.form == "gated":

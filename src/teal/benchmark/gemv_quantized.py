@@ -7,6 +7,7 @@ from teal.benchmark.gemv import ACTIVATION, Product, copies_of
 from teal.benchmark.shapes import Shape
 from teal.benchmark.timer import Timing
 from teal.kernels import ops_quantized
+from teal.kernels.operands import Grid, Operands
 from teal.quantization import QuantizedWeight, Scheme, round_to_nearest
 
 
@@ -46,6 +47,12 @@ class QuantizedProduct(Product):
         if self.shape.form == "gated":
             return ops_quantized.quantized_gated(self.x, *weight, thresholds, ACTIVATION)
         return ops_quantized.quantized_parts(self.x, *weight, thresholds, widths)
+
+    def operands(self, number: int, threshold: float) -> tuple[Operands, Grid | None]:
+        """Return what the kernels are given for one of the weights."""
+        weight = self.codes[number]
+        grid = Grid(weight.scales, weight.zeros, weight.group_size)
+        return self._operands(weight.codes, threshold), grid
 
     def by_torch(self, kept: Tensor) -> Tensor:
         """Multiply with the first weight in float32 or wider, rounded to the dtype of `kept`."""

@@ -55,6 +55,36 @@ def time_call(call: Call, device: torch.device, *, least_calls: int) -> Timing:
     return summary_of([milliseconds * 1e3 / calls for milliseconds in replays])
 
 
+def time_graph(
+    work: Callable[[], object], before: Callable[[], object], replays: int, repeats: int
+) -> float:
+    """Capture `work` in a CUDA graph and measure its replays.
+
+    Args:
+        work: Enqueues the work, which has run before.
+        before: Is called before the replays of a repeat.
+        replays: One after the other, of a repeat.
+        repeats: The fastest of which counts.
+
+    Returns:
+        Microseconds.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+
+    def replay_all() -> None:
+        for _ in range(replays):
+            graph.replay()
+
+    times = []
+    for _ in range(repeats):
+        before()
+        graph.replay()
+        times.append(_between_events(replay_all) * 1e3 / replays)
+    return min(times)
+
+
 def summary_of(times: list[float]) -> Timing:
     """Summarise repeats of one call.
 

@@ -1,6 +1,6 @@
 """`teal bench`: how fast is it, beside dense?"""
 
-import json as json_text
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +26,8 @@ teal bench gemv llama-3-8b --sparsity 0.4,0.5 --plot gemv.png
 teal bench gemv 4096x11008 --dtype float32 --rows 2 --json
 
 teal bench gemv llama-3-8b --quantize int4 --group-size 64
+
+teal bench gemv qwen3-8b 4096x151936 --tune tables
 """
 
 GROUP_EXAMPLES = """Examples:
@@ -71,7 +73,11 @@ def gemv(
     ] = None,
     tune: Annotated[
         Path | None,
-        typer.Option("--tune", help="Measure tiles instead and write the table to this file."),
+        typer.Option(
+            "--tune",
+            metavar="FOLDER",
+            help="Search the fastest cuts of the products instead, and write their table there.",
+        ),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw time against sparsity to this file.")
@@ -91,10 +97,11 @@ def gemv(
     scheme = scheme_of(quantize, group_size)
     fractions = fractions_of(sparsity)
     wanted = _unique(shapes)
-    if scheme and (tune or peer_teal):
-        raise UserError("Tiles and TEAL's kernels are of floats. Leave out --quantize.")
+    if scheme and peer_teal:
+        raise UserError("TEAL's kernels are of floats. Leave out --quantize.")
     if tune:
-        _write_table(tune, wanted, number, place)
+        products = (_product(shape, number, place, 1, scheme) for shape in wanted)
+        _write_tables(tune, products, len(wanted), place)
         return
     peer = Peer(peer_teal) if peer_teal else None
     bandwidth = read_bandwidth(place)
@@ -152,21 +159,24 @@ def _print(results: "list[GemvResult]", bandwidth: float) -> None:
     print_table(title, columns, rows)
 
 
-def _write_table(
-    path: Path, shapes: "list[Shape]", dtype: "torch.dtype", device: "torch.device"
+def _write_tables(
+    folder: Path, products: "Iterable[Product]", number: int, device: "torch.device"
 ) -> None:
-    from teal.benchmark.gemv import Product
+    from teal.benchmark import tune_product, tune_tiles
     from teal.benchmark.machine import describe_machine
-    from teal.benchmark.tune import tune
-    from teal.foundation.artifact import write_text
-    from teal.kernels.triton_tiles import read_table, table_text
+    from teal.benchmark.tuned import write_cuts, write_tiles
 
-    rows = {(row.form, row.in_features, row.out_features): row for row in read_table()}
-    for shape in shapes:
-        row = tune(Product(shape, dtype, device, 1), progress_bar)
-        rows[(row.form, row.in_features, row.out_features)] = row
-        say(json_text.dumps(row.to_dict()))
-    write_text(path, table_text(list(rows.values()), describe_machine(device)["device"]))
+    name = describe_machine(device)["device"]
+    for product, _ in zip(products, progress_bar(range(number), "Products"), strict=True):
+        if tune_product.is_cut(product):
+            task, cut = tune_product.tune(product)
+            path = write_cuts(folder, {task: cut}, name)
+            say(f"{product.shape.name}: {cut}")
+        else:
+            row = tune_tiles.tune(product)
+            path = write_tiles(folder, [row], name)
+            say(f"{product.shape.name}: {row.tile}")
+    say(f"The table is in {path}.")
 
 
 def _unique(names: list[str]) -> "list[Shape]":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from teal.cli.console import print_json, print_table, progress_bar, quiet_libraries
+from teal.cli.console import print_json, print_table, progress_bar, quiet_libraries, say
 from teal.cli.options import (
     DeviceOption,
     GroupSizeOption,
@@ -33,10 +33,14 @@ teal bench decode --config hidden=2048,intermediate=5632,layers=8,heads=16,vocab
 
 teal bench decode --config llama-3-8b --quantize none --quantize int8 --quantize int4
 --quantize-head
+
+teal bench decode --config llama-3-8b --quantize none --quantize int8 --tune tables
 """
 
 SPARSITIES = "0.4,0.5,0.65"
 
+# More than any cache holds.
+_LAYERS = 8
 _SHOWN_KERNELS = 20
 _SHOWN_NAME = 60
 
@@ -85,6 +89,15 @@ def decode(
     profile: Annotated[
         bool, typer.Option("--profile", help="Show the kernels of one decode step instead.")
     ] = False,
+    tune: Annotated[
+        Path | None,
+        typer.Option(
+            "--tune",
+            metavar="FOLDER",
+            help="Search the fastest cuts of a step's products instead, on a few layers of a "
+            "--config, and write their table there.",
+        ),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw tokens/s against sparsity to this file.")
     ] = None,
@@ -114,11 +127,19 @@ def decode(
     workload = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
     check_peers(peer or ())
     formats = formats_of(quantize or (), group_size, quantize_head)
-    sources = Sources(models or (), config or (), formats, device=device, dtype=dtype)
+    most_layers = _LAYERS if tune else None
+    sources = Sources(
+        models or (), config or (), formats, device=device, dtype=dtype, most_layers=most_layers
+    )
     if profile:
         for subject in sources.subjects(workload):
             _print_kernels(subject, fractions)
             # Its memory is free before the next one takes any.
+            del subject
+        return
+    if tune:
+        for subject in sources.subjects(workload):
+            _write_table(tune, subject)
             del subject
         return
     bandwidth = read_bandwidth(place)
@@ -169,6 +190,20 @@ def _row(result: "DecodeResult") -> list[str]:
         percent(result.share_of_limit),
         f"{result.speed_up:.2f}×",
     ]
+
+
+def _write_table(folder: Path, subject: "Subject") -> None:
+    from teal.benchmark.machine import describe_machine
+    from teal.benchmark.tune_step import tune
+    from teal.benchmark.tuned import write_cuts
+
+    name = describe_machine(subject.device)["device"]
+    for task, cut in tune(subject, progress_bar):
+        # One after the other, so that an interrupted search keeps what it found.
+        path = write_cuts(folder, {task: cut}, name)
+        kind = "dense" if task.is_dense else "sparse"
+        say(f"{task.in_features} → {task.out_features} from {task.form}, {kind}: {cut}")
+    say(f"The table is in {path}.")
 
 
 def _print_kernels(subject: "Subject", fractions: Sequence[float]) -> None:

@@ -31,6 +31,7 @@ class Sources:
         formats: How to open each of them.
         device: "auto", "cpu" or "cuda".
         dtype: Of activations, and of weights that are floats.
+        most_layers: Of a configuration; `None` for all that it has.
 
     Raises:
         UserError: There is no model, or no such configuration, dtype or device.
@@ -44,6 +45,7 @@ class Sources:
         *,
         device: str,
         dtype: str,
+        most_layers: int | None = None,
     ) -> None:
         if not models and not configs:
             raise UserError("There is no model to measure. Give a MODEL or a --config.")
@@ -52,6 +54,9 @@ class Sources:
         resolve_dtype(dtype)
         self._models = models
         self._configs = {name: config_of(name) for name in configs}
+        for config in self._configs.values():
+            layers = config.num_hidden_layers
+            config.num_hidden_layers = min(layers, most_layers or layers)
         self._formats = formats
         self._device = device
         self._dtype = dtype

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from teal.benchmark.gemv import ACTIVATION, Product
+from teal.benchmark.gemv import Product
 from teal.benchmark.shapes import Shape
 from teal.foundation.errors import UserError
 from teal.foundation.progress import Progress, silent
-from teal.kernels.operands import Operands
 from teal.kernels.triton_tiles import Tile, TileRow
 
 try:
@@ -54,8 +53,10 @@ def tune(product: Product, progress: Progress = silent) -> TileRow:
         progress: Shows how far it is.
 
     Raises:
-        UserError: There is no GPU or no Triton.
+        UserError: There is no GPU or no Triton, or the weights are quantized.
     """
+    if product.format is not None:
+        raise UserError("Cuts of quantized products are searched on a GPU. Run --tune there.")
     if triton_launch is None or not product.x.is_cuda:
         raise UserError("Tiles are measured on a GPU with Triton. Run --tune there.")
     shape, threshold = product.shape, product.threshold(SPARSITY)
@@ -73,17 +74,8 @@ def tune(product: Product, progress: Progress = silent) -> TileRow:
 
 
 def _time(product: Product, tile: Tile, threshold: float) -> float:
-    widths = product.shape.widths
-    activation = ACTIVATION if product.shape.form == "gated" else None
-
     def call(i: int) -> Tensor:
-        operands = Operands(
-            x=product.x,
-            weight=product.weights[i % len(product.weights)],
-            thresholds=[threshold] * len(widths),
-            widths=widths,
-            activation=activation,
-        )
+        operands, _ = product.operands(i % product.copies, threshold)
         return triton_launch.launch(operands, tile)
 
     median = product.time(call).median

@@ -6,7 +6,7 @@ import torch
 from teal.benchmark import gemv
 from teal.benchmark.gemv import Product
 from teal.benchmark.shapes import MODELS, Shape
-from teal.benchmark.tune import candidates, tune
+from teal.benchmark.tune_tiles import candidates, tune
 from teal.foundation.errors import UserError
 from teal.kernels.triton_tiles import TileRow, read_table, table_text, tile_for
 

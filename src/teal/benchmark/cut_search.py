@@ -1,0 +1,143 @@
+"""A search for the fastest cut of a CUDA kernel: draws, then neighbours of the best."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from itertools import compress
+from random import Random
+
+from teal.kernels.cuda_strips import Cut
+
+# Columns of a thread by bits of a weight.
+_PER_LANE = {16: (8,), 8: (8, 16), 4: (8, 16, 32)}
+_WARPS_K = (2, 4, 8, 8, 16)
+_UNROLLS = (2, 4, 4, 8, 8, 16)
+_LEAST_THREADS = 64
+# Of a multiprocessor.
+_REGISTERS, _MOST_THREADS = 65536, 2048
+# Of a thread, beside what it holds of strips and sums.
+_OTHER_REGISTERS = 36
+# Of strips that a thread has under way: fewer leave memory idle, more take too many registers.
+_LEAST_BYTES, _MOST_BYTES = 16, 160
+
+_DRAWN, _NEIGHBOURS = 40, 24
+_PARENTS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutSpace:
+    """Cuts that are worth a try.
+
+    Attributes:
+        bits: Of a weight or code.
+        chunks: Channels of a block.
+        clusters: Blocks that work together.
+        warps_n: Warps beside each other.
+        most_threads: Of a block.
+    """
+
+    bits: int
+    chunks: Sequence[int]
+    clusters: Sequence[int]
+    warps_n: Sequence[int]
+    most_threads: int
+
+    def draw(self, random: Random) -> Cut:
+        """Return one of them."""
+        while True:
+            cut = Cut(
+                chunk=random.choice(self.chunks),
+                per_lane=random.choice(_PER_LANE[self.bits]),
+                warps_n=random.choice(self.warps_n),
+                warps_k=random.choice(_WARPS_K),
+                unroll=random.choice(_UNROLLS),
+                blocks=1,
+                cluster=random.choice(self.clusters),
+                depth=random.choice((1, 1, 2)),
+            )
+            cut = replace(cut, blocks=max(1, self._most_blocks(cut) + random.choice((-1, 0, 0, 1))))
+            if self.holds(cut):
+                return cut
+
+    def near(self, cut: Cut, random: Random) -> Cut:
+        """Return one that differs from `cut` in one or two respects."""
+        names = [field.name for field in fields(Cut)]
+        while True:
+            other = self.draw(random)
+            changed = random.sample(names, random.choice((1, 2)))
+            near = replace(cut, **{name: getattr(other, name) for name in changed})
+            if near != cut and self.holds(near):
+                return near
+
+    def holds(self, cut: Cut) -> bool:
+        """Tell whether a cut is one of them."""
+        return (
+            _LEAST_THREADS <= cut.threads <= self.most_threads
+            and cut.threads * cut.blocks <= _MOST_THREADS
+            and _LEAST_BYTES <= self._bytes_under_way(cut) <= _MOST_BYTES
+        )
+
+    def _most_blocks(self, cut: Cut) -> int:
+        registers = _OTHER_REGISTERS + cut.per_lane + self._bytes_under_way(cut) // 4
+        return min(_REGISTERS // registers, _MOST_THREADS) // cut.threads
+
+    def _bytes_under_way(self, cut: Cut) -> int:
+        return cut.unroll * cut.depth * cut.per_lane * self.bits // 8
+
+
+def fastest(
+    space: CutSpace,
+    known: Cut,
+    compile_cut: Callable[[Cut], object],
+    time_cut: Callable[[Cut], float],
+    seed: int = 0,
+) -> Cut:
+    """Return the fastest cut that is found.
+
+    A cut that is not `known` may be one that does not compile, or that takes more of the GPU than
+    there is: it is left out where a call raises `RuntimeError`.
+
+    Args:
+        space: What is tried.
+        known: A cut that computes, tried too.
+        compile_cut: Called for several cuts side by side.
+        time_cut: Returns microseconds; called for one cut after the other.
+        seed: Of the draws.
+    """
+    random = Random(seed)
+    times = {known: time_cut(known)}
+
+    def measure(cuts: Iterable[Cut]) -> None:
+        new = [cut for cut in dict.fromkeys(cuts) if cut not in times]
+        times.update(_times_of(new, compile_cut, time_cut))
+
+    measure(space.draw(random) for _ in range(_DRAWN))
+    parents = _best_of(times)
+    measure(space.near(random.choice(parents), random) for _ in range(_NEIGHBOURS))
+    # The first of many is partly the luckiest: the best are measured again.
+    again = {cut: times[cut] + time_cut(cut) for cut in _best_of(times)}
+    return min(again, key=lambda cut: again[cut])
+
+
+def _best_of(times: Mapping[Cut, float]) -> list[Cut]:
+    return sorted(times, key=lambda cut: times[cut])[:_PARENTS]
+
+
+def _times_of(
+    cuts: Sequence[Cut], compile_cut: Callable[[Cut], object], time_cut: Callable[[Cut], float]
+) -> dict[Cut, float]:
+    def compiles(cut: Cut) -> bool:
+        try:
+            compile_cut(cut)
+        except RuntimeError:
+            return False
+        return True
+
+    with ThreadPoolExecutor() as pool:
+        usable = list(compress(cuts, pool.map(compiles, cuts)))
+    times = {}
+    for cut in usable:
+        with suppress(RuntimeError):
+            times[cut] = time_cut(cut)
+    return times

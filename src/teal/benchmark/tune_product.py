@@ -1,0 +1,78 @@
+"""Finds the fastest cut of the CUDA kernel for one product on its own."""
+
+import functools
+from dataclasses import replace
+
+from teal.benchmark.gemv import Product
+
+try:
+    from teal.benchmark.cut_search import CutSpace, fastest
+    from teal.kernels import cuda_compile, cuda_gemv, cuda_gemv_cuts
+    from teal.kernels.cuda_cuts import Task
+    from teal.kernels.cuda_strips import WARP, Cut
+except ImportError:
+    cuda_gemv = None  # type: ignore[assignment]
+
+# Cuts are compared here.
+SPARSITY = 0.5
+
+_CLUSTERS = (8, 8, 4, 2)
+_WARPS_N = {False: (1, 1, 2), True: (2, 4)}  # gate and up take half of the warps each
+_MOST_THREADS = 1024
+
+
+def is_cut(product: Product) -> bool:
+    """Tell whether the CUDA kernel computes a product at `SPARSITY`."""
+    operands, grid = product.operands(0, product.threshold(SPARSITY))
+    return cuda_gemv is not None and product.x.is_cuda and cuda_gemv.can_compute(operands, grid)
+
+
+def tune(product: Product) -> "tuple[Task, Cut]":
+    """Search the cut of one row at 50 % sparsity, on weights that no cache holds.
+
+    Args:
+        product: Shape and inputs, such that `is_cut`.
+    """
+    threshold = product.threshold(SPARSITY)
+    product.check(threshold)
+    trial = _Trial(product, threshold)
+    return trial.task, fastest(trial.space(), trial.known, trial.compile, trial.time)
+
+
+class _Trial:
+    """A product, cut in several ways."""
+
+    def __init__(self, product: Product, threshold: float) -> None:
+        self._product = product
+        self._operands = functools.cache(functools.partial(product.operands, threshold=threshold))
+        self._sizes = cuda_gemv.product_of(*self._operands(0))
+        self.task = cuda_gemv_cuts.task_of(self._sizes)
+        clusters = cuda_compile.has_clusters(product.x.device)
+        self._clusters = _CLUSTERS if clusters else (1,)
+        self.known = replace(cuda_gemv_cuts.cut_for(self._sizes, clusters=clusters), chunk=WARP)
+
+    def space(self) -> "CutSpace":
+        """Return the cuts that are tried; how many channels a block has follows from the rest."""
+        return CutSpace(
+            bits=self._sizes.bits,
+            chunks=(WARP,),
+            clusters=self._clusters,
+            warps_n=_WARPS_N[self._sizes.is_gated],
+            most_threads=_MOST_THREADS,
+        )
+
+    def compile(self, cut: "Cut") -> None:
+        """Compile the kernel of a cut; a `RuntimeError` says that this cannot be."""
+        definitions = cuda_gemv.definitions_of(*self._operands(0), self._chunked(cut))
+        architecture = cuda_compile.architecture_of(self._product.x.device)
+        cuda_compile.compiled(cuda_gemv.SOURCE, definitions, architecture)
+
+    def time(self, cut: "Cut") -> float:
+        """Return the microseconds of the product; a `RuntimeError` says that the cut is none."""
+        cut, copies = self._chunked(cut), self._product.copies
+        return self._product.time(
+            lambda i: cuda_gemv.compute(*self._operands(i % copies), cut)
+        ).median
+
+    def _chunked(self, cut: "Cut") -> "Cut":
+        return cuda_gemv_cuts.chunked(self._sizes, cut)

@@ -1,0 +1,117 @@
+"""Finds the fastest cuts of the products of a fused decode step."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from teal.benchmark.decode_subject import Subject
+from teal.benchmark.timer import time_graph
+from teal.engine.cache import KeyValueCache
+from teal.engine.decoder import Decoder
+from teal.engine.fused import FusedStep, obstacle
+from teal.foundation.errors import UserError
+from teal.foundation.progress import Progress, silent
+
+try:
+    from teal.benchmark.cut_search import CutSpace, fastest
+    from teal.kernels import cuda_compile, cuda_step
+    from teal.kernels.cuda_cuts import Task
+    from teal.kernels.cuda_strips import Cut, bits_of
+except ImportError:
+    cuda_step = None  # type: ignore[assignment]
+
+# Cuts of sparse products are compared here; dense ones have cuts of their own.
+SPARSITY = 0.5
+
+# The largest products first: those after them are measured beside what they became.
+_NAMES = ("down", "gate_up", "qkv", "o")
+_CHUNKS_OF_CLUSTERS = (256, 512, 512, 608, 704, 832, 1024)
+_CHUNKS = (64, 96, 128, 160, 192, 256, 256, 320, 384, 512, 608, 768, 1024)
+_MOST_THREADS = 512
+# A block that computes the norm shares it with a cluster.
+_CLUSTERS = (8, 8, 4)
+# Tokens of context.
+_POSITION = 192
+_REPLAYS, _REPEATS = 10, 3
+
+
+def tune(subject: Subject, progress: Progress = silent) -> "Iterator[tuple[Task, Cut]]":
+    """Search the cuts of a model's products, dense and at 50 % sparsity, each in a whole step.
+
+    Args:
+        subject: A model on a GPU that decodes by the fused step.
+        progress: Shows the searches going by.
+
+    Yields:
+        Every product and its fastest cut.
+
+    Raises:
+        UserError: The model does not decode by the fused step here.
+    """
+    engines = subject.engines([0.0, SPARSITY])
+    decoders = [engine.decoder() for engine in engines.values()]
+    searches = [(decoder, name) for decoder in decoders for name in _NAMES]
+    found: dict[Decoder, dict[str, Cut]] = {decoder: {} for decoder in decoders}
+    for decoder, name in progress(searches, f"Cuts for {subject.name}"):
+        trial = _Trial(decoder, name, found[decoder])
+        found[decoder][name] = fastest(trial.space(), trial.known, trial.compile, trial.time)
+        yield trial.task, found[decoder][name]
+
+
+class _Trial:
+    """Steps of a decoder with one product cut in several ways, the others as found before."""
+
+    def __init__(self, decoder: Decoder, name: str, found: "dict[str, Cut]") -> None:
+        self._decoder, self._name, self._found = decoder, name, found
+        weights = decoder.weights
+        self._cache = KeyValueCache(
+            decoder.architecture, 1, 2 * _POSITION, weights.dtype, weights.device
+        )
+        reason = obstacle(decoder, self._cache)
+        if reason:
+            raise UserError(
+                f"There are no cuts to search: {reason}. Run --tune on a GPU with a model that "
+                "decodes by the fused step."
+            )
+        step = FusedStep(decoder, self._cache)
+        self._memory = step.memory
+        self._projections = getattr(step.layers[0], name)
+        self.task = cuda_step.task_of(self._projections)
+        self.known = cuda_step.cut_for(
+            self._projections, clusters=cuda_compile.has_clusters(weights.device)
+        )
+        self._token = torch.zeros(1, dtype=torch.int64, device=weights.device)
+
+    def space(self) -> "CutSpace":
+        """Return the cuts that are tried."""
+        has_norm = self._projections.gain is not None
+        return CutSpace(
+            bits=bits_of(self._projections.weight.dtype),
+            chunks=_CHUNKS_OF_CLUSTERS if has_norm else _CHUNKS,
+            clusters=_CLUSTERS if has_norm else (1,),
+            warps_n=(1, 1, 2, 4),
+            most_threads=_MOST_THREADS,
+        )
+
+    def compile(self, cut: "Cut") -> None:
+        """Compile the kernel of a cut; a `RuntimeError` says that this cannot be."""
+        projections, device = replace(self._projections, cut=cut), self._token.device
+        cut = cuda_step.cut_for(projections, clusters=cuda_compile.has_clusters(device))
+        definitions = cuda_step.definitions_of(projections, cut, self._memory)
+        cuda_compile.compiled(cuda_step.SOURCE, definitions, cuda_compile.architecture_of(device))
+
+    @torch.inference_mode()
+    def time(self, cut: "Cut") -> float:
+        """Return the microseconds of a step; a `RuntimeError` says that the cut is none."""
+        kernel, _ = cuda_step.load(replace(self._projections, cut=cut), self._memory)
+        if kernel.local_bytes:
+            raise RuntimeError("Its registers do not hold what a thread has to keep.")
+        step = FusedStep(self._decoder, self._cache, cuts={**self._found, self._name: cut})
+        self._rewind()
+        # Not captured, so that a launch that cannot be spoils no graph.
+        step(self._token, self._cache)
+        return time_graph(lambda: step(self._token, self._cache), self._rewind, _REPLAYS, _REPEATS)
+
+    def _rewind(self) -> None:
+        self._cache.positions.fill_(_POSITION)

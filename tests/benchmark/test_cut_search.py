@@ -1,0 +1,75 @@
+from random import Random
+
+import pytest
+
+pytest.importorskip("cuda.bindings")
+
+from teal.benchmark.cut_search import CutSpace, fastest
+from teal.kernels.cuda_strips import Cut
+
+KNOWN = Cut(chunk=256, warps_n=1, warps_k=8, unroll=4, blocks=3)
+
+
+def space(bits: int = 16) -> CutSpace:
+    return CutSpace(
+        bits=bits, chunks=(128, 256, 512), clusters=(1,), warps_n=(1, 2), most_threads=512
+    )
+
+
+def accept(cut: Cut) -> None:
+    del cut
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_what_is_tried_fits_into_a_multiprocessor(bits: int) -> None:
+    random = Random(1)
+    drawn = [space(bits).draw(random) for _ in range(200)]
+    near = [space(bits).near(cut, random) for cut in drawn]
+    for cut in (*drawn, *near):
+        assert space(bits).holds(cut)
+        assert cut.threads <= 512 and cut.threads * cut.blocks <= 2048
+    assert len(set(drawn)) > 100
+    assert all(cut != other for cut, other in zip(drawn, near, strict=True))
+
+
+def test_the_search_comes_near_to_the_best() -> None:
+    def time(cut: Cut) -> float:
+        return abs(cut.warps_k - 8) + abs(cut.unroll - 8) + 10 * (cut.chunk != 512) + cut.warps_n
+
+    found = fastest(space(), KNOWN, accept, time)
+    assert time(found) <= 1 + time(Cut(chunk=512, warps_n=1, warps_k=8, unroll=8, blocks=1))
+
+
+def test_cuts_that_do_not_compile_or_run_are_left_out() -> None:
+    def compile_cut(cut: Cut) -> None:
+        if cut.unroll == 8:
+            raise RuntimeError("does not compile")
+
+    def time(cut: Cut) -> float:
+        if cut.depth == 2:
+            raise RuntimeError("does not run")
+        return 1.0 if cut.unroll == 4 else 2.0
+
+    found = fastest(space(), KNOWN, compile_cut, time)
+    assert (found.unroll, found.depth) == (4, 1)
+
+
+def test_what_is_known_has_to_compute() -> None:
+    def time(cut: Cut) -> float:
+        raise RuntimeError(f"no {cut}")
+
+    with pytest.raises(RuntimeError, match="no Cut"):
+        fastest(space(), KNOWN, accept, time)
+
+
+def test_the_luckiest_of_many_has_to_be_fast_again() -> None:
+    calls: dict[Cut, int] = {}
+
+    def time(cut: Cut) -> float:
+        calls[cut] = calls.get(cut, 0) + 1
+        is_lucky = cut.chunk == 128 and calls[cut] == 1
+        return 0.5 if is_lucky else 10.0 if cut.chunk == 128 else 1.0 + cut.warps_n
+
+    found = fastest(space(), KNOWN, accept, time)
+    assert max(calls.values()) == 2
+    assert calls[found] == 2
