@@ -110,6 +110,14 @@ def test_groups_never_ask_for_more_threads_than_a_block_has(scheme: str, warps_n
         assert chunked(product, cut).threads <= 1024
 
 
+def test_what_is_no_cut_of_a_product_does_not_compile() -> None:
+    operands, grid = _shape_only("int4 in 128", LAYERS[2], torch.bfloat16)
+    product = product_of(operands, grid)
+    cut = Cut(chunk=32, per_lane=32, warps_n=4, warps_k=2, unroll=4, blocks=1, cluster=2)
+    with pytest.raises(RuntimeError, match="a thread finishes a column"):
+        compiled(SOURCE, definitions_of(operands, grid, chunked(product, cut)), "sm_90")
+
+
 @pytest.mark.gpu
 @schemes
 @pytest.mark.parametrize("depth", [1, 2])

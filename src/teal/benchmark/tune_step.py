@@ -104,9 +104,6 @@ class _Trial:
     @torch.inference_mode()
     def time(self, cut: "Cut") -> float:
         """Return the microseconds of a step; a `RuntimeError` says that the cut is none."""
-        kernel, _ = cuda_step.load(replace(self._projections, cut=cut), self._memory)
-        if kernel.local_bytes:
-            raise RuntimeError("Its registers do not hold what a thread has to keep.")
         step = FusedStep(self._decoder, self._cache, cuts={**self._found, self._name: cut})
         self._rewind()
         # Not captured, so that a launch that cannot be spoils no graph.

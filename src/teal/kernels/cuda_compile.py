@@ -33,12 +33,10 @@ class Kernel:
     Attributes:
         handle: Of the driver.
         shared_bytes: Shared memory of a block, beside what is in the kernel's own declaration.
-        local_bytes: Memory of a thread, for what its registers do not hold.
     """
 
     handle: Any
     shared_bytes: int
-    local_bytes: int
 
 
 @functools.cache
@@ -129,13 +127,11 @@ def function(source: str, name: str, definitions: Definitions, device: int) -> K
         cubin = compiled(source, definitions, architecture_of(device))
         module = _checked(driver.cuModuleLoadData(cubin))
         handle = _checked(driver.cuModuleGetFunction(module, name.encode()))
-        attributes, shared_bytes = driver.CUfunction_attribute, _shared_bytes(module)
+        shared_bytes = _shared_bytes(module)
         if shared_bytes:
-            size = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            size = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(handle, size, shared_bytes))
-        local = attributes.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
-        local_bytes = _checked(driver.cuFuncGetAttribute(local, handle))
-    return Kernel(handle, shared_bytes, local_bytes)
+    return Kernel(handle, shared_bytes)
 
 
 def launch(

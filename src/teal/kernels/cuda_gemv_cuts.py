@@ -137,6 +137,9 @@ def _with_even_shares(product: Product, cut: Cut) -> Cut:
     least = math.ceil(tile_columns(product, cut) / (cut.cluster * WARP * cut.warps_n))
     most = min(3 * cut.warps_k // 2, _MOST_THREADS // (WARP * cut.warps_n))
     around = range(max(least, cut.warps_k // 2), most + 1)
+    if not around:
+        # It is no cut of this product, which the compiler will say.
+        return cut
     warps = min(around, key=lambda number: (waste(number), abs(number - cut.warps_k)))
     # As many registers for a thread as before.
     blocks = max(1, cut.blocks * cut.warps_k // warps)

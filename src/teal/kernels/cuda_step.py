@@ -8,15 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from teal.kernels.cuda_compile import (
-    FLOAT,
-    INT,
-    Definitions,
-    Kernel,
-    function,
-    has_clusters,
-    launch,
-)
+from teal.kernels.cuda_compile import FLOAT, INT, Definitions, function, has_clusters, launch
 from teal.kernels.cuda_cuts import Task, measured_cut
 from teal.kernels.cuda_strips import FRACTION_BITS, Cut, bits_of, strip_definitions
 from teal.kernels.operands import Grid
@@ -120,9 +112,10 @@ def project(
         dependent: The launch may begin before the one in front has ended.
     """
     weight = projections.weight
-    kernel, cut = load(projections, memory)
+    cut = cut_for(projections, clusters=has_clusters(weight.device))
+    definitions = definitions_of(projections, cut, memory)
     launch(
-        kernel,
+        function(SOURCE, _name_of(projections), definitions, sums.device.index),
         (cut.tiles(projections.widths), _chunks(len(weight), cut)),
         cut.threads,
         [
@@ -141,19 +134,6 @@ def project(
         ],
         dependent=dependent,
     )
-
-
-def load(projections: Projections, memory: StepMemory) -> tuple[Kernel, Cut]:
-    """Return the kernel of a product, compiled where that is not done yet, and how it is cut.
-
-    Args:
-        projections: What is computed.
-        memory: As `project`.
-    """
-    device = projections.weight.device
-    cut = cut_for(projections, clusters=has_clusters(device))
-    definitions = definitions_of(projections, cut, memory)
-    return function(SOURCE, _name_of(projections), definitions, device.index), cut
 
 
 def cut_for(projections: Projections, *, clusters: bool) -> Cut:
