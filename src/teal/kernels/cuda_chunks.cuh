@@ -15,8 +15,9 @@ constexpr int SEGMENTS = CHUNK / SEGMENT;
 constexpr int TURNS = (SEGMENTS + WARPS_K - 1) / WARPS_K;
 #endif
 
-// Add a warp's share of the chunk for a thread's columns, of which `column` is the first in `scales`;
-// what every column of 8 bits is scaled with is left to later.
+// Add a warp's share of the chunk for a thread's columns, of which `column` is the first in `scales`,
+// which may still be on their way; what every column of 8 bits is scaled with is left to later. All
+// warps of a block call it together.
 template <int WIDTH>
 __device__ __forceinline__ void add_chunk(const List& list, const ScaleTile<WIDTH>& scales, int column,
                                           const u8* weight, float (&total)[PER_LANE]) {
@@ -34,14 +35,17 @@ __device__ __forceinline__ void add_chunk(const List& list, const ScaleTile<WIDT
 #else
 #pragma unroll 1
   for (int turn = 0; turn < TURNS; turn++) {
-    int segment = turn * WARPS_K + share;
-    if (segment >= SEGMENTS) break;
     constexpr int WORDS = SEGMENT / WARP;
-    int begin = list.before(segment * WORDS), end = list.before((segment + 1) * WORDS);
-    // Beyond the last channel there are no scales.
-    if (begin == end) continue;
+    int segment = turn * WARPS_K + share, begin = 0, end = 0;
+    if (segment < SEGMENTS) {
+      begin = list.before(segment * WORDS);
+      end = list.before((segment + 1) * WORDS);
+    }
     Sums sums;
     sums.add(list.entries + begin, end - begin, weight);
+    if (turn == 0) wait_for_copies_of_all();
+    // Beyond the last channel there are no scales.
+    if (begin == end) continue;
     scales.add(segment * SEGMENT / GROUP, column, sums, inverse, list.sum<WORDS>(segment * WORDS),
                total);
   }
@@ -52,16 +56,17 @@ __device__ __forceinline__ void add_chunk(const List& list, const ScaleTile<WIDT
 struct Totals {
   alignas(16) float of_warps[WARPS_K][BLOCK_N / PER_LANE * PITCH];
 
-  // Put those of this thread's columns there.
-  __device__ __forceinline__ void put(const float (&total)[PER_LANE]) {
+  // Put those of this thread's columns there, and wait for those of the others.
+  __device__ __forceinline__ void exchange(const float (&total)[PER_LANE]) {
     int warp = threadIdx.x / WARP, thread = (warp % WARPS_N) * WARP + threadIdx.x % WARP;
     float4* row = reinterpret_cast<float4*>(of_warps[warp / WARPS_N] + thread * PITCH);
 #pragma unroll
     for (int c = 0; c < PER_LANE; c += 4)
       row[c / 4] = float4{total[c], total[c + 1], total[c + 2], total[c + 3]};
+    wait_for_copies_of_all();
   }
 
-  // Add up a column of the block, in the order of the warps, once all have put theirs there.
+  // Add up a column of the block, in the order of the warps.
   __device__ __forceinline__ float sum(int column) const {
     float sum = 0.0f;
 #pragma unroll

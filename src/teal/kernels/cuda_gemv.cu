@@ -103,8 +103,7 @@ struct Activations {
 
 // Add up the warps of this block, in their order, and send each sum to the block that finishes it.
 __device__ __forceinline__ void send_sums(Shared& shared, const float (&total)[PER_LANE]) {
-  shared.totals.put(total);
-  __syncthreads();
+  shared.totals.exchange(total);
   cluster_wait();  // every block of the cluster has begun
   for (int i = threadIdx.x; i < BLOCK_N; i += THREADS) {
     int column = i % TILE_N;
@@ -177,7 +176,6 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
     }
     Activations activations;
     activations.read(x, gain, epsilon, first_channel, factor);
-    wait_for_copies();
     activations.list(shared.lists[0], threshold, scale == nullptr ? scale : scale + part * K, shift,
                      first_channel);
     if (!has_one_list)

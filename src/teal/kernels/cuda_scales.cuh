@@ -143,9 +143,10 @@ struct ScaleTile {
 
 #endif
 
-// Wait for what this thread copied; a barrier makes it visible to the block.
-__device__ __forceinline__ void wait_for_copies() {
+// Wait for the other threads of the block, and for what they copied.
+__device__ __forceinline__ void wait_for_copies_of_all() {
 #if FORMAT != FLOATS
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
+  __syncthreads();
 }

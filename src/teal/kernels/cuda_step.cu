@@ -121,8 +121,7 @@ struct Channels {
 __device__ __forceinline__ void add_block(const float (&total)[PER_LANE], Shared& shared, i64* sums,
                                           const u16* bias, int columns, float multiplier,
                                           int* overflow) {
-  shared.totals.put(total);
-  __syncthreads();
+  shared.totals.exchange(total);
   for (int i = threadIdx.x; i < min(BLOCK_N, columns); i += THREADS) {
     float sum = shared.totals.sum(i);
 #if FORMAT == INT8 || FORMAT == FP8
@@ -178,7 +177,6 @@ NAME(const void* source, const float* gain, const float* thresholds, const u8* w
   for (int i = 0; i < PER_THREAD; i++)
     // Dropped when <=, so that NaN is kept.
     keeps[i] = channels.is_inside(i) && !(fabsf(x[i]) <= threshold);
-  wait_for_copies();
   shared.list.fill(keeps, x, first_channel);
   float total[PER_LANE] = {};
   add_chunk(shared.list, shared.scales, column, weight, total);
