@@ -10,6 +10,7 @@ from teal.kernels import reference
 pytest.importorskip("cuda.bindings")
 
 from compiling import assert_no_spills, assert_strips_load_whole
+from emulation import emulate
 from stepping import (
     EPSILON,
     HEAD_DIM,
@@ -37,6 +38,7 @@ from teal.kernels.cuda_step import (
     SOURCE,
     UNIT,
     Input,
+    Projections,
     cut_for,
     definitions_of,
     project,
@@ -83,7 +85,7 @@ def _for(scheme: str, cut: Cut) -> Cut:
     return replace(cut, per_lane=min(cut.per_lane, most))
 
 
-def _source(kind: Input, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _source(kind: Input, dtype: torch.dtype, device: str = "cuda") -> tuple[Tensor, Tensor]:
     """Return what an input is made from, and the activations that it makes, (K,)."""
     in_features, _ = SHAPES[kind]
     generator = torch.Generator().manual_seed(2)
@@ -94,13 +96,33 @@ def _source(kind: Input, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         factor = torch.exp(parts[..., -2:-1] - parts[..., -2:-1].amax(2, keepdim=True))
         weights = (factor * parts[..., -1:]).sum(2)
         x = ((factor * parts[..., :HEAD_DIM]).sum(2) / weights).flatten()
-        return parts.cuda(), x.to(dtype).cuda()
+        return parts.to(device), x.to(device, dtype)
     if kind == "hidden":
         hidden = 3 * torch.randn(in_features, generator=generator)
-        return fixed(hidden).cuda(), hidden.cuda()
+        return fixed(hidden).to(device), hidden.to(device)
     both = torch.randn(2 * in_features, generator=generator)
     gate, up = both.chunk(2)
-    return fixed(both).cuda(), (reference.GATES[kind](gate) * up).to(dtype).cuda()
+    return fixed(both).to(device), (reference.GATES[kind](gate) * up).to(device, dtype)
+
+
+def _assert_right(
+    projections: Projections,
+    sparsity: float | None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+) -> None:
+    source, x = _source(projections.input, dtype, device)
+    memory = memory_of(dtype, device)
+    if projections.gain is not None:
+        x = normed(x, projections, dtype)
+    if sparsity is not None:
+        projections.thresholds.copy_(torch.tensor(thresholds_at(x, sparsity, 3)))
+    exact = exact_product(projections, x)
+    sums = fixed(torch.ones(len(exact))).to(device)
+    project(projections, source, sums, None, memory, dependent=device == "cuda" and hopper())
+    error = (sums.double() * UNIT - 1.0 - exact * MULTIPLIER).abs().max()
+    assert error <= torch.finfo(dtype).eps / 8 * magnitude(projections, x)
+    assert not memory.overflow
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
@@ -148,19 +170,20 @@ def test_models_compile_without_spills(scheme: str, sizes: tuple[int, int], tmp_
 def test_products_are_those_of_the_kept_channels(
     kind: Input, dtype: torch.dtype, scheme: str, sparsity: float | None, bias: bool
 ) -> None:
-    source, x = _source(kind, dtype)
-    memory = memory_of(dtype)
     projections = projections_of(wanted(kind, scheme, dtype=dtype, bias=bias))
-    if projections.gain is not None:
-        x = normed(x, projections, dtype)
-    if sparsity is not None:
-        projections.thresholds.copy_(torch.tensor(thresholds_at(x, sparsity, 3)))
-    exact = exact_product(projections, x)
-    sums = fixed(torch.ones(len(exact))).cuda()
-    project(projections, source, sums, None, memory, dependent=hopper())
-    error = (sums.double() * UNIT - 1.0 - exact * MULTIPLIER).abs().max()
-    assert error <= torch.finfo(dtype).eps / 8 * magnitude(projections, x)
-    assert not memory.overflow
+    _assert_right(projections, sparsity, dtype)
+
+
+@pytest.mark.parametrize("clusters", [True, False], ids=["clusters", ""])
+@inputs
+@schemes
+def test_products_are_right_where_a_gpu_is_emulated(
+    kind: Input, scheme: str, clusters: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, clusters=clusters)
+    for sparsity in (0.5, 1.0):
+        projections = projections_of(wanted(kind, scheme), device="cpu")
+        _assert_right(replace(projections, is_dense=False), sparsity, device="cpu")
 
 
 @cuts
@@ -185,19 +208,19 @@ def test_every_cut_compiles_without_spills(scheme: str, cut: Cut, tmp_path: Path
 def test_products_are_right_however_they_are_cut(
     kind: Input, scheme: str, cut: Cut, sparsity: float | None
 ) -> None:
-    dtype = torch.bfloat16
-    source, x = _source(kind, dtype)
-    memory = memory_of(dtype)
     projections = replace(projections_of(wanted(kind, scheme)), cut=_for(scheme, cut))
-    if projections.gain is not None:
-        x = normed(x, projections, dtype)
-    if sparsity is not None:
-        projections.thresholds.copy_(torch.tensor(thresholds_at(x, sparsity, 3)))
-    exact = exact_product(projections, x)
-    sums = fixed(torch.ones(len(exact))).cuda()
-    project(projections, source, sums, None, memory, dependent=hopper())
-    error = (sums.double() * UNIT - 1.0 - exact * MULTIPLIER).abs().max()
-    assert error <= torch.finfo(dtype).eps / 8 * magnitude(projections, x)
+    _assert_right(projections, sparsity)
+
+
+@cuts
+@schemes
+def test_every_cut_is_right_where_a_gpu_is_emulated(
+    scheme: str, cut: Cut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, clusters=True)
+    for kind, sparsity in (("hidden", None), ("silu", 0.95)):
+        projections = projections_of(wanted(kind, scheme), device="cpu")
+        _assert_right(replace(projections, cut=_for(scheme, cut)), sparsity, device="cpu")
 
 
 @pytest.mark.gpu

@@ -6,41 +6,11 @@
 
 #include "cuda_numbers.cuh"
 
-__device__ __forceinline__ void cluster_arrive() {
-#if CLUSTER > 1
-  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void cluster_wait() {
-#if CLUSTER > 1
-  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}
-
 __device__ __forceinline__ u32 cluster_rank() {
-  u32 rank = 0;
 #if CLUSTER > 1
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return rank;
-}
-
-#if CLUSTER > 1
-// Where an address of this block's shared memory lies in that of another block.
-__device__ __forceinline__ u32 at_rank(const void* mine, u32 rank) {
-  u32 here = (u32)__cvta_generic_to_shared(mine), there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  return there;
-}
-#endif
-
-// Write to the shared memory of another block of the cluster, where `mine` lies in this block's.
-__device__ __forceinline__ void store_at_rank(u64* mine, u32 rank, u64 value) {
-#if CLUSTER > 1
-  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(at_rank(mine, rank)), "l"(value) : "memory");
+  return rank_in_cluster();
 #else
-  *mine = value;
+  return 0;
 #endif
 }
 
@@ -48,7 +18,13 @@ __device__ __forceinline__ void store_at_rank(u64* mine, u32 rank, u64 value) {
 // of them is sent to.
 __device__ __forceinline__ void cluster_begin() {
 #if CLUSTER > 1
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  arrive_at_cluster();
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if CLUSTER > 1
+  wait_for_cluster();
 #endif
 }
 
@@ -62,22 +38,14 @@ struct Inbox {
   // Say how much will come, by one thread and before the cluster has begun.
   __device__ __forceinline__ void open(int bytes) {
 #if CLUSTER > 1
-    u32 here = (u32)__cvta_generic_to_shared(&barrier);
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(here) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(here), "r"(bytes)
-                 : "memory");
+    open_barrier(&barrier, bytes);
 #endif
   }
 
   // Write to where `mine` lies in the shared memory of another block.
   __device__ __forceinline__ void send(float* mine, u32 rank, float value) {
 #if CLUSTER > 1
-    asm volatile(
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
-            at_rank(mine, rank)),
-        "f"(value), "r"(at_rank(&barrier, rank))
-        : "memory");
+    send_to_rank(mine, &barrier, rank, value);
 #else
     *mine = value;
 #endif
@@ -86,14 +54,7 @@ struct Inbox {
   // Wait until everything has come.
   __device__ __forceinline__ void wait() {
 #if CLUSTER > 1
-    u32 here = (u32)__cvta_generic_to_shared(&barrier), done = 0;
-    while (!done)
-      asm volatile(
-          "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0; "
-          "selp.u32 %0, 1, 0, p; }"
-          : "=r"(done)
-          : "r"(here)
-          : "memory");
+    wait_at_barrier(&barrier);
 #else
     __syncthreads();
 #endif

@@ -153,7 +153,7 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
   if ((half == 0 ? threshold : threshold_1) < 0.0f)
     // Nothing is dropped: what comes first is known before the input is.
     for (int i = warp / WARPS_N; i < min(PREFETCH, K - rank * CHUNK); i += WARPS_K)
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + (rank * CHUNK + i) * STRIP_BYTES));
+      prefetch(weight + (rank * CHUNK + i) * STRIP_BYTES);
   wait_for_input();
   ask_for_scales(rank * CHUNK);
 

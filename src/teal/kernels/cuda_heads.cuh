@@ -11,17 +11,6 @@ constexpr int HALF = HEAD_DIM / 2;
 // Channels i and i + HALF are a pair. A lane has so many.
 constexpr int PAIRS = (HALF + WARP - 1) / WARP;
 
-// Two activations: to round them at once is faster.
-__device__ __forceinline__ u32 pair_of(float first, float second) {
-  u32 pair;
-#if BFLOAT16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#endif
-  return pair;
-}
-
 // A lane's pairs of a head that its warp places, or of the numbers that it needs for that.
 template <typename T>
 struct Pairs {

@@ -4,22 +4,15 @@
 
 #pragma once
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-typedef unsigned long long u64;
+#include "cuda_ptx.cuh"
 
-constexpr int WARP = 32;
 constexpr float UNIT = (float)(1ll << FRACTION_BITS);
 
 __device__ __forceinline__ float low_half(u32 pair) {
 #if BFLOAT16
   return __uint_as_float(pair << 16);
 #else
-  float value;
-  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(value) : "r"(pair));
-  return value;
+  return from_low_float16(pair);
 #endif
 }
 
@@ -27,20 +20,25 @@ __device__ __forceinline__ float high_half(u32 pair) {
 #if BFLOAT16
   return __uint_as_float(pair & 0xffff0000u);
 #else
-  float value;
-  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(value) : "r"(pair));
-  return value;
+  return from_high_float16(pair);
 #endif
 }
 
 __device__ __forceinline__ u16 to_bits(float value) {
-  u16 bits;
 #if BFLOAT16
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return to_bfloat16(value);
 #else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return to_float16(value);
 #endif
-  return bits;
+}
+
+// Two activations: to round them at once is faster.
+__device__ __forceinline__ u32 pair_of(float low, float high) {
+#if BFLOAT16
+  return to_bfloat16_pair(low, high);
+#else
+  return to_float16_pair(low, high);
+#endif
 }
 
 __device__ __forceinline__ float rounded(float value) { return low_half(to_bits(value)); }
@@ -49,22 +47,9 @@ __device__ __forceinline__ float rounded(float value) { return low_half(to_bits(
 // launch reads before it waits was written two launches ago or earlier.
 __device__ __forceinline__ void wait_for_input() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  wait_for_earlier_launches();
+  let_next_launch_begin();
 #endif
-}
-
-// Read a number here and now, long before it is used.
-__device__ __forceinline__ u16 load_early(const u16* pointer) {
-  u16 bits;
-  asm volatile("ld.global.u16 %0, [%1];" : "=h"(bits) : "l"(pointer));
-  return bits;
-}
-
-__device__ __forceinline__ float load_early(const float* pointer) {
-  float value;
-  asm volatile("ld.global.f32 %0, [%1];" : "=f"(value) : "l"(pointer));
-  return value;
 }
 
 __device__ __forceinline__ float to_float(i64 fixed) { return (float)fixed * (1.0f / UNIT); }

@@ -37,13 +37,11 @@ __device__ __forceinline__ float to_float(Scale scale) { return scale; }
 #else
 typedef u16 Scale;
 __device__ __forceinline__ float to_float(Scale scale) {
-  float value;
 #if SCALES == SCALES_BFLOAT16
-  value = __uint_as_float((u32)scale << 16);
+  return __uint_as_float((u32)scale << 16);
 #else
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(scale));
+  return from_float16(scale);
 #endif
-  return value;
 }
 #endif
 
@@ -68,10 +66,7 @@ struct Table {
     for (int i = threadIdx.x; i < groups * PIECES; i += THREADS) {
       int group = i / PIECES, piece = i % PIECES;
       if (piece * HELD < columns)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                         (u32)__cvta_generic_to_shared(&pieces[group][piece % APART][piece / APART])),
-                     "l"(from + (u64)group * N + piece * HELD)
-                     : "memory");
+        copy_16(&pieces[group][piece % APART][piece / APART], from + (u64)group * N + piece * HELD);
     }
   }
 
@@ -107,8 +102,14 @@ struct ScaleTile {
   // Copy them in the background; they depend on no input.
   __device__ __forceinline__ void ask(const void* all_scales, const u8* all_zeros, int first_channel,
                                       int first_column, int columns) {
+#if FORMAT == INT4
     int groups = min(GROUPS, (K - first_channel + GROUP - 1) / GROUP);
     u64 start = (u64)(first_channel / GROUP) * N + first_column;
+#else
+    // One for all channels, and for those beyond the last.
+    int groups = 1;
+    u64 start = first_column;
+#endif
     scales.ask(static_cast<const Scale*>(all_scales) + start, groups, columns);
 #if HAS_ZEROS
     zeros.ask(all_zeros + start, groups, columns);
@@ -146,7 +147,7 @@ struct ScaleTile {
 // Wait for the other threads of the block, and for what they copied.
 __device__ __forceinline__ void wait_for_copies_of_all() {
 #if FORMAT != FLOATS
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  wait_for_copies();
 #endif
   __syncthreads();
 }

@@ -39,11 +39,7 @@ typedef float Input;
 __device__ __forceinline__ Input input_of(float x) { return x; }
 #else
 typedef u32 Input;
-__device__ __forceinline__ Input input_of(float x) {
-  Input both;
-  asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(both) : "f"(x));
-  return both;
-}
+__device__ __forceinline__ Input input_of(float x) { return to_float16_pair(x, x); }
 #endif
 
 // A kept channel and its activation.
@@ -56,18 +52,7 @@ struct Entry {
 struct Strip {
   u32 words[LOAD_WORDS];
 
-  __device__ __forceinline__ void load(const u8* pointer) {
-    if constexpr (LOAD_WORDS == 4)
-      asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                   : "l"(pointer));
-    else if constexpr (LOAD_WORDS == 2)
-      asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-                   : "=r"(words[0]), "=r"(words[1])
-                   : "l"(pointer));
-    else
-      asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(words[0]) : "l"(pointer));
-  }
+  __device__ __forceinline__ void load(const u8* pointer) { load_once(words, pointer); }
 };
 
 // Strips that are under way together, and what they are multiplied with.

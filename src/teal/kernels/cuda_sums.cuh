@@ -39,15 +39,6 @@ __device__ __forceinline__ u32 place_of_input() {
   return row == first ? 0x0000ffffu : row == first + 1 ? 0xffff0000u : 0u;
 }
 
-// Add the products of two channels: `columns` are two pairs of the first, then of the second.
-__device__ __forceinline__ void multiply(float* sums, const u32 (&columns)[4], const u32 (&inputs)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(columns[0]), "r"(columns[1]), "r"(columns[2]), "r"(columns[3]), "r"(inputs[0]),
-        "r"(inputs[1]));
-}
-
 #endif
 
 // The sums of a thread's columns.
@@ -123,7 +114,8 @@ struct Sums {
           int this_pair = pair + i % 2;
           columns[i] = columns_of(batch.strips[u + i / 2].words[this_pair / PAIRS], this_pair % PAIRS);
         }
-        multiply(sums + 2 * pair, columns, inputs);
+        // Two pairs of the first channel, then of the second.
+        multiply_float16(sums + 2 * pair, columns, inputs[0], inputs[1]);
       }
     }
   }

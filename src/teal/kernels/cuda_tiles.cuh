@@ -58,29 +58,18 @@ __device__ __forceinline__ int column_of_lane() { return threadIdx.x % COLUMNS; 
 // Which position of a tile is a lane's i-th.
 __device__ __forceinline__ int own(int i) { return 2 * column_of_lane() + i / 2 * ROWS + i % 2; }
 
-__device__ __forceinline__ float power_of_2(float x) {
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-  return power;
-}
-
 __device__ __forceinline__ float capped(float score, float softcap) {
   // tanh(z) = 1 - 2 / (1 + exp(2 z))
   float exponential = power_of_2(__fdividef(2.0f * score, softcap));
   return LOG2_E * softcap * (1.0f - __fdividef(2.0f, 1.0f + exponential));
 }
 
-// Add the product of 16 by 16 and 16 by 8 numbers.
 __device__ __forceinline__ void multiply(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #if BFLOAT16
-#define OPERANDS "bf16.bf16"
+  multiply_bfloat16(sums, a, b0, b1);
 #else
-#define OPERANDS "f16.f16"
+  multiply_float16(sums, a, b0, b1);
 #endif
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." OPERANDS
-      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // What a lane has of a tile of the cache of one key head. A row beyond the cache is zero.
@@ -93,8 +82,7 @@ struct Tile {
     int begin = first * HEAD_DIM + threadIdx.x % WARP * LINE;
     int end = min(first + TILE, position) * HEAD_DIM;
 #pragma unroll 1
-    for (int i = begin; i < end; i += WARP * LINE)
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(all + i));
+    for (int i = begin; i < end; i += WARP * LINE) ::prefetch(all + i);
   }
 
   // The tile begins at position `first`, the cache ends at `position`, that of the new token.

@@ -1,0 +1,96 @@
+"""Runs the CUDA kernels on the host, slowly; see emulated_cuda.h."""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from teal.kernels import cuda_attention, cuda_ends, cuda_gemv, cuda_step
+from teal.kernels.cuda_compile import Argument, Definitions, Kernel
+
+SOURCES = Path(cuda_step.__file__).parent
+HEADER = Path(__file__).parent / "emulated_cuda.h"
+MODULES: tuple[ModuleType, ...] = (cuda_attention, cuda_ends, cuda_gemv, cuda_step)
+
+# Memory that a block shares comes from the launch.
+DECLARED, GIVEN = (
+    "extern __shared__ uint4 memory[];",
+    "uint4* memory = reinterpret_cast<uint4*>(block->memory);",
+)
+ENTRY = """
+extern "C" void run(u32 columns, u32 rows, int cluster, int threads, int bytes, void** arguments) {
+  launch(%s, columns, rows, cluster, threads, bytes, arguments);
+}
+"""
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch, *, clusters: bool) -> None:
+    """Let the launchers take tensors of the CPU, as on a GPU with or without clusters."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    for module in MODULES:
+        monkeypatch.setattr(module, "function", _function)
+        monkeypatch.setattr(module, "launch", _launch)
+        if hasattr(module, "has_clusters"):
+            monkeypatch.setattr(module, "has_clusters", lambda device: clusters)
+
+
+@functools.cache
+def _folder() -> Path:
+    """Return where the sources are, with functions of the host for those of the GPU."""
+    folder = Path(tempfile.mkdtemp(prefix="emulated-"))
+    for path in (*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")):
+        (folder / path.name).write_text(path.read_text().replace(DECLARED, GIVEN))
+    shutil.copy(HEADER, folder / "cuda_ptx.cuh")
+    return folder
+
+
+@functools.cache
+def _function(source: str, name: str, definitions: Definitions, device: object) -> Kernel:
+    del device
+    folder = _folder()
+    number = len(list(folder.glob("*.so")))
+    entry = folder / f"{number}.cpp"
+    entry.write_text(f'#include "{source}"\n' + ENTRY % name)
+    library = folder / f"{number}.so"
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-w"]
+    defined = [f"-D{key}={value}" for key, value in definitions]
+    command = ["g++", *options, *defined, str(entry), "-o", str(library)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    loaded = ctypes.CDLL(str(library))
+    has_memory = "shared_bytes" in (folder / source).read_text()
+    shared_bytes = ctypes.c_int.in_dll(loaded, "shared_bytes").value if has_memory else 0
+    cluster = int(dict(definitions).get("CLUSTER", 1))
+    return Kernel((loaded.run, cluster), shared_bytes)
+
+
+def _launch(
+    kernel: Kernel,
+    grid: tuple[int, int],
+    threads: int,
+    arguments: Sequence[Argument],
+    *,
+    dependent: bool,
+) -> None:
+    del dependent
+    run, cluster = kernel.handle
+    values = [_value(argument) for argument in arguments]
+    pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+    run(*grid, cluster, threads, kernel.shared_bytes, pointers)
+
+
+def _value(argument: Argument) -> Any:
+    if isinstance(argument, tuple):
+        value, kind = argument
+        return kind(value)
+    return ctypes.c_void_p(0 if argument is None else argument.data_ptr())
