@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from cases import draw
+from emulation import DEVICE
 from helpers import TOLERANCES, assert_as_precise_as_torch, relative_error
 from torch import Tensor
 
@@ -50,7 +51,7 @@ class Weight:
 
 
 def weight_of(
-    scheme: str, in_features: int, columns: int, dtype: torch.dtype, device: str = "cuda"
+    scheme: str, in_features: int, columns: int, dtype: torch.dtype, device: str = DEVICE
 ) -> Weight:
     floats = draw(in_features, columns, dtype=dtype, seed=1)
     wanted = SCHEMES[scheme]

@@ -151,4 +151,6 @@ def thresholds_at(x: Tensor, sparsity: float, parts: int) -> list[float]:
 
 def hopper() -> bool:
     """Tell whether the GPU has clusters and dependent launches."""
-    return has_clusters(torch.device("cuda", torch.cuda.current_device()))
+    return torch.cuda.is_available() and has_clusters(
+        torch.device("cuda", torch.cuda.current_device())
+    )

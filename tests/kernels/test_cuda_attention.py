@@ -11,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("cuda.bindings")
 
 from compiling import assert_no_spills, told
+from emulation import DEVICE, emulate
 from stepping import fixed, hopper
 
 from teal.kernels.cuda_attention import (
@@ -63,11 +64,11 @@ class Call:
     """A call of the kernel and what it is given; nothing that it must not read is a number."""
 
     def __init__(self, case: AttentionCase, dtype: torch.dtype, splits: int = SPLITS) -> None:
-        qkv, *tensors = (tensor.cuda() for tensor in case.tensors(dtype))
+        qkv, *tensors = (tensor.to(DEVICE) for tensor in case.tensors(dtype))
         options = case.arguments(dtype)
         self.qkv, self.cache, self.position = qkv, tensors, case.positions[0]
         self.options = {
-            name: value.float().cuda() if isinstance(value, Tensor) else value
+            name: value.float().to(DEVICE) if isinstance(value, Tensor) else value
             for name, value in options.items()
         }
         if not case.with_gains:
@@ -84,7 +85,8 @@ class Call:
     def run(self) -> Tensor:
         """Return what the splits give together in float64, (heads, head_dim)."""
         # The cache is read before the launch in front has ended.
-        torch.cuda.synchronize()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
         attend(Attention(**self.options), *self.cache, self.memory, dependent=hopper())
         parts = self.memory.parts[0].double()
         totals, largest, weights = parts.split([parts.shape[-1] - 2, 1, 1], dim=-1)
@@ -136,6 +138,22 @@ def _assert_right(
 @dtypes
 def test_attention_is_that_in_float64_and_appends(case: AttentionCase, dtype: torch.dtype) -> None:
     _assert_right(case, dtype)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_attention_is_right_where_a_gpu_is_emulated(
+    case: AttentionCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, clusters=True)
+    _assert_right(case)
+
+
+def test_borders_are_right_where_a_gpu_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate(monkeypatch, clusters=False)
+    for position in (1, 15, 16, 17, 127, 128, 129, 511, 512, 513):
+        _assert_right(_case(position), torch.float16)
+    for window in (1, 16, 17, 129):
+        _assert_right(_case(700, options={"window": window}), splits=3)
 
 
 @pytest.mark.gpu

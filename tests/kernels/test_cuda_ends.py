@@ -9,6 +9,7 @@ from torch import Tensor
 pytest.importorskip("cuda.bindings")
 
 from compiling import assert_no_spills, told
+from emulation import DEVICE, emulate
 from stepping import EPSILON, SIZES, hopper, memory_of
 
 from teal.kernels.cuda_compile import compiled
@@ -25,8 +26,8 @@ logit_dtypes = pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=st
 
 def chosen_from(logits: Tensor) -> tuple[int, int]:
     """Choose once; return the token, and what the history says."""
-    token, step = torch.full((1,), 9).cuda(), torch.zeros(1, dtype=torch.int64).cuda()
-    history = torch.full((1, 1), 9).cuda()
+    token, step = torch.full((1,), 9).to(DEVICE), torch.zeros(1, dtype=torch.int64).to(DEVICE)
+    history = torch.full((1, 1), 9).to(DEVICE)
     choose(logits, token, history, step, BROKEN)
     return int(token), int(history)
 
@@ -48,14 +49,14 @@ def test_both_ends_compile(
 @pytest.mark.gpu
 @dtypes
 def test_a_step_begins_with_the_embedding_and_ends_with_the_norm(dtype: torch.dtype) -> None:
-    memory, size = memory_of(dtype), SIZES[0]
-    embedding = torch.randn(7, size, device="cuda").to(dtype)
-    gain = torch.rand(size, device="cuda")
-    position = torch.tensor([41], device="cuda")
+    memory, size = memory_of(dtype, DEVICE), SIZES[0]
+    embedding = torch.randn(7, size, device=DEVICE).to(dtype)
+    gain = torch.rand(size, device=DEVICE)
+    position = torch.tensor([41], device=DEVICE)
     memory.overflow.fill_(1)
     memory.hidden.fill_(5)
     memory.gate_up.fill_(5)
-    embed(torch.tensor([3], device="cuda"), embedding, memory, 2.0, dependent=hopper())
+    embed(torch.tensor([3], device=DEVICE), embedding, memory, 2.0, dependent=hopper())
     assert not memory.overflow
     assert not memory.gate_up[0].any()
     torch.testing.assert_close(memory.hidden.double() * UNIT, 2.0 * embedding[3].double())
@@ -77,12 +78,13 @@ def test_the_likeliest_token_is_chosen_and_the_first_of_equals(
 ) -> None:
     logits = sign * torch.rand(1, size, generator=torch.Generator().manual_seed(3))
     # Many equals, of which several are the largest.
-    logits = (logits * 16).round().to("cuda", dtype)
-    token, step = torch.full((1,), 9).cuda(), torch.full((1,), 2).cuda()
+    logits = (logits * 16).round().to(DEVICE, dtype)
+    token, step = torch.full((1,), 9).to(DEVICE), torch.full((1,), 2).to(DEVICE)
     history = torch.full((4, 1), 9)
-    history = history.pin_memory() if place == "host" else history.cuda()
+    history = history.pin_memory() if place == "host" else history.to(DEVICE)
     choose(logits, token, history, step, BROKEN)
-    torch.cuda.synchronize()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     best = int(logits.cpu().argmax())
     assert token.item() == best
     assert history[:, 0].tolist() == [9, 9, best, 9]
@@ -93,7 +95,7 @@ def test_the_likeliest_token_is_chosen_and_the_first_of_equals(
 @pytest.mark.parametrize("index", [0, 1, 65535, 65536, 99999, 100000, 100006])
 @logit_dtypes
 def test_a_logit_is_found_wherever_it_is(dtype: torch.dtype, index: int) -> None:
-    logits = torch.randn(1, 100007, device="cuda").clamp(max=3).to(dtype)
+    logits = torch.randn(1, 100007, device=DEVICE).clamp(max=3).to(dtype)
     logits[0, index] = 3.5
     assert chosen_from(logits) == (index, index)
 
@@ -101,7 +103,7 @@ def test_a_logit_is_found_wherever_it_is(dtype: torch.dtype, index: int) -> None
 @pytest.mark.gpu
 @logit_dtypes
 def test_logits_may_begin_anywhere_in_memory(dtype: torch.dtype) -> None:
-    memory = torch.randn(1, 20001, device="cuda").to(dtype)
+    memory = torch.randn(1, 20001, device=DEVICE).to(dtype)
     memory[0, 0] = 100
     memory[0, 12345] = 50
     assert chosen_from(memory[:, 1:]) == (12344, 12344)
@@ -110,7 +112,7 @@ def test_logits_may_begin_anywhere_in_memory(dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @logit_dtypes
 def test_zeros_of_either_sign_are_equal(dtype: torch.dtype) -> None:
-    logits = torch.full((1, 300), -1.0).to("cuda", dtype)
+    logits = torch.full((1, 300), -1.0).to(DEVICE, dtype)
     logits[0, 17], logits[0, 18] = -0.0, 0.0
     assert chosen_from(logits) == (17, 17)
 
@@ -119,7 +121,7 @@ def test_zeros_of_either_sign_are_equal(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("sign", [0, -1], ids=["", "negative"])
 @logit_dtypes
 def test_nan_of_either_sign_is_told(dtype: torch.dtype, sign: int) -> None:
-    logits = torch.randn(1, 5000, device="cuda").to(dtype)
+    logits = torch.randn(1, 5000, device=DEVICE).to(dtype)
     logits[0, 4321] = float("nan")
     bits = logits.view(torch.int16 if dtype in DTYPES else torch.int32)
     bits[0, 4321] |= sign << (8 * bits.itemsize - 1)
@@ -129,7 +131,7 @@ def test_nan_of_either_sign_is_told(dtype: torch.dtype, sign: int) -> None:
 @pytest.mark.gpu
 @logit_dtypes
 def test_infinity_is_told_and_the_token_stays_one_of_the_vocabulary(dtype: torch.dtype) -> None:
-    logits = torch.randn(1, 5000, device="cuda").to(dtype)
+    logits = torch.randn(1, 5000, device=DEVICE).to(dtype)
     logits[0, 4321] = INFINITY
     assert chosen_from(logits) == (4321, BROKEN)
 
@@ -137,5 +139,20 @@ def test_infinity_is_told_and_the_token_stays_one_of_the_vocabulary(dtype: torch
 @pytest.mark.gpu
 @logit_dtypes
 def test_logits_that_rule_out_every_token_are_a_fault(dtype: torch.dtype) -> None:
-    logits = torch.full((1, 300), -INFINITY).to("cuda", dtype)
+    logits = torch.full((1, 300), -INFINITY).to(DEVICE, dtype)
     assert chosen_from(logits) == (0, BROKEN)
+
+
+@logit_dtypes
+def test_both_ends_are_right_where_a_gpu_is_emulated(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, clusters=False)
+    if dtype in DTYPES:
+        test_a_step_begins_with_the_embedding_and_ends_with_the_norm(dtype)
+    for size in (1, 31, 8193):
+        test_the_likeliest_token_is_chosen_and_the_first_of_equals(dtype, size, -1.0, "device")
+    test_zeros_of_either_sign_are_equal(dtype)
+    # What an addition makes of the sign of NaN is another matter on a CPU.
+    test_nan_of_either_sign_is_told(dtype, 0)
+    test_infinity_is_told_and_the_token_stays_one_of_the_vocabulary(dtype)

@@ -14,6 +14,7 @@ from teal.quantization import QuantizedWeight, round_to_nearest
 
 pytest.importorskip("cuda.bindings")
 
+from emulation import DEVICE, emulate
 from products import SCHEMES, assert_right, by_torch, of_quantized, weight_of
 
 from teal.kernels.cuda_gemv import can_compute, compute
@@ -26,7 +27,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def _draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return draw(*shape, dtype=dtype, seed=seed).cuda()
+    return draw(*shape, dtype=dtype, seed=seed).to(DEVICE)
 
 
 @pytest.fixture
@@ -83,13 +84,13 @@ def test_weights_at_odd_addresses_and_groups_of_parts_of_words_are_left_to_other
 def test_kept_channels_equal_those_of_the_reference(
     dtype: torch.dtype, vectors: str, threshold: float
 ) -> None:
-    x = torch.cat([torch.tensor(EDGES, device="cuda"), _draw(55)]).to(dtype)
+    x = torch.cat([torch.tensor(EDGES, device=DEVICE), _draw(55)]).to(dtype)
     x[20] = threshold
     scale = _draw(64, seed=1).abs() if "scale" in vectors else None
     shift = _draw(64, seed=2) if "shift" in vectors else None
     keep = reference.keep_mask(x, threshold, scale, shift)
     # A kept channel brings exactly its own activation to its own column.
-    weight = torch.eye(64, dtype=dtype, device="cuda")
+    weight = torch.eye(64, dtype=dtype, device=DEVICE)
     centred = x if shift is None else (x.float() - shift).to(dtype)
     scales = None if scale is None else scale[None]
     operands = Operands(x[None], weight, [threshold], [64], scale=scales, shift=shift)
@@ -105,7 +106,7 @@ def test_kept_channels_equal_those_of_the_reference(
 def test_what_is_not_finite_is_kept_and_stays_visible(
     dtype: torch.dtype, scheme: str, edge: float
 ) -> None:
-    x = torch.zeros(1, 160, dtype=dtype, device="cuda")
+    x = torch.zeros(1, 160, dtype=dtype, device=DEVICE)
     x[0, 7] = edge
     result = weight_of(scheme, 160, 96, dtype).times(x, [1.0])
     assert not result.isfinite().any()
@@ -195,7 +196,7 @@ def test_scales_may_have_another_dtype_than_the_activations(
 ) -> None:
     floats, wanted = draw(300, 96, dtype=scales, seed=1), SCHEMES[scheme]
     assert wanted is not None
-    weight = of_quantized(round_to_nearest(floats, wanted).to("cuda"))
+    weight = of_quantized(round_to_nearest(floats, wanted).to(DEVICE))
     for dtype in DTYPES:
         assert_right(weight, weight.operands(_draw(1, 300, dtype=dtype), [0.4]))
 
@@ -205,7 +206,7 @@ def test_scales_may_have_another_dtype_than_the_activations(
 def test_all_channels_may_be_one_group(scheme: str) -> None:
     wanted = SCHEMES[scheme]
     assert wanted is not None
-    grouped = round_to_nearest(draw(1200, 288, seed=1), wanted).to("cuda")
+    grouped = round_to_nearest(draw(1200, 288, seed=1), wanted).to(DEVICE)
     zeros = None if grouped.zeros is None else grouped.zeros[:1].contiguous()
     shared = QuantizedWeight(
         codes=grouped.codes,
@@ -245,6 +246,30 @@ def test_all_or_nothing_may_be_dropped(scheme: str, threshold: float) -> None:
         assert_right(weight, operands)
 
 
+@pytest.mark.parametrize("clusters", [True, False], ids=["clusters", ""])
+@schemes
+def test_products_are_right_where_a_gpu_is_emulated(
+    scheme: str, clusters: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, clusters=clusters)
+    for dtype in DTYPES:
+        test_product_is_as_precise_as_torch(dtype, scheme, (300, 288))
+        test_parts_have_thresholds_and_scales_of_their_own(dtype, scheme, [288, 64])
+    test_gate_and_up_are_multiplied_after_the_activation(dtype, scheme, "silu", [0.3, 0.9])
+    test_norm_is_applied_before_the_mask(dtype, scheme, "silu")
+    test_all_or_nothing_may_be_dropped(scheme, INF)
+
+
+@dtypes
+def test_kept_channels_are_those_of_the_reference_where_a_gpu_is_emulated(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, clusters=True)
+    for vectors in VECTORS:
+        for threshold in THRESHOLDS:
+            test_kept_channels_equal_those_of_the_reference(dtype, vectors, threshold)
+
+
 @pytest.mark.gpu
 @schemes
 def test_twice_the_same_gives_the_same_bits(scheme: str) -> None:
@@ -268,7 +293,7 @@ def test_x_may_lie_anywhere() -> None:
 @schemes
 def test_each_product_waits_for_the_one_that_it_reads(scheme: str) -> None:
     weight, dtype = weight_of(scheme, 1024, 1024, torch.bfloat16), torch.bfloat16
-    gain = torch.ones(1024, device="cuda")
+    gain = torch.ones(1024, device=DEVICE)
 
     def chain(*, synchronize: bool) -> Tensor:
         x = _draw(1, 1024, dtype=dtype)

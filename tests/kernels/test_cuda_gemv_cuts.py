@@ -12,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("cuda.bindings")
 
+from emulation import DEVICE, emulate
 from products import SCHEMES, assert_right, by_torch, weight_of
 
 from teal.kernels.cuda_compile import compiled
@@ -130,7 +131,7 @@ def test_product_is_right_however_it_is_cut(
         pytest.skip("needs clusters of blocks")
     weight, x = (
         weight_of(scheme, 1200, 320, torch.bfloat16),
-        draw(1, 1200, dtype=torch.bfloat16).cuda(),
+        draw(1, 1200, dtype=torch.bfloat16).to(DEVICE),
     )
     for widths, activation in (([192, 128], None), ([160, 160], "silu")):
         operands = weight.operands(0.2 * x, [0.08, 0.16], widths=widths, activation=activation)
@@ -141,17 +142,29 @@ def test_product_is_right_however_it_is_cut(
         assert_right(weight, operands, chunked(product, cut))
 
 
+@schemes
+def test_cuts_are_right_where_a_gpu_is_emulated(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, clusters=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    for cluster, warps_n, depth in ((1, 2, 1), (4, 4, 2)):
+        test_product_is_right_however_it_is_cut(scheme, cluster, warps_n, depth)
+    test_a_block_may_have_several_chunks(scheme, [0.4])
+    test_a_block_may_have_several_chunks(scheme, [0.08, 0.16])
+
+
 @pytest.mark.gpu
 @schemes
 @pytest.mark.parametrize("thresholds", [[0.4], [0.08, 0.16]], ids=["plain", "gated"])
 def test_a_block_may_have_several_chunks(scheme: str, thresholds: list[float]) -> None:
     weight, x = (
         weight_of(scheme, 1192, 320, torch.bfloat16),
-        draw(1, 1192, dtype=torch.bfloat16).cuda(),
+        draw(1, 1192, dtype=torch.bfloat16).to(DEVICE),
     )
     cut = Cut(chunk=256, warps_n=2, warps_k=8, unroll=2, blocks=1)
     if len(thresholds) == 1:
-        gain = torch.ones(1192, device="cuda")
+        gain = torch.ones(1192, device=DEVICE)
         dense = weight.operands(x, [-1.0], gain=gain, epsilon=1e-5)
         result = compute(dense, weight.grid, cut)
         expected = by_torch(weight, dense, torch.float64)

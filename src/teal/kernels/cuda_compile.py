@@ -56,7 +56,7 @@ def can_compile(capability: tuple[int, int]) -> bool:
 
 
 @functools.cache
-def has_clusters(device: torch.device) -> bool:
+def has_clusters(device: int | torch.device) -> bool:
     """Tell whether a GPU has clusters of blocks and launches that begin early."""
     return torch.cuda.get_device_capability(device) >= _HOPPER
 

@@ -178,7 +178,7 @@ def definitions_of(operands: Operands, grid: Grid | None, cut: Cut) -> Definitio
 def _prepared(signature: _Signature, cut: Cut | None, device: int) -> _Prepared:
     operands, grid = _shapes_of(signature)
     product = product_of(operands, grid)
-    clusters = has_clusters(torch.device("cuda", device))
+    clusters = has_clusters(device)
     cut = cut or cut_for(product, clusters=clusters)
     kernel = function(SOURCE, "multiply", definitions_of(operands, grid, cut), device)
     return _Prepared(kernel, (tiles(product, cut), cut.cluster), cut.threads, clusters)
