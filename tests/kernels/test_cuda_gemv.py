@@ -56,7 +56,8 @@ def test_what_the_kernel_computes_is_told_from_shapes_and_dtypes(scheme: str) ->
     assert told(dtype=torch.float16)
     assert told(gain=torch.ones(128))
     assert told(threshold=-1.0) != is_float
-    assert told(rows=8) != is_float
+    assert told(rows=8)
+    assert told(rows=8, threshold=-1.0) != is_float
     assert not told(rows=9)
     assert not told(rows=0)
     assert not told(dtype=torch.float32)
@@ -231,6 +232,38 @@ def test_every_row_has_a_mask_of_its_own(scheme: str, rows: tuple[int, ...]) -> 
         for one, added in zip(x.view(-1, 300), residual.view(-1, 192), strict=True)
     ]
     assert torch.equal(compute(operands, weight.grid).view(-1, 192), torch.cat(alone))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", range(2, 9))
+@dtypes
+def test_rows_of_floats_are_multiplied_at_once(dtype: torch.dtype, rows: int) -> None:
+    weight, x = weight_of("floats", 600, 352, dtype), _draw(rows, 600, dtype=dtype)
+    # A row keeps nothing, another everything.
+    x[0] *= 0.01
+    x[-1] += 3.0
+    scale = 0.5 + _draw(2, 600, seed=3).abs()
+    plain = {"bias": _draw(352, dtype=dtype, seed=4), "shift": 0.1 * _draw(600, seed=5)}
+    residual = _draw(rows, 352, dtype=dtype, seed=2)
+    assert_right(weight, weight.operands(x, [0.8], **plain, residual=residual))
+    halves = {"widths": [176] * 2, "activation": "silu"}
+    assert_right(weight, weight.operands(0.2 * x, [0.1] * 2, **halves))
+    assert_right(weight, weight.operands(0.2 * x, [0.1, 0.2], **halves, scale=scale))
+    # Each row is normed by itself, as it is alone.
+    gain = 1 + 0.1 * _draw(600, seed=6)
+    norm = {"widths": [256, 96], "gain": gain, "epsilon": 1e-5}
+    together = weight.times(x, [-1.0, 0.5], **norm)
+    alone = [weight.times(row[None], [-1.0, 0.5], **norm) for row in x]
+    assert relative_error(together, torch.cat(alone).double()) < 4 * torch.finfo(dtype).eps
+
+
+@dtypes
+def test_rows_of_floats_where_a_gpu_is_emulated(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, clusters=True)
+    for rows in (2, 3, 4, 5, 8):
+        test_rows_of_floats_are_multiplied_at_once(dtype, rows)
 
 
 @pytest.mark.gpu

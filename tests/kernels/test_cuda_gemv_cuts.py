@@ -111,6 +111,23 @@ def test_groups_never_ask_for_more_threads_than_a_block_has(scheme: str, warps_n
         assert chunked(product, cut).threads <= 1024
 
 
+@pytest.mark.parametrize("rows", range(2, 9))
+@pytest.mark.parametrize("layer", LAYERS[:4], ids=lambda layer: f"{layer[0]} {layer[1]}")
+def test_products_of_several_rows_compile_without_spills(
+    layer: tuple[int, Sequence[int], str | None], rows: int, tmp_path: Path
+) -> None:
+    operands, _ = _shape_only("floats", layer, torch.bfloat16)
+    x = torch.empty(rows, layer[0], dtype=torch.bfloat16, device="meta")
+    operands = operands._replace(x=x)
+    product = product_of(operands, None)
+    cut = cut_for(product, clusters=True)
+    assert shared_bytes(product, cut) <= 96 * 1024
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled(SOURCE, definitions_of(operands, None, cut), "sm_90"))
+    assert_no_spills(cubin)
+    assert_strips_load_whole(cubin, cut, operands.weight.dtype)
+
+
 def test_what_is_no_cut_of_a_product_does_not_compile() -> None:
     operands, grid = _shape_only("int4 in 128", LAYERS[2], torch.bfloat16)
     product = product_of(operands, grid)

@@ -20,7 +20,7 @@ constexpr int TURNS = (SEGMENTS + WARPS_K - 1) / WARPS_K;
 // warps of a block call it together.
 template <int WIDTH>
 __device__ __forceinline__ void add_chunk(const List& list, const ScaleTile<WIDTH>& scales, int column,
-                                          const u8* weight, float (&total)[PER_LANE]) {
+                                          const u8* weight, float (&total)[ROWS][PER_LANE]) {
   int share = threadIdx.x / WARP / WARPS_N;
   float inverse = 1.0f / list.factor();
 #if FORMAT != INT4
@@ -31,7 +31,9 @@ __device__ __forceinline__ void add_chunk(const List& list, const ScaleTile<WIDT
   if (share == 0) offset = 128.0f * list.sum<List::WORDS>(0);
 #endif
 #pragma unroll
-  for (int c = 0; c < PER_LANE; c++) total[c] += inverse * sums.sum(c) - offset;
+  for (int row = 0; row < ROWS; row++)
+#pragma unroll
+    for (int c = 0; c < PER_LANE; c++) total[row][c] += inverse * sums.sum(c, row) - offset;
 #else
 #pragma unroll 1
   for (int turn = 0; turn < TURNS; turn++) {
@@ -47,12 +49,12 @@ __device__ __forceinline__ void add_chunk(const List& list, const ScaleTile<WIDT
     // Beyond the last channel there are no scales.
     if (begin == end) continue;
     scales.add(segment * SEGMENT / GROUP, column, sums, inverse, list.sum<WORDS>(segment * WORDS),
-               total);
+               total[0]);
   }
 #endif
 }
 
-// The sums of all warps of a block, in shared memory.
+// The sums of all warps of a block, of one row, in shared memory.
 struct Totals {
   alignas(16) float of_warps[WARPS_K][BLOCK_N / PER_LANE * PITCH];
 

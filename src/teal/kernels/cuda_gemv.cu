@@ -1,9 +1,9 @@
-// One product of one row: parts beside each other, or activation(gate) · up.
+// One product of one row, or of several at once: parts beside each other, or activation(gate) · up.
 // docs/kernels.md explains the scheme with a drawing.
 //
 // A cluster of blocks owns a tile of columns and shares the channels. Each block lists the kept ones
 // of its chunks, its warps sum their strips, and each block finishes its share of the columns with
-// what the others send it.
+// what the others send it. Of several rows, a strip is read once if any of them keeps it.
 //
 // Set on the compiler's command line, beside what cuda_hidden.cuh wants: ACTIVATION, HAS_NORM,
 // START_1, START_2, BLOCKS, PREFETCH.
@@ -18,6 +18,7 @@
 constexpr int HALVES = ACTIVATION == NONE ? 1 : 2;  // gate and up
 constexpr int TILE_N = BLOCK_N / HALVES;
 constexpr int FINISHED = TILE_N / CLUSTER;
+constexpr int OUT = N / HALVES;  // columns of the result
 
 static_assert(WARPS_N % HALVES == 0, "a warp has columns of gate or of up");
 static_assert(TILE_N % CLUSTER == 0 && FINISHED <= THREADS, "a thread finishes a column");
@@ -29,7 +30,7 @@ struct Shared {
   Tile scales[HALVES];
   Totals totals;
   // Sums of the columns that this block finishes, of each block of the cluster.
-  float received[CLUSTER][HALVES][FINISHED];
+  float received[ROWS][CLUSTER][HALVES][FINISHED];
   Inbox inbox;
 };
 
@@ -54,61 +55,73 @@ __device__ __forceinline__ float inverse_rms(const u16* x, float epsilon) {
 
 // This thread's activations of a chunk.
 struct Activations {
-  float x[PER_THREAD];
+  float x[ROWS][PER_THREAD];
 
   static __device__ __forceinline__ bool is_inside(int i, int first) {
     int place = i * THREADS + threadIdx.x;
     return place < CHUNK && first + place < K;
   }
 
-  // Read them, through a norm where there is one; `factor` is the norm's once it is known.
+  // Read them, through a norm where there is one; `factors` are the norm's once they are known.
   __device__ __forceinline__ void read(const u16* input, const float* gain, float epsilon, int first,
-                                       float& factor) {
+                                       float (&factors)[ROWS]) {
 #if HAS_NORM
     float gains[PER_THREAD];
 #endif
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
       int channel = is_inside(i, first) ? first + i * THREADS + threadIdx.x : 0;
-      x[i] = low_half(__ldcg(input + channel));
+#pragma unroll
+      for (int row = 0; row < ROWS; row++) x[row][i] = low_half(__ldcg(input + row * K + channel));
 #if HAS_NORM
       gains[i] = gain[channel];
 #endif
     }
 #if HAS_NORM
-    if (factor == 0.0f) factor = inverse_rms(input, epsilon);
-    // Rounded twice, as Hugging Face's LlamaRMSNorm does.
 #pragma unroll
-    for (int i = 0; i < PER_THREAD; i++) x[i] = rounded(rounded(x[i] * factor) * gains[i]);
+    for (int row = 0; row < ROWS; row++) {
+      if (factors[row] == 0.0f) factors[row] = inverse_rms(input + row * K, epsilon);
+#pragma unroll
+      for (int i = 0; i < PER_THREAD; i++) x[row][i] = normed(x[row][i], factors[row], gains[i]);
+    }
 #endif
   }
 
-  // List those that are kept, centred.
+  // List those that some row keeps, centred, and zero in rows that drop them.
   __device__ __forceinline__ void list(List& kept, float threshold, const float* scale,
                                        const float* shift, int first) const {
     bool keeps[PER_THREAD];
-    float centred[PER_THREAD];
+    float centred[ROWS][PER_THREAD];
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
       int channel = is_inside(i, first) ? first + i * THREADS + threadIdx.x : 0;
-      float exact = shift == nullptr ? x[i] : x[i] - shift[channel];
-      float score = scale == nullptr ? fabsf(exact) : fabsf(exact) * scale[channel];
-      // Dropped when <=, so that NaN is kept.
-      keeps[i] = is_inside(i, first) && !(score <= threshold);
-      centred[i] = shift == nullptr ? exact : rounded(exact);
+      keeps[i] = false;
+#pragma unroll
+      for (int row = 0; row < ROWS; row++) {
+        float exact = shift == nullptr ? x[row][i] : x[row][i] - shift[channel];
+        float score = scale == nullptr ? fabsf(exact) : fabsf(exact) * scale[channel];
+        // Dropped when <=, so that NaN is kept.
+        bool is_kept = is_inside(i, first) && !(score <= threshold);
+        keeps[i] |= is_kept;
+        centred[row][i] = !is_kept ? 0.0f : shift == nullptr ? exact : rounded(exact);
+      }
     }
     kept.fill(keeps, centred, first);
   }
 };
 
 // Add up the warps of this block, in their order, and send each sum to the block that finishes it.
-__device__ __forceinline__ void send_sums(Shared& shared, const float (&total)[PER_LANE]) {
-  shared.totals.exchange(total);
-  cluster_wait();  // every block of the cluster has begun
-  for (int i = threadIdx.x; i < BLOCK_N; i += THREADS) {
-    int column = i % TILE_N;
-    shared.inbox.send(&shared.received[blockIdx.y][i / TILE_N][column % FINISHED],
-                      column / FINISHED, shared.totals.sum(i));
+__device__ __forceinline__ void send_sums(Shared& shared, const float (&total)[ROWS][PER_LANE]) {
+#pragma unroll
+  for (int row = 0; row < ROWS; row++) {
+    if (row > 0) __syncthreads();
+    shared.totals.exchange(total[row]);
+    if (row == 0) cluster_wait();  // every block of the cluster has begun
+    for (int i = threadIdx.x; i < BLOCK_N; i += THREADS) {
+      int column = i % TILE_N;
+      shared.inbox.send(&shared.received[row][blockIdx.y][i / TILE_N][column % FINISHED],
+                        column / FINISHED, shared.totals.sum(i));
+    }
   }
 }
 
@@ -159,15 +172,17 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
 
   int finished = rank * FINISHED + threadIdx.x, out_column = first_column + finished;
   bool finishes = threadIdx.x < FINISHED && finished < columns;
-  u16 biases[HALVES] = {}, rest = 0;
+  u16 biases[HALVES] = {}, rest[ROWS] = {};
   if (finishes && bias != nullptr)
 #pragma unroll
     for (int side = 0; side < HALVES; side++)
       biases[side] = load_early(bias + side * START_1 + out_column);
-  if (finishes && residual != nullptr) rest = load_early(residual + out_column);
+  if (finishes && residual != nullptr)
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) rest[row] = load_early(residual + row * OUT + out_column);
 
   bool has_one_list = HALVES == 1 || (scale == nullptr && threshold_0 == threshold_1);
-  float total[PER_LANE] = {}, factor = 0.0f;
+  float total[ROWS][PER_LANE] = {}, factors[ROWS] = {};
 #pragma unroll 1
   for (int first_channel = rank * CHUNK; first_channel < K; first_channel += CLUSTER * CHUNK) {
     if (first_channel != rank * CHUNK) {
@@ -175,7 +190,7 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
       if (FORMAT == INT4) ask_for_scales(first_channel);
     }
     Activations activations;
-    activations.read(x, gain, epsilon, first_channel, factor);
+    activations.read(x, gain, epsilon, first_channel, factors);
     activations.list(shared.lists[0], threshold, scale == nullptr ? scale : scale + part * K, shift,
                      first_channel);
     if (!has_one_list)
@@ -192,21 +207,24 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
   // A block stays until all has come, whether it has columns or not.
   shared.inbox.wait();
   if (!finishes) return;
-  float sums[HALVES];
 #pragma unroll
-  for (int side = 0; side < HALVES; side++) {
-    sums[side] = 0.0f;
+  for (int row = 0; row < ROWS; row++) {
+    float sums[HALVES];
 #pragma unroll
-    for (int block = 0; block < CLUSTER; block++)
-      sums[side] += shared.received[block][side][threadIdx.x];
+    for (int side = 0; side < HALVES; side++) {
+      sums[side] = 0.0f;
+#pragma unroll
+      for (int block = 0; block < CLUSTER; block++)
+        sums[side] += shared.received[row][block][side][threadIdx.x];
 #if FORMAT == INT8 || FORMAT == FP8
-    sums[side] *= shared.scales[side].scale(finished);
+      sums[side] *= shared.scales[side].scale(finished);
 #endif
-    sums[side] += low_half(biases[side]);
-  }
+      sums[side] += low_half(biases[side]);
+    }
 #if ACTIVATION == NONE
-  out[out_column] = to_bits(sums[0] + low_half(rest));
+    out[row * OUT + out_column] = to_bits(sums[0] + low_half(rest[row]));
 #else
-  out[out_column] = to_bits(gated(ACTIVATION == SILU, sums[0], sums[1]));
+    out[row * OUT + out_column] = to_bits(gated(ACTIVATION == SILU, sums[0], sums[1]));
 #endif
+  }
 }

@@ -24,7 +24,7 @@ from teal.kernels.reference_quantized import INT4
 
 SOURCE = "cuda_gemv.cu"
 MAX_PARTS = 3
-# Of quantized weights, each in a launch of its own; several rows of floats are faster elsewhere.
+# Those of floats are multiplied at once, those of codes in launches of their own.
 MAX_ROWS = 8
 
 _ACTIVATIONS = (None, "silu", "gelu_pytorch_tanh")
@@ -49,6 +49,7 @@ class _Signature(NamedTuple):
     scales: tuple[torch.Size, torch.dtype] | None = None
     has_zeros: bool = False
     group_size: int = 0
+    rows: int = 1
 
 
 class _Prepared(NamedTuple):
@@ -71,13 +72,14 @@ def can_compute(operands: Operands, grid: Grid | None) -> bool:
     capability = torch.cuda.get_device_capability(operands.x.device)
     if grid is None:
         # Dense ones are cuBLAS's. Without clusters Triton's kernel has more blocks, which is also
-        # what many channels want.
-        is_wanted = rows == 1 and has_clusters(operands.x.device) and len(weight) <= _LONGEST
+        # what many channels of one row want.
+        is_wanted = has_clusters(operands.x.device) and (rows > 1 or len(weight) <= _LONGEST)
         is_wanted = is_wanted and not reference.keeps_everything(operands.thresholds)
     else:
-        is_wanted = 1 <= rows <= MAX_ROWS
+        is_wanted = True
     return (
         is_wanted
+        and 1 <= rows <= MAX_ROWS
         and len(weight) > 0
         and len(operands.widths) <= MAX_PARTS
         and can_load(weight, grid, operands.widths, operands.x.dtype)
@@ -87,7 +89,7 @@ def can_compute(operands: Operands, grid: Grid | None) -> bool:
 
 
 def compute(operands: Operands, grid: Grid | None = None, cut: Cut | None = None) -> Tensor:
-    """Multiply the kept activations with a weight, in one launch per row.
+    """Multiply the kept activations with a weight, rows of floats at once, of codes one by one.
 
     Sums are in float32 and in one fixed order, so the same input gives the same bits. The result is
     rounded once, after bias, activation and residual.
@@ -118,16 +120,16 @@ def compute(operands: Operands, grid: Grid | None = None, cut: Cut | None = None
         thresholds = (*operands.thresholds, 0.0, 0.0)[:MAX_PARTS]
         numbers = [(number, FLOAT) for number in (*thresholds, operands.epsilon)]
         added = None if residual is None else residual.reshape(-1, columns).contiguous()
-        for row, result_of_row in enumerate(_rows_of(result)):
+        for row in range(0, len(rows), _rows_at_once(operands, grid)):
             launch(
                 prepared.kernel,
                 prepared.blocks,
                 prepared.threads,
                 [
-                    rows[row],
+                    rows[row:],
                     *common,
-                    None if added is None else added[row],
-                    result_of_row,
+                    None if added is None else added[row:],
+                    result[row:],
                     *numbers,
                 ],
                 dependent=prepared.dependent,
@@ -150,6 +152,7 @@ def product_of(operands: Operands, grid: Grid | None) -> Product:
         is_gated=operands.activation is not None,
         group_size=grid.group_size if grid is not None and is_grouped else 0,
         group_bytes=0 if grid is None else grid.scales.itemsize + (grid.zeros is not None),
+        rows=_rows_at_once(operands, grid),
     )
 
 
@@ -170,7 +173,8 @@ def definitions_of(operands: Operands, grid: Grid | None, cut: Cut) -> Definitio
         "START_1": starts[0],
         "START_2": starts[1],
     }
-    strips = strip_definitions(operands.weight, grid, columns, operands.x.dtype, cut)
+    rows = _rows_at_once(operands, grid)
+    strips = strip_definitions(operands.weight, grid, columns, operands.x.dtype, cut, rows)
     return (*strips, *sorted(given.items()))
 
 
@@ -192,6 +196,7 @@ def _signature(operands: Operands, grid: Grid | None) -> _Signature:
         tuple(operands.widths),
         operands.activation,
         operands.gain is not None,
+        rows=_rows_at_once(operands, grid),
     )
     if grid is None:
         return signature
@@ -208,7 +213,7 @@ def _shapes_of(signature: _Signature) -> tuple[Operands, Grid | None]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     weight = empty(*signature.weight)
-    x = empty([1, len(weight)], signature.dtype)
+    x = empty([signature.rows, len(weight)], signature.dtype)
     operands = Operands(
         x,
         weight,
@@ -233,5 +238,5 @@ def _as_floats(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.float().contiguous()
 
 
-def _rows_of(result: Tensor) -> Sequence[Tensor]:
-    return [result] if len(result) == 1 else result.unbind()
+def _rows_at_once(operands: Operands, grid: Grid | None) -> int:
+    return operands.rows if grid is None else 1

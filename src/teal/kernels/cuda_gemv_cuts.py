@@ -12,6 +12,10 @@ from teal.kernels.cuda_strips import WARP, Cut, bits_of
 # A thread has so many channels of a chunk at most: they take registers.
 _CHANNELS_PER_THREAD = 8
 _LEAST_PER_LANE = 8
+# Several rows have sums of their own: few threads leave registers for them.
+_WARPS_OF_ROWS, _UNROLL_OF_ROWS = 8, 4
+# Of a multiprocessor; of a thread, beside sums and strips.
+_REGISTERS, _OTHER_REGISTERS = 65536, 64
 # Of a block.
 _MOST_THREADS = 1024
 # What every GPU that the kernels know lets a block have.
@@ -29,6 +33,7 @@ class Product:
         is_gated: Gate and up share a block.
         group_size: Channels that share a scale; 0 where all of them do.
         group_bytes: Of scale and zero of one group and column.
+        rows: Multiplied at once.
     """
 
     in_features: int
@@ -37,6 +42,7 @@ class Product:
     is_gated: bool = False
     group_size: int = 0
     group_bytes: int = 0
+    rows: int = 1
 
     @property
     def outputs(self) -> tuple[int, ...]:
@@ -60,6 +66,8 @@ def cut_for(product: Product, *, clusters: bool) -> Cut:
     cut = measured_cut(task_of(product))
     # A thread has columns of one part.
     cut = replace(cut, chunk=WARP, per_lane=math.gcd(cut.per_lane, *product.widths))
+    if product.rows > 1:
+        cut = _for_rows(product, cut)
     if not clusters:
         # More channels for a block take more registers.
         cut = replace(cut, cluster=1, blocks=1)
@@ -93,7 +101,7 @@ def tile_columns(product: Product, cut: Cut) -> int:
 
 def chunked(product: Product, cut: Cut) -> Cut:
     """Return `cut` with chunks that every block of a cluster has one of, and that fit into it."""
-    longest = cut.threads * _CHANNELS_PER_THREAD
+    longest = cut.threads * max(1, _CHANNELS_PER_THREAD // product.rows)
     passes = math.ceil(product.in_features / (longest * cut.cluster))
     while True:
         unit = _unit(product, cut)
@@ -114,7 +122,17 @@ def shared_bytes(product: Product, cut: Cut) -> int:
     groups = max(1, cut.chunk // product.group_size) if product.group_size else 1
     # Those of threads lie apart; see cuda_strips.cuh.
     sums = 4 * columns * (cut.warps_k * (cut.per_lane + 4) // cut.per_lane + 1)
-    return halves * 9 * cut.chunk + columns * groups * product.group_bytes + sums
+    lists = halves * (5 + 4 * product.rows) * cut.chunk
+    return lists + columns * (groups * product.group_bytes + 4 * (product.rows - 1)) + sums
+
+
+def _for_rows(product: Product, cut: Cut) -> Cut:
+    """Return a cut whose threads have registers for the sums of all rows."""
+    halves = 2 if product.is_gated else 1
+    cut = replace(cut, warps_n=halves, warps_k=_WARPS_OF_ROWS // halves, unroll=_UNROLL_OF_ROWS)
+    of_batch = cut.unroll * (4 + product.rows)
+    registers = _OTHER_REGISTERS + cut.per_lane * product.rows + of_batch
+    return replace(cut, blocks=max(1, _REGISTERS // (registers * cut.threads)))
 
 
 def _unit(product: Product, cut: Cut) -> int:

@@ -170,17 +170,17 @@ NAME(const void* source, const float* gain, const float* thresholds, const u8* w
   channels.begin(gain);
   wait_for_input();
 
-  float x[PER_THREAD];
+  float x[ROWS][PER_THREAD];
   bool keeps[PER_THREAD];
-  channels.read(source, epsilon, shared.squares, x);
+  channels.read(source, epsilon, shared.squares, x[0]);
 #pragma unroll
   for (int i = 0; i < PER_THREAD; i++)
     // Dropped when <=, so that NaN is kept.
-    keeps[i] = channels.is_inside(i) && !(fabsf(x[i]) <= threshold);
+    keeps[i] = channels.is_inside(i) && !(fabsf(x[0][i]) <= threshold);
   shared.list.fill(keeps, x, first_channel);
-  float total[PER_LANE] = {};
+  float total[ROWS][PER_LANE] = {};
   add_chunk(shared.list, shared.scales, column, weight, total);
-  add_block(total, shared, sums + first_column, bias + first_column, end - first_column, multiplier,
+  add_block(total[0], shared, sums + first_column, bias + first_column, end - first_column, multiplier,
             overflow);
 
   int block = blockIdx.y * gridDim.x + blockIdx.x;

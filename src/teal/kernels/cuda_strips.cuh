@@ -3,7 +3,7 @@
 // A thread has PER_LANE columns beside each other, a warp those of its threads.
 //
 // Set on the compiler's command line, beside what cuda_numbers.cuh wants: K, N, CHUNK, PER_LANE,
-// WARPS_N, WARPS_K, UNROLL, DEPTH, FORMAT.
+// WARPS_N, WARPS_K, UNROLL, DEPTH, FORMAT, ROWS (of activations; several with floats only).
 
 #pragma once
 
@@ -20,6 +20,8 @@
 // Codes that count from below zero: what that adds to a sum is a multiple of the sum of activations.
 #define HAS_OFFSET (FORMAT == INT8 || FORMAT == INT4)
 
+static_assert(ROWS == 1 || FORMAT == FLOATS, "codes are multiplied row by row");
+
 constexpr int BITS = FORMAT == FLOATS ? 16 : FORMAT == INT4 ? 4 : 8;
 constexpr int LOAD_BYTES = PER_LANE * BITS / 8;
 constexpr int LOAD_WORDS = LOAD_BYTES / 4;
@@ -33,19 +35,29 @@ constexpr u64 STRIP_BYTES = (u64)N * BITS / 8;
 // Entries of a list between two of one warp: those of int4 are cut by groups instead.
 constexpr int STRIDE = FORMAT == INT4 ? 1 : WARPS_K;
 
-// What a strip is multiplied with: an activation, or twice its float16.
-#if FORMAT == FLOATS
+// Tensor cores add up codes, and several rows.
+#define ON_TENSOR_CORES (FORMAT != FLOATS || ROWS > 1)
+
+// What a strip is multiplied with: an activation, or twice an operand of tensor cores.
+#if !ON_TENSOR_CORES
 typedef float Input;
 __device__ __forceinline__ Input input_of(float x) { return x; }
+#elif FORMAT == FLOATS
+typedef u32 Input;
+__device__ __forceinline__ Input input_of(float x) { return pair_of(x, x); }
 #else
 typedef u32 Input;
 __device__ __forceinline__ Input input_of(float x) { return to_float16_pair(x, x); }
 #endif
 
-// A kept channel and its activation.
+struct alignas(ROWS % 4 == 0 ? 16 : ROWS % 2 == 0 ? 8 : 4) Inputs {
+  Input of_rows[ROWS];
+};
+
+// A channel that some row keeps, and its activations, zero in rows that drop it.
 struct Entry {
   u32 channel;
-  Input input;
+  Inputs inputs;
 };
 
 // A thread's weights of a channel, which nobody reads again.
@@ -58,7 +70,7 @@ struct Strip {
 // Strips that are under way together, and what they are multiplied with.
 struct Batch {
   Strip strips[UNROLL];
-  Input inputs[UNROLL];
+  Inputs inputs[UNROLL];
 
   // Ask for those of the first entries of a warp, of which there are `count`. Where they are fewer
   // than UNROLL, the last one is read again, and counts for nothing.
@@ -68,7 +80,7 @@ struct Batch {
     for (int u = 0; u < UNROLL; u++) {
       bool is_there = IS_WHOLE || u < count;
       Entry here = list[(is_there ? u : count - 1) * STRIDE];
-      inputs[u] = is_there ? here.input : Input(0);
+      inputs[u] = is_there ? here.inputs : Inputs{};
       strips[u].load(weight + here.channel * STRIP_BYTES);
     }
   }
@@ -88,9 +100,9 @@ struct List {
   float sums[WORDS];  // of the kept activations of each word
 #endif
 
-  // Fill it: thread t has the channels i · THREADS + t.
-  __device__ __forceinline__ void fill(const bool (&keeps)[PER_THREAD], const float (&x)[PER_THREAD],
-                                       int first_channel) {
+  // Fill it: thread t has the channels i · THREADS + t, which some row keeps.
+  __device__ __forceinline__ void fill(const bool (&keeps)[PER_THREAD],
+                                       const float (&x)[ROWS][PER_THREAD], int first_channel) {
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
@@ -98,7 +110,7 @@ struct List {
       u32 kept = __ballot_sync(~0u, keeps[i]);
       if (word < WORDS && lane == 0) words[word] = kept;
 #if HAS_OFFSET
-      float sum = warp_sum(keeps[i] ? x[i] : 0.0f);
+      float sum = warp_sum(keeps[i] ? x[0][i] : 0.0f);
       if (word < WORDS && lane == 0) sums[word] = sum;
 #endif
     }
@@ -106,7 +118,7 @@ struct List {
     u32 magnitude = 0;
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++)
-      if (keeps[i]) magnitude = max(magnitude, __float_as_uint(fabsf(x[i])));
+      if (keeps[i]) magnitude = max(magnitude, __float_as_uint(fabsf(x[0][i])));
     magnitude = __reduce_max_sync(~0u, magnitude);
     if (lane == 0) largest[warp] = magnitude;
 #endif
@@ -118,7 +130,11 @@ struct List {
       int word = i * (THREADS / WARP) + warp;
       if (word < WORDS && (words[word] >> lane & 1)) {
         int place = starts[word] + __popc(words[word] & ((1u << lane) - 1));
-        entries[place] = Entry{(u32)(first_channel + word * WARP + lane), input_of(x[i] * multiplier)};
+        Entry& entry = entries[place];
+        entry.channel = first_channel + word * WARP + lane;
+#pragma unroll
+        for (int row = 0; row < ROWS; row++)
+          entry.inputs.of_rows[row] = input_of(x[row][i] * multiplier);
       }
     }
     __syncthreads();

@@ -101,7 +101,12 @@ def can_load(
 
 
 def strip_definitions(
-    weight: Tensor, grid: Grid | None, columns: int, activations: torch.dtype, cut: Cut
+    weight: Tensor,
+    grid: Grid | None,
+    columns: int,
+    activations: torch.dtype,
+    cut: Cut,
+    rows: int = 1,
 ) -> Definitions:
     """Return what cuda_chunks.cuh is compiled with, and the size of blocks and clusters.
 
@@ -111,6 +116,7 @@ def strip_definitions(
         columns: Of the weight as floats.
         activations: Their dtype.
         cut: How the product is cut.
+        rows: Of activations, multiplied at once.
     """
     in_features = weight.shape[0]
     definitions = {
@@ -127,6 +133,7 @@ def strip_definitions(
         "BLOCKS": cut.blocks,
         "CLUSTER": cut.cluster,
         "DEPTH": cut.depth,
+        "ROWS": rows,
     }
     if grid is not None:
         has_one_group = grid.scales.shape[0] == 1

@@ -1,16 +1,16 @@
-// Sums of strips times activations: of floats one by one, of codes on tensor cores.
+// Sums of strips times activations: one by one, or on tensor cores.
 
 #pragma once
 
 #include "cuda_strips.cuh"
 
-#if FORMAT != FLOATS
+#if ON_TENSOR_CORES
 
 // Tensor cores add up a row of A times a column of B. Here a row of A are weights of the four lanes
 // of a quad, of each lane two columns of two channels, and in every column of B the activations stand
 // at one column of one lane, with zeros beside them: so each lane is given the sums of its columns.
 //
-// Two columns of one channel fill a register. Codes become float16 with one or two operations; what
+// Two columns of one channel fill a register. Floats are operands as they are; codes become float16 with one or two operations; what
 // that multiplies them with, or adds to them, is taken away from the sums:
 //   int8  counts from -128 on as a denormal number, in units of 2^-24
 //   fp8   becomes float16, too small by 2^8
@@ -22,7 +22,9 @@ static_assert(LOAD_WORDS * PAIRS % 2 == 0, "pairs are multiplied two by two");
 
 // A pair of columns as operands: the columns `pair` and `pair` + PAIRS of a word.
 __device__ __forceinline__ u32 columns_of(u32 word, int pair) {
-#if FORMAT == INT8
+#if FORMAT == FLOATS
+  return word;
+#elif FORMAT == INT8
   u32 counts = word ^ 0x80808080u;
   return pair == 0 ? counts & 0x00ff00ffu : __byte_perm(counts, 0, 0x4341);
 #elif FORMAT == FP8
@@ -30,6 +32,15 @@ __device__ __forceinline__ u32 columns_of(u32 word, int pair) {
   return bytes & 0x80008000u | bytes >> 1 & 0x3f803f80u;
 #else
   return (pair < 2 ? word : word >> 8) & (pair % 2 == 0 ? 0x000f000fu : 0x00f000f0u);
+#endif
+}
+
+__device__ __forceinline__ void multiply_operands(float* sums, const u32 (&columns)[4], u32 first,
+                                                  u32 second) {
+#if FORMAT == FLOATS && BFLOAT16
+  multiply_bfloat16(sums, columns, first, second);
+#else
+  multiply_float16(sums, columns, first, second);
 #endif
 }
 
@@ -41,11 +52,11 @@ __device__ __forceinline__ u32 place_of_input() {
 
 #endif
 
-// The sums of a thread's columns.
+// The sums of a thread's columns, of each row.
 struct Sums {
   static constexpr int STEP = UNROLL * STRIDE;  // entries of a list
 
-  float sums[PER_LANE] = {};
+  float sums[ROWS][PER_LANE] = {};
 
   // Add `count` entries of a list, a STRIDE apart.
   __device__ __forceinline__ void add(const Entry* list, int count, const u8* weight) {
@@ -78,26 +89,27 @@ struct Sums {
   }
 
   // The sum of a column, of counts where codes are counts.
-  __device__ __forceinline__ float sum(int column) const {
+  __device__ __forceinline__ float sum(int column, int row = 0) const {
 #if FORMAT == FLOATS
-    return sums[column];
+    return sums[row][column];
 #else
     // Where the column's pair lies, and which of the pair it is.
     int word = column / (2 * PAIRS), pair = column % PAIRS, half = column / PAIRS % 2;
     float unit = FORMAT == FP8 ? 1 << 8 : FORMAT == INT4 && pair % 2 == 1 ? 1 << 20 : 1 << 24;
-    return sums[2 * (word * PAIRS + pair) + half] * unit;
+    return sums[row][2 * (word * PAIRS + pair) + half] * unit;
 #endif
   }
 
  private:
-#if FORMAT == FLOATS
+#if !ON_TENSOR_CORES
   __device__ __forceinline__ void add_batch(const Batch& batch) {
 #pragma unroll
     for (int u = 0; u < UNROLL; u++)
 #pragma unroll
       for (int word = 0; word < LOAD_WORDS; word++) {
-        sums[2 * word] += batch.inputs[u] * low_half(batch.strips[u].words[word]);
-        sums[2 * word + 1] += batch.inputs[u] * high_half(batch.strips[u].words[word]);
+        float input = batch.inputs[u].of_rows[0];
+        sums[0][2 * word] += input * low_half(batch.strips[u].words[word]);
+        sums[0][2 * word + 1] += input * high_half(batch.strips[u].words[word]);
       }
   }
 #else
@@ -105,7 +117,12 @@ struct Sums {
     u32 place = place_of_input();
 #pragma unroll
     for (int u = 0; u < UNROLL; u += AT_ONCE) {
-      u32 inputs[AT_ONCE] = {batch.inputs[u] & place, batch.inputs[u + 1] & place};
+      u32 inputs[ROWS][AT_ONCE];
+#pragma unroll
+      for (int row = 0; row < ROWS; row++)
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+          inputs[row][i] = batch.inputs[u + i].of_rows[row] & place;
 #pragma unroll
       for (int pair = 0; pair < LOAD_WORDS * PAIRS; pair += 2) {
         u32 columns[4];
@@ -115,7 +132,9 @@ struct Sums {
           columns[i] = columns_of(batch.strips[u + i / 2].words[this_pair / PAIRS], this_pair % PAIRS);
         }
         // Two pairs of the first channel, then of the second.
-        multiply_float16(sums + 2 * pair, columns, inputs[0], inputs[1]);
+#pragma unroll
+        for (int row = 0; row < ROWS; row++)
+          multiply_operands(sums[row] + 2 * pair, columns, inputs[row][0], inputs[row][1]);
       }
     }
   }
