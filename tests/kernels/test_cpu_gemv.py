@@ -17,8 +17,8 @@ from teal.kernels import reference
 
 pytest.importorskip("numba")
 
-from teal.kernels.cpu_compiled import list_kept
 from teal.kernels.cpu_gemv import ELEMENTS
+from teal.kernels.cpu_lists import list_kept
 from teal.kernels.ops import sparse_gated, sparse_gemv, sparse_parts
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

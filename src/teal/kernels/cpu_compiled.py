@@ -8,16 +8,18 @@ from typing import Any
 import numba
 import numpy as np
 
-from teal.kernels.cpu_numbers import Array, array, gated, narrow, norm_into, prefetch, widen
+from teal.kernels.cpu_lists import Lists, make_lists
+from teal.kernels.cpu_numbers import Array, array, gated, narrow, prefetch, widen
 from teal.kernels.cpu_threads import compiled
-
-# Channels (lists, K), their activations (lists, K, T) and how many of each list are kept.
-Lists = tuple[Array, Array, Array]
 
 # Strips read side by side: more streams keep more of the memory busy, and their 8 factors still
 # fit the registers of AVX2.
 GROUP = 8
 LINE_BYTES = 64
+# Of strips shorter than this, parts for each thread would keep the memory waiting between them:
+# threads share the channels then, in as many shares whatever their number.
+SHORT_STRIP_BYTES = 8192
+SHARES = 8
 # Only the list knows where the next strips begin: the hardware follows once it saw a few lines.
 PREFETCHED_LINES = 4
 
@@ -60,46 +62,117 @@ def product(
     _, in_features, out_features = sizes
     weight = array(element, weights[0], max(0, in_features - 1) * weights[1] + out_features)
     lists = make_lists(element, inputs, sizes, parts[0], thresholds, epsilon)
+    has_shares = form == BESIDE and out_features * weight.itemsize < SHORT_STRIP_BYTES
+    partial = np.zeros((SHARES * has_shares, sizes[0], out_features), np.float32)
     # The body of a parallel function is slow to compile, so it is small; and an index has one type
     # in both loops, so that what they call is compiled once.
     if threads == 1:
         for thread in range(threads):
-            _slab(element, weight, weights[1], outputs, sizes, parts, form, lists, thread, threads)
+            _work(
+                element,
+                weight,
+                weights[1],
+                outputs,
+                sizes,
+                parts,
+                form,
+                lists,
+                partial,
+                (thread, threads),
+            )
     else:
         for thread in numba.prange(threads):
             index: int = np.int64(thread)  # type: ignore[assignment]
-            _slab(element, weight, weights[1], outputs, sizes, parts, form, lists, index, threads)
+            _work(
+                element,
+                weight,
+                weights[1],
+                outputs,
+                sizes,
+                parts,
+                form,
+                lists,
+                partial,
+                (index, threads),
+            )
+    if has_shares:
+        _finish_shares(element, partial, outputs, out_features)
 
 
 @compiled()
-def make_lists(
+def _work(
     element: np.generic,
-    inputs: tuple[int, int, int, int],
+    weight: Array,
+    stride: int,
+    outputs: tuple[int, int, int],
     sizes: tuple[int, int, int],
-    count: int,
-    thresholds: tuple[float, float, float],
-    epsilon: float,
-) -> Lists:
-    """Return channels (lists, K), their activations (lists, K, T) and how many are kept."""
-    rows, in_features, _ = sizes
-    x = array(element, inputs[0], rows * in_features).reshape(rows, in_features)
-    if inputs[1] != 0:
-        x = _normed(x, array(element, inputs[1], in_features), np.float32(epsilon))
-    channels = np.empty((count, in_features), np.int64)
-    values = np.empty((count, in_features, rows), np.float32)
-    kept = np.empty(count, np.int64)
-    for i in range(count):
-        scale = inputs[2] if inputs[2] == 0 else inputs[2] + 4 * i * in_features
-        kept[i] = list_kept(x, scale, inputs[3], np.float32(thresholds[i]), channels[i], values[i])
-    return channels, values, kept
+    parts: tuple[int, int, int, int],
+    form: int,
+    lists: Lists,
+    partial: Array,
+    place: tuple[int, int],
+) -> None:
+    """Compute what one thread has to: `place` is its number and how many there are."""
+    thread, threads = place
+    if len(partial) == 0:
+        _slab(element, weight, stride, outputs, sizes, parts, form, lists, thread, threads)
+        return
+    # More threads than shares divide the columns too.
+    slabs = (threads + SHARES - 1) // SHARES
+    for task in range(thread, SHARES * slabs, threads):
+        _share(
+            partial[task // slabs],
+            weight,
+            stride,
+            parts,
+            lists,
+            task // slabs,
+            (task % slabs, slabs),
+        )
 
 
 @compiled()
-def _normed(x: Array, gain: Array, epsilon: np.float32) -> Array:
-    result = np.empty_like(x)
-    for row in range(len(x)):
-        norm_into(result[row], x[row], gain, epsilon)
-    return result
+def _share(
+    partial: Array,
+    weight: Array,
+    stride: int,
+    parts: tuple[int, int, int, int],
+    lists: Lists,
+    share: int,
+    place: tuple[int, int],
+) -> None:
+    """Write the product with a share of the kept channels, for the columns of one slab."""
+    channels, values, kept = lists
+    rows, out_features = partial.shape
+    slab, slabs = place
+    begin, end = out_features * slab // slabs, out_features * (slab + 1) // slabs
+    part_begin = 0
+    for i in range(parts[0]):
+        part_end = part_begin + parts[1 + i]
+        first, last = max(begin, part_begin), min(end, part_end)
+        if last > first:
+            groups = kept[i] // GROUP
+            low = groups * share // SHARES * GROUP
+            high = kept[i] if share == SHARES - 1 else groups * (share + 1) // SHARES * GROUP
+            sums = np.zeros((rows, last - first), np.float32)
+            _add_strips(sums, weight, stride, first, channels[i, low:high], values[i, low:high])
+            partial[:, first:last] = sums
+        part_begin = part_end
+
+
+@compiled()
+def _finish_shares(
+    element: np.generic, partial: Array, outputs: tuple[int, int, int], out_features: int
+) -> None:
+    """Add up the shares in their order, and the bias, and write the result."""
+    sums = partial[0]
+    for share in range(1, SHARES):
+        for row in range(len(sums)):
+            total, addends = sums[row], partial[share, row]
+            for c in range(out_features):
+                total[c] += addends[c]
+    _add_bias(element, sums, outputs[0], out_features, 0)
+    write(element, sums, outputs, 0, out_features)
 
 
 @compiled()
@@ -160,6 +233,11 @@ def _add_list(
     """Add the product with the channels of one list, and the bias, to sums, (T, width)."""
     channels, values, kept = lists
     _add_strips(sums, weight, stride, first, channels[i, : kept[i]], values[i, : kept[i]])
+    _add_bias(element, sums, bias, out_features, first)
+
+
+@compiled()
+def _add_bias(element: np.generic, sums: Array, bias: int, out_features: int, first: int) -> None:
     if bias != 0:
         addends = array(element, bias, out_features)
         for row in range(len(sums)):
@@ -186,63 +264,6 @@ def border(
         left -= cost
         column += parts[1 + i]
     return column
-
-
-@compiled()
-def list_kept(
-    x: Array, scale_address: int, shift_address: int, threshold: np.float32, *lists: Array
-) -> int:
-    """List the channels that any row keeps, with 0 for the rows that drop them.
-
-    Args:
-        x: Activations, (T, K).
-        scale_address: Where scale (K,) begins, float32; 0 for none.
-        shift_address: Where shift (K,) begins, float32; 0 for none.
-        threshold: Cut-off in score units.
-        *lists: Room for channels (K,) int64, and for their activations (K, T) float32.
-
-    Returns:
-        How many channels are kept; the lists mean nothing from there on.
-    """
-    channels, values = lists
-    rows, in_features = x.shape
-    scale = array(np.float32(0), scale_address, in_features * (scale_address != 0))
-    shift = array(np.float32(0), shift_address, in_features * (shift_address != 0))
-    kept = 0
-    # Entries are written before it is decided whether they stay: there is no branch to mispredict.
-    if rows == 1:
-        for channel in range(in_features):
-            value, score = _score(x[0, channel], channel, scale, shift)
-            channels[kept] = channel
-            values[kept, 0] = value
-            kept += not (score <= threshold)
-        return kept
-    for channel in range(in_features):
-        channels[kept] = channel
-        keep_any = False
-        for row in range(rows):
-            value, score = _score(x[row, channel], channel, scale, shift)
-            keep = not (score <= threshold)
-            values[kept, row] = value if keep else np.float32(0)
-            keep_any |= keep
-        kept += keep_any
-    return kept
-
-
-@compiled()
-def _score(
-    bits: np.generic, channel: int, scale: Array, shift: Array
-) -> tuple[np.float32, np.float32]:
-    """Return an activation less its shift, and its score. Compared as not ≤, NaN is kept."""
-    value = widen(bits)
-    score = value
-    if len(shift) > 0:
-        score = value - shift[channel]
-        value = widen(narrow(bits, score))
-    score = abs(score)
-    if len(scale) > 0:
-        score = score * scale[channel]
-    return value, score
 
 
 @compiled(fuse=True)

@@ -38,8 +38,8 @@ def compute(operands: Operands) -> Tensor:
     """Multiply the kept activations with the weight, accumulating in float32.
 
     Same meaning as the reference; rounded once, after bias, activation and residual. The result
-    has the same bits whatever the number of threads: each column is summed by one of them, in the
-    order of the channels. A strip is read when any row keeps its channel, once for all rows.
+    has the same bits whatever the number of threads: the order of sums does not depend on it. A
+    strip is read when any row keeps its channel, once for all rows.
 
     Args:
         operands: Checked, and such that `can_compute`.

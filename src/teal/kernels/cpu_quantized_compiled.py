@@ -1,7 +1,7 @@
 """CPU kernel of the products with quantized weights: codes of kept channels are read once.
 
-Legend: `T` rows, `K` in_features, `N` out_features. As in cpu_compiled, which makes the lists; the
-sum of a group of channels is scaled once.
+Legend: `T` rows, `K` in_features, `N` out_features. As in cpu_compiled; the sum of a group of
+channels is scaled once.
 """
 
 from typing import Any
@@ -14,12 +14,11 @@ from teal.kernels.cpu_compiled import (
     BESIDE,
     GELU,
     LINE_BYTES,
-    Lists,
     border,
     gate,
-    make_lists,
     write,
 )
+from teal.kernels.cpu_lists import Lists, make_lists
 from teal.kernels.cpu_numbers import Array, array, widen
 from teal.kernels.cpu_quantized_strips import add_nibbles, add_strips
 from teal.kernels.cpu_threads import compiled
