@@ -159,6 +159,15 @@ def test_product_is_right_however_it_is_cut(
         assert_right(weight, operands, chunked(product, cut))
 
 
+@pytest.mark.gpu
+def test_threads_of_floats_may_have_half_as_many_columns() -> None:
+    weight, x = weight_of("floats", 1200, 320, torch.bfloat16), draw(2, 1200, dtype=torch.bfloat16)
+    cut = Cut(chunk=32, per_lane=4, warps_n=2, warps_k=4, unroll=8, blocks=1, cluster=8)
+    for rows in (1, 2):
+        operands = weight.operands(x[:rows].to(DEVICE), [0.4, 0.8], widths=[192, 128])
+        assert_right(weight, operands, chunked(product_of(operands, None), cut))
+
+
 @schemes
 def test_cuts_are_right_where_a_gpu_is_emulated(
     scheme: str, monkeypatch: pytest.MonkeyPatch
@@ -167,6 +176,8 @@ def test_cuts_are_right_where_a_gpu_is_emulated(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     for cluster, warps_n, depth in ((1, 2, 1), (4, 4, 2)):
         test_product_is_right_however_it_is_cut(scheme, cluster, warps_n, depth)
+    if scheme == "floats":
+        test_threads_of_floats_may_have_half_as_many_columns()
     test_a_block_may_have_several_chunks(scheme, [0.4])
     test_a_block_may_have_several_chunks(scheme, [0.08, 0.16])
 

@@ -60,12 +60,13 @@ ALIGNED: dict[Input, tuple[int, list[int]]] = {
     "gelu_pytorch_tanh": (200, [288]),
 }
 
-# Unlike each other in every respect; threads of floats have 8 columns in all of them.
+# Unlike each other in every respect.
 CUTS = [
     Cut(chunk=256, per_lane=8, warps_n=2, warps_k=4, unroll=4, blocks=2, cluster=8, depth=2),
     Cut(chunk=608, per_lane=16, warps_n=1, warps_k=8, unroll=2, blocks=2, cluster=4, depth=2),
     Cut(chunk=128, per_lane=32, warps_n=1, warps_k=4, unroll=4, blocks=2, cluster=8),
     Cut(chunk=96, per_lane=16, warps_n=4, warps_k=2, unroll=8, blocks=1, cluster=8),
+    Cut(chunk=160, per_lane=4, warps_n=1, warps_k=8, unroll=8, blocks=1, cluster=8),
 ]
 
 inputs = pytest.mark.parametrize("kind", SHAPES)
@@ -81,8 +82,8 @@ def wanted(kind: Input, scheme: str = "floats", **changes: object) -> Wanted:
 
 def _for(scheme: str, cut: Cut) -> Cut:
     """Return a cut whose threads have as many columns as they can have of a format."""
-    most = {"floats": 8, "int8": 16, "fp8": 16}.get(scheme, 32)
-    return replace(cut, per_lane=min(cut.per_lane, most))
+    least, most = {"floats": (4, 8), "int8": (8, 16), "fp8": (8, 16)}.get(scheme, (8, 32))
+    return replace(cut, per_lane=min(max(cut.per_lane, least), most))
 
 
 def _source(kind: Input, dtype: torch.dtype, device: str = "cuda") -> tuple[Tensor, Tensor]:

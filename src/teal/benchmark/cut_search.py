@@ -10,7 +10,7 @@ from random import Random
 from teal.kernels.cuda_strips import Cut
 
 # Columns of a thread by bits of a weight.
-_PER_LANE = {16: (8,), 8: (8, 16), 4: (8, 16, 32)}
+_PER_LANE = {16: (4, 8, 8), 8: (8, 16), 4: (8, 16, 32)}
 _WARPS_K = (2, 4, 8, 8, 16)
 _UNROLLS = (2, 4, 4, 8, 8, 16)
 _LEAST_THREADS = 64

@@ -39,7 +39,7 @@ class Cut:
     Attributes:
         chunk: Channels that a block lists at a time, a multiple of 32; of int4 a multiple of the
             channels that share a scale, or a part of them.
-        per_lane: Columns of a thread: 8 of floats, 8 or 16 of 8 bits, up to 32 of 4 bits.
+        per_lane: Columns of a thread: 4 or 8 of floats, 8 or 16 of 8 bits, 8 to 32 of 4 bits.
         warps_n: Warps beside each other.
         warps_k: Warps that share the channels.
         unroll: Strips that a thread asks for at a time, of codes an even number.
