@@ -53,19 +53,20 @@ def emulate(monkeypatch: pytest.MonkeyPatch, *, clusters: bool) -> None:
 
 
 @functools.cache
-def _folder() -> Path:
-    """Return where the sources are, with functions of the host for those of the GPU."""
-    folder = Path(tempfile.mkdtemp(prefix="emulated-"))
+def _sources() -> tempfile.TemporaryDirectory[str]:
+    """Keep the sources, with functions of the host for those of the GPU, while tests run."""
+    temporary = tempfile.TemporaryDirectory(prefix="emulated-")
+    folder = Path(temporary.name)
     for path in (*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")):
         (folder / path.name).write_text(path.read_text().replace(DECLARED, GIVEN))
     shutil.copy(HEADER, folder / "cuda_ptx.cuh")
-    return folder
+    return temporary
 
 
 @functools.cache
 def _function(source: str, name: str, definitions: Definitions, device: object) -> Kernel:
     del device
-    folder = _folder()
+    folder = Path(_sources().name)
     number = len(list(folder.glob("*.so")))
     entry = folder / f"{number}.cpp"
     entry.write_text(f'#include "{source}"\n' + ENTRY % name)

@@ -46,10 +46,12 @@ def time_call(call: Call, device: torch.device, *, least_calls: int) -> Timing:
     if device.type != "cuda":
         return summary_of([_clocked(call, least_calls) for _ in range(_REPEATS["cpu"])])
     calls = max(least_calls, min(_MOST_CALLS, int(_REPLAY_SECONDS * 1e6 / _guess(call))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def call_all() -> None:
         for i in range(calls):
             call(i)
+
+    graph = _captured(call_all)
     graph.replay()
     replays = [_between_events(graph.replay) for _ in range(_REPEATS["cuda"])]
     return summary_of([milliseconds * 1e3 / calls for milliseconds in replays])
@@ -69,9 +71,7 @@ def time_graph(
     Returns:
         Microseconds.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
+    graph = _captured(work)
 
     def replay_all() -> None:
         for _ in range(replays):
@@ -95,6 +95,13 @@ def summary_of(times: list[float]) -> Timing:
         return Timing(median=times[0], low=times[0], high=times[0])
     deciles = statistics.quantiles(times, n=10, method="inclusive")
     return Timing(median=statistics.median(times), low=deciles[0], high=deciles[-1])
+
+
+def _captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
 
 
 def _guess(call: Call) -> float:

@@ -1,6 +1,5 @@
 """`teal bench`: how fast is it, beside dense?"""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -100,8 +99,7 @@ def gemv(
     if scheme and peer_teal:
         raise UserError("TEAL's kernels are of floats. Leave out --quantize.")
     if tune:
-        products = (_product(shape, number, place, 1, scheme) for shape in wanted)
-        _write_tables(tune, products, len(wanted), place)
+        _write_tables(tune, wanted, number, place, scheme)
         return
     peer = Peer(peer_teal) if peer_teal else None
     bandwidth = read_bandwidth(place)
@@ -160,22 +158,27 @@ def _print(results: "list[GemvResult]", bandwidth: float) -> None:
 
 
 def _write_tables(
-    folder: Path, products: "Iterable[Product]", number: int, device: "torch.device"
+    folder: Path,
+    shapes: "list[Shape]",
+    dtype: "torch.dtype",
+    device: "torch.device",
+    scheme: "Scheme | None",
 ) -> None:
     from teal.benchmark import tune_product, tune_tiles
     from teal.benchmark.machine import describe_machine
     from teal.benchmark.tuned import write_cuts, write_tiles
 
     name = describe_machine(device)["device"]
-    for product, _ in zip(products, progress_bar(range(number), "Products"), strict=True):
+    for shape in progress_bar(shapes, "Products"):
+        product = _product(shape, dtype, device, 1, scheme)
         if tune_product.is_cut(product):
             task, cut = tune_product.tune(product)
             path = write_cuts(folder, {task: cut}, name)
-            say(f"{product.shape.name}: {cut}")
+            say(f"{shape.name}: {cut}")
         else:
             row = tune_tiles.tune(product)
             path = write_tiles(folder, [row], name)
-            say(f"{product.shape.name}: {row.tile}")
+            say(f"{shape.name}: {row.tile}")
     say(f"The table is in {path}.")
 
 

@@ -63,7 +63,7 @@ def product(
     weight = array(element, weights[0], max(0, in_features - 1) * weights[1] + out_features)
     lists = make_lists(element, inputs, sizes, parts[0], thresholds, epsilon)
     has_shares = form == BESIDE and out_features * weight.itemsize < SHORT_STRIP_BYTES
-    partial = np.zeros((SHARES * has_shares, sizes[0], out_features), np.float32)
+    partial = np.empty((SHARES * has_shares, sizes[0], out_features), np.float32)
     # The body of a parallel function is slow to compile, so it is small; and an index has one type
     # in both loops, so that what they call is compiled once.
     if threads == 1:

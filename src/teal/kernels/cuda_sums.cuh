@@ -10,8 +10,9 @@
 // of a quad, of each lane two columns of two channels, and in every column of B the activations stand
 // at one column of one lane, with zeros beside them: so each lane is given the sums of its columns.
 //
-// Two columns of one channel fill a register. Floats are operands as they are; codes become float16 with one or two operations; what
-// that multiplies them with, or adds to them, is taken away from the sums:
+// Two columns of one channel fill a register. Floats are operands as they are; codes become float16
+// with one or two operations, and what that multiplies them with, or adds to them, is taken away from
+// the sums:
 //   int8  counts from -128 on as a denormal number, in units of 2^-24
 //   fp8   becomes float16, too small by 2^8
 //   int4  as int8, from 0 on, every other pair in units of 2^-20
