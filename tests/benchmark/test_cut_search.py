@@ -37,7 +37,7 @@ def test_the_search_comes_near_to_the_best() -> None:
         return abs(cut.warps_k - 8) + abs(cut.unroll - 8) + 10 * (cut.chunk != 512) + cut.warps_n
 
     found = fastest(space(), KNOWN, accept, time)
-    assert time(found) <= 1 + time(Cut(chunk=512, warps_n=1, warps_k=8, unroll=8, blocks=1))
+    assert time(found.cut) <= 1 + time(Cut(chunk=512, warps_n=1, warps_k=8, unroll=8, blocks=1))
 
 
 def test_cuts_that_do_not_compile_or_run_are_left_out() -> None:
@@ -51,7 +51,7 @@ def test_cuts_that_do_not_compile_or_run_are_left_out() -> None:
         return 1.0 if cut.unroll == 4 else 2.0
 
     found = fastest(space(), KNOWN, compile_cut, time)
-    assert (found.unroll, found.depth) == (4, 1)
+    assert (found.cut.unroll, found.cut.depth) == (4, 1)
 
 
 def test_what_is_known_has_to_compute() -> None:
@@ -72,4 +72,6 @@ def test_the_luckiest_of_many_has_to_be_fast_again() -> None:
 
     found = fastest(space(), KNOWN, accept, time)
     assert max(calls.values()) == 2
-    assert calls[found] == 2
+    assert calls[found.cut] == 2
+    assert (found.microseconds, found.known_microseconds) == (2.0, 2.0)
+    assert str(found).startswith("2.0 → 2.0 µs: Cut(")

@@ -39,6 +39,6 @@ def test_the_cut_that_is_found_is_of_the_product(
     )
     if not is_cut(product):
         pytest.skip("Triton's kernel computes floats on this GPU")
-    task, cut = tune(product)
+    task, found = tune(product)
     assert (task.kernel, task.in_features, task.out_features) == ("product", 256, sum(shape.widths))
-    assert cut.threads <= 1024
+    assert found.cut.threads <= 1024

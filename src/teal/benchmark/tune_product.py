@@ -6,7 +6,7 @@ from dataclasses import replace
 from teal.benchmark.gemv import Product
 
 try:
-    from teal.benchmark.cut_search import CutSpace, fastest
+    from teal.benchmark.cut_search import CutSpace, Found, fastest
     from teal.kernels import cuda_compile, cuda_gemv, cuda_gemv_cuts
     from teal.kernels.cuda_cuts import Task
     from teal.kernels.cuda_strips import WARP, Cut
@@ -27,7 +27,7 @@ def is_cut(product: Product) -> bool:
     return cuda_gemv is not None and product.x.is_cuda and cuda_gemv.can_compute(operands, grid)
 
 
-def tune(product: Product) -> "tuple[Task, Cut]":
+def tune(product: Product) -> "tuple[Task, Found]":
     """Search the cut of one row at 50 % sparsity, on weights that no cache holds.
 
     Args:

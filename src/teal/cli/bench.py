@@ -172,9 +172,9 @@ def _write_tables(
     for shape in progress_bar(shapes, "Products"):
         product = _product(shape, dtype, device, 1, scheme)
         if tune_product.is_cut(product):
-            task, cut = tune_product.tune(product)
-            path = write_cuts(folder, {task: cut}, name)
-            say(f"{shape.name}: {cut}")
+            task, found = tune_product.tune(product)
+            path = write_cuts(folder, {task: found.cut}, name)
+            say(f"{shape.name}: {found}")
         else:
             row = tune_tiles.tune(product)
             path = write_tiles(folder, [row], name)

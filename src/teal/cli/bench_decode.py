@@ -198,11 +198,11 @@ def _write_table(folder: Path, subject: "Subject") -> None:
     from teal.benchmark.tuned import write_cuts
 
     name = describe_machine(subject.device)["device"]
-    for task, cut in tune(subject, progress_bar):
+    for task, found in tune(subject, progress_bar):
         # One after the other, so that an interrupted search keeps what it found.
-        path = write_cuts(folder, {task: cut}, name)
+        path = write_cuts(folder, {task: found.cut}, name)
         kind = "dense" if task.is_dense else "sparse"
-        say(f"{task.in_features} → {task.out_features} from {task.form}, {kind}: {cut}")
+        say(f"{task.in_features} → {task.out_features} from {task.form}, {kind}: {found}")
     say(f"The table is in {path}.")
 
 
