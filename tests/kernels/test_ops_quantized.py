@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from helpers import relative_error
 from torch import Tensor
 
 from teal.foundation.errors import UserError
-from teal.kernels import dispatch_quantized, ops, ops_quantized
+from teal.kernels import dispatch_quantized, ops, ops_quantized, reference_quantized
 from teal.quantization import Scheme, round_to_nearest
 
 TINY = 2e-6
@@ -64,6 +65,29 @@ def test_operations_equal_the_reference(name: str, scheme: Scheme, device: torch
     result = getattr(ops_quantized, name)(*arguments)
     assert result.shape == expected.shape
     assert relative_error(result, expected) < TINY
+
+
+@schemes
+@pytest.mark.parametrize("widths", [[32, 64], [33, 63]], ids=str)
+def test_the_general_path_holds_few_columns_as_floats(
+    scheme: Scheme, widths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, *weight = call("quantized_parts", scheme, "cpu")[:5]
+    arguments = (x, *weight, [0.5, 0.7], widths)
+    compute = dispatch_quantized.IMPLEMENTATIONS["CompositeExplicitAutograd"]["quantized_parts"]
+    at_once, sizes = compute(*arguments), []
+
+    def dequantized(*arguments: Any) -> Tensor:
+        floats = reference_quantized.dequantized(*arguments)
+        sizes.append(floats.numel())
+        return floats
+
+    monkeypatch.setattr(dispatch_quantized, "dequantized", dequantized)
+    monkeypatch.setattr(dispatch_quantized, "_MOST_FLOATS", 70 * 7)
+    assert relative_error(compute(*arguments), at_once) < TINY
+    # Of int4, one more column.
+    assert max(sizes) <= 70 * 8
+    assert len(sizes) == sum(math.ceil(width / 7) for width in widths)
 
 
 @operations

@@ -31,8 +31,6 @@ _CHUNKS = (64, 96, 128, 160, 192, 256, 256, 320, 384, 512, 608, 768, 1024)
 _MOST_THREADS = 512
 # A block that computes the norm shares it with a cluster.
 _CLUSTERS = (8, 8, 4)
-# Tokens of context.
-_POSITION = 192
 _REPLAYS, _REPEATS = 10, 3
 
 
@@ -51,38 +49,48 @@ def tune(subject: Subject, progress: Progress = silent) -> "Iterator[tuple[Task,
     """
     engines = subject.engines([0.0, SPARSITY])
     decoders = [engine.decoder() for engine in engines.values()]
+    caches = {decoder: _cache_of(decoder, subject) for decoder in decoders}
     searches = [(decoder, name) for decoder in decoders for name in _NAMES]
     found: dict[Decoder, dict[str, Cut]] = {decoder: {} for decoder in decoders}
     for decoder, name in progress(searches, f"Cuts for {subject.name}"):
-        trial = _Trial(decoder, name, found[decoder])
+        trial = _Trial(decoder, caches[decoder], name, found[decoder])
         fastest_cut = fastest(trial.space(), trial.known, trial.compile, trial.time)
         found[decoder][name] = fastest_cut.cut
         yield trial.task, fastest_cut
 
 
+@torch.inference_mode()
+def _cache_of(decoder: Decoder, subject: Subject) -> KeyValueCache:
+    """Return a cache that holds the prompt: after an empty one, other channels are kept."""
+    weights = decoder.weights
+    cache = KeyValueCache(decoder.architecture, 1, subject.capacity, weights.dtype, weights.device)
+    reason = obstacle(decoder, cache)
+    if reason:
+        raise UserError(
+            f"There are no cuts to search: {reason}. Run --tune on a GPU with a model that "
+            "decodes by the fused step."
+        )
+    decoder.prefill(torch.tensor(subject.prompt), cache)
+    return cache
+
+
 class _Trial:
     """Steps of a decoder with one product cut in several ways, the others as found before."""
 
-    def __init__(self, decoder: Decoder, name: str, found: "dict[str, Cut]") -> None:
-        self._decoder, self._name, self._found = decoder, name, found
-        weights = decoder.weights
-        self._cache = KeyValueCache(
-            decoder.architecture, 1, 2 * _POSITION, weights.dtype, weights.device
-        )
-        reason = obstacle(decoder, self._cache)
-        if reason:
-            raise UserError(
-                f"There are no cuts to search: {reason}. Run --tune on a GPU with a model that "
-                "decodes by the fused step."
-            )
-        step = FusedStep(decoder, self._cache)
+    def __init__(
+        self, decoder: Decoder, cache: KeyValueCache, name: str, found: "dict[str, Cut]"
+    ) -> None:
+        self._decoder, self._cache, self._name, self._found = decoder, cache, name, found
+        self._position = cache.positions.clone()
+        device = decoder.weights.device
+        step = FusedStep(decoder, cache)
         self._memory = step.memory
         self._projections = getattr(step.layers[0], name)
         self.task = cuda_step.task_of(self._projections)
         self.known = cuda_step.cut_for(
-            self._projections, clusters=cuda_compile.has_clusters(weights.device)
+            self._projections, clusters=cuda_compile.has_clusters(device)
         )
-        self._token = torch.zeros(1, dtype=torch.int64, device=weights.device)
+        self._token = torch.zeros(1, dtype=torch.int64, device=device)
 
     def space(self) -> "CutSpace":
         """Return the cuts that are tried."""
@@ -106,10 +114,15 @@ class _Trial:
     def time(self, cut: "Cut") -> float:
         """Return the microseconds of a step; a `RuntimeError` says that the cut is none."""
         step = FusedStep(self._decoder, self._cache, cuts={**self._found, self._name: cut})
-        self._rewind()
-        # Not captured, so that a launch that cannot be spoils no graph.
-        step(self._token, self._cache)
-        return time_graph(lambda: step(self._token, self._cache), self._rewind, _REPLAYS, _REPEATS)
 
-    def _rewind(self) -> None:
-        self._cache.positions.fill_(_POSITION)
+        # At the same position every time: others keep other channels.
+        def work() -> None:
+            self._cache.positions.copy_(self._position)
+            step(self._token, self._cache)
+
+        # Not captured, so that a launch that cannot be spoils no graph.
+        work()
+        try:
+            return time_graph(work, lambda: None, _REPLAYS, _REPEATS)
+        finally:
+            self._cache.positions.copy_(self._position)

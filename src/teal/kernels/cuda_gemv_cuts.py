@@ -71,10 +71,11 @@ def cut_for(product: Product, *, clusters: bool) -> Cut:
     if not clusters:
         # More channels for a block take more registers.
         cut = replace(cut, cluster=1, blocks=1)
-    if tile_columns(product, cut) > cut.threads * cut.cluster:
+    whole = chunked(product, cut)
+    if tile_columns(product, whole) > whole.threads * whole.cluster:
         # A thread finishes one column.
-        cut = replace(cut, per_lane=_LEAST_PER_LANE)
-    return chunked(product, cut)
+        return chunked(product, replace(cut, per_lane=_LEAST_PER_LANE))
+    return whole
 
 
 def task_of(product: Product) -> Task:
@@ -130,6 +131,7 @@ def _for_rows(product: Product, cut: Cut) -> Cut:
     """Return a cut whose threads have registers for the sums of all rows."""
     halves = 2 if product.is_gated else 1
     cut = replace(cut, warps_n=halves, warps_k=_WARPS_OF_ROWS // halves, unroll=_UNROLL_OF_ROWS)
+    cut = replace(cut, depth=1)
     of_batch = cut.unroll * (4 + product.rows)
     registers = _OTHER_REGISTERS + cut.per_lane * product.rows + of_batch
     return replace(cut, blocks=max(1, _REGISTERS // (registers * cut.threads)))

@@ -96,13 +96,24 @@ def _checked(compute: Compute, operands: Operands) -> Tensor:
 
 def by_reference(operands: Operands) -> Tensor:
     """Compute a product in plain PyTorch."""
-    x, weight, thresholds, widths, scale, shift, bias, residual, gain, epsilon, activation = (
-        operands
+    o = operands
+    parts = reference.sparse_parts(
+        normed(o), o.weight, o.thresholds, o.widths, o.scale, o.shift, o.bias
     )
-    x = x if gain is None else reference.rms_norm(x, gain, epsilon)
-    result = reference.sparse_parts(x, weight, thresholds, widths, scale, shift, bias)
-    result = result if residual is None else result + residual
-    return result if activation is None else reference.gate_and_up(result, activation)
+    return finished(parts, o)
+
+
+def normed(operands: Operands) -> Tensor:
+    """Return the activations that are multiplied."""
+    x, gain = operands.x, operands.gain
+    return x if gain is None else reference.rms_norm(x, gain, operands.epsilon)
+
+
+def finished(parts: Tensor, operands: Operands) -> Tensor:
+    """Return the result of a product from its parts beside each other."""
+    residual, activation = operands.residual, operands.activation
+    parts = parts if residual is None else parts + residual
+    return parts if activation is None else reference.gate_and_up(parts, activation)
 
 
 def _on_cuda(operands: Operands) -> Tensor:

@@ -1,15 +1,17 @@
 """Who computes an operation on a quantized weight: checks, then the kernel of the device."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from teal.kernels.checks import check_quantized
-from teal.kernels.dispatch import by_reference, gated_operands, has_numba
+from teal.kernels.dispatch import by_reference, finished, gated_operands, has_numba, normed
 from teal.kernels.operands import Grid, Operands
-from teal.kernels.reference_quantized import dequantized
+from teal.kernels.reference import sparse_gemv
+from teal.kernels.reference_quantized import INT4, dequantized
 
 try:
     from teal.kernels import cuda_gemv
@@ -21,6 +23,9 @@ except ImportError:
     cpu_quantized = None  # type: ignore[assignment]
 
 Compute = Callable[[Operands, Grid], Tensor]
+
+# Of a weight at a time: prefill shall not need much memory beside weights of few bits.
+_MOST_FLOATS = 1 << 22
 
 
 def _parts(
@@ -54,9 +59,37 @@ def _checked(compute: Compute, operands: Operands, grid: Grid) -> Tensor:
 
 
 def _by_reference(operands: Operands, grid: Grid) -> Tensor:
-    """Compute with the weight as floats in the dtype of `x`."""
-    weight = dequantized(operands.weight, *grid, operands.x.dtype)
-    return by_reference(operands._replace(weight=weight))
+    """Compute with the weight as floats in the dtype of `x`, of some columns at a time."""
+    o, x = operands, normed(operands)
+    products = []
+    for part, columns in _pieces(o.widths, len(o.weight)):
+        weight = _floats(o.weight, grid, columns, x.dtype)
+        scale = None if o.scale is None else o.scale[part]
+        bias = None if o.bias is None else o.bias[columns]
+        products.append(sparse_gemv(x, weight, o.thresholds[part], scale, o.shift, bias))
+    return finished(torch.cat(products, dim=-1), o)
+
+
+def _pieces(widths: Sequence[int], in_features: int) -> Iterator[tuple[int, slice]]:
+    """Yield parts and columns of each that are few enough to be held as floats."""
+    most = max(1, _MOST_FLOATS // in_features)
+    start = 0
+    for part, width in enumerate(widths):
+        for first in range(start, start + width, most):
+            yield part, slice(first, min(first + most, start + width))
+        start += width
+
+
+def _floats(codes: Tensor, grid: Grid, columns: slice, dtype: torch.dtype) -> Tensor:
+    """Return some columns of a weight as floats."""
+    if codes.dtype != INT4:
+        codes, before = codes[:, columns], 0
+    else:
+        # Two in a byte: the first may be one that is not asked for.
+        codes, before = codes[:, columns.start // 2 : (columns.stop + 1) // 2], columns.start % 2
+    wider = slice(columns.start - before, columns.stop)
+    zeros = None if grid.zeros is None else grid.zeros[:, wider]
+    return dequantized(codes, grid.scales[:, wider], zeros, grid.group_size, dtype)[:, before:]
 
 
 def _on_cuda(operands: Operands, grid: Grid) -> Tensor:

@@ -30,14 +30,14 @@ def unpack_nibbles(packed: Tensor, out_features: int) -> Tensor:
     """Undo `pack_nibbles`.
 
     Args:
-        packed: (in_features, ⌈out_features / 2⌉), uint8.
+        packed: (..., ⌈out_features / 2⌉), uint8.
         out_features: Columns to return.
 
     Returns:
-        Numbers from 0 to 15, (in_features, out_features), uint8.
+        Numbers from 0 to 15, (..., out_features), uint8.
     """
     halves = torch.stack((packed & 0xF, packed >> 4), dim=-1)
-    return halves.flatten(1)[:, :out_features]
+    return halves.flatten(-2)[..., :out_features]
 
 
 def dequantized(
@@ -61,11 +61,20 @@ def dequantized(
         Channel-major weight, (in_features, out_features).
     """
     wide = torch.promote_types(dtype, torch.float32)
-    groups = [
-        _integers(codes[rows], scales.shape[1], _row(zeros, group), wide) * scales[group].to(wide)
-        for group, rows in enumerate(_groups(len(codes), group_size))
-    ]
-    return torch.cat(groups).to(dtype)
+    in_features, out_features = len(codes), scales.shape[1]
+    weight = torch.empty(in_features, out_features, dtype=dtype, device=codes.device)
+    # Whole groups at once, then what is left of the last.
+    whole = in_features // group_size
+    for first, number, size in ((0, whole, group_size), (whole, 1, in_features % group_size)):
+        if not number * size:
+            continue
+        rows = slice(first * group_size, first * group_size + number * size)
+        groups = slice(first, first + number)
+        row = None if zeros is None else zeros[groups, None]
+        integers = codes[rows].view(number, size, -1)
+        scaled = _integers(integers, out_features, row, wide).mul_(scales[groups, None].to(wide))
+        weight[rows] = scaled.flatten(0, 1)
+    return weight
 
 
 def quantized_gemv(
@@ -124,7 +133,7 @@ def _row(zeros: Tensor | None, group: int) -> Tensor | None:
 
 
 def _integers(codes: Tensor, out_features: int, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return `code - zero` of some channels, (channels, out_features), exact in `dtype`."""
+    """Return `code - zero` of some channels, (..., out_features), exact in `dtype`."""
     if codes.dtype != INT4:
         return codes.to(dtype)
     unsigned = unpack_nibbles(codes, out_features).to(dtype)
