@@ -22,12 +22,25 @@ def test_the_products_of_a_layer_fit_together(name: str) -> None:
     assert set(gate_up.widths) == {down.in_features}
 
 
-def test_a_size_stands_for_one_product() -> None:
-    (shape,) = shapes_of("63x129")
-    assert (shape.in_features, shape.widths, shape.name) == (63, (129,), "63 → 129")
+@pytest.mark.parametrize(
+    ("name", "form", "widths", "shown"),
+    [
+        ("63x129", "plain", (129,), "63 → 129"),
+        ("63x2x129", "gated", (129, 129), "63 → 2×129"),
+        ("63x80+16+16", "parts", (80, 16, 16), "63 → 112"),
+    ],
+)
+def test_a_size_stands_for_one_product(
+    name: str, form: str, widths: tuple[int, ...], shown: str
+) -> None:
+    (shape,) = shapes_of(name)
+    assert (shape.form, shape.in_features, shape.widths) == (form, 63, widths)
+    assert shape.name == shown
 
 
-@pytest.mark.parametrize("name", ["llama-3-9b", "63", "x", "0x5", "63x129x2"])
+@pytest.mark.parametrize(
+    "name", ["llama-3-9b", "63", "x", "0x5", "63x2x0", "63x8+0", "63x129x2", "63x1+1+1+1"]
+)
 def test_what_is_neither_is_refused(name: str) -> None:
     with pytest.raises(UserError):
         shapes_of(name)

@@ -12,7 +12,8 @@ from teal.kernels.cuda_strips import Cut
 # Columns of a thread by bits of a weight.
 _PER_LANE = {16: (4, 8, 8), 8: (8, 16), 4: (8, 16, 32)}
 _WARPS_K = (2, 4, 8, 8, 16)
-_UNROLLS = (2, 4, 4, 8, 8, 16)
+# Not powers of two only: as many as a warp keeps on average, and some more, are one round.
+_UNROLLS = (2, 4, 4, 6, 8, 8, 10, 12, 16, 20)
 _LEAST_THREADS = 64
 # Of a multiprocessor.
 _REGISTERS, _MOST_THREADS = 65536, 2048

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from teal.benchmark.configs import CONFIGS
 from teal.foundation.errors import UserError, unknown_name
 
-_SIZE = re.compile(r"(\d+)x(\d+)")
+# One part, or q, k and v beside each other; gate and up.
+_PARTS = re.compile(r"(\d+)x(\d+(?:\+\d+){0,2})")
+_GATED = re.compile(r"(\d+)x2x(\d+)")
+_EXAMPLES = ("4096x11008", "4096x2x14336", "4096x4096+1024+1024")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,17 +86,29 @@ def shapes_of(name: str) -> list[Shape]:
     """Return the products that `name` stands for.
 
     Args:
-        name: A key of `MODELS`, or in_features x out_features such as "4096x11008".
+        name: A key of `MODELS`, or in_features x out_features: "4096x11008", "4096x2x14336" for
+            gate and up, "4096x4096+1024+1024" for parts with a threshold each.
 
     Raises:
         UserError: It is neither.
     """
-    size = _SIZE.fullmatch(name)
-    if size:
-        in_features, out_features = (int(number) for number in size.groups())
-        if not in_features or not out_features:
-            raise UserError(f"Size {name!r} has a zero. Give sizes such as 4096x11008.")
-        return [Shape(form="plain", in_features=in_features, widths=(out_features,))]
-    if name not in MODELS:
-        raise unknown_name("model or size", name, [*MODELS, "4096x11008"])
-    return MODELS[name].shapes()
+    if name in MODELS:
+        return MODELS[name].shapes()
+    shape = _shape_of(name)
+    if shape is None:
+        raise unknown_name("model or size", name, [*MODELS, *_EXAMPLES])
+    if not shape.in_features or not all(shape.widths):
+        raise UserError(f"Size {name!r} has a zero. Give sizes such as 4096x11008.")
+    return [shape]
+
+
+def _shape_of(name: str) -> Shape | None:
+    gated, parts = _GATED.fullmatch(name), _PARTS.fullmatch(name)
+    if gated:
+        in_features, width = map(int, gated.groups())
+        return Shape(form="gated", in_features=in_features, widths=(width, width))
+    if parts:
+        widths = tuple(map(int, parts[2].split("+")))
+        form = "plain" if len(widths) == 1 else "parts"
+        return Shape(form=form, in_features=int(parts[1]), widths=widths)
+    return None

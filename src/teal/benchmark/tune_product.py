@@ -36,7 +36,8 @@ def tune(product: Product) -> "tuple[Task, Found]":
     threshold = product.threshold(SPARSITY)
     product.check(threshold)
     trial = _Trial(product, threshold)
-    return trial.task, fastest(trial.space(), trial.known, trial.compile, trial.time)
+    found = fastest(trial.space(), trial.known, trial.compile, trial.time)
+    return trial.task, replace(found, cut=trial.chunked(found.cut))
 
 
 class _Trial:
@@ -63,16 +64,17 @@ class _Trial:
 
     def compile(self, cut: "Cut") -> None:
         """Compile the kernel of a cut; a `RuntimeError` says that this cannot be."""
-        definitions = cuda_gemv.definitions_of(*self._operands(0), self._chunked(cut))
+        definitions = cuda_gemv.definitions_of(*self._operands(0), self.chunked(cut))
         architecture = cuda_compile.architecture_of(self._product.x.device)
         cuda_compile.compiled(cuda_gemv.SOURCE, definitions, architecture)
 
     def time(self, cut: "Cut") -> float:
         """Return the microseconds of the product; a `RuntimeError` says that the cut is none."""
-        cut, copies = self._chunked(cut), self._product.copies
+        cut, copies = self.chunked(cut), self._product.copies
         return self._product.time(
             lambda i: cuda_gemv.compute(*self._operands(i % copies), cut)
         ).median
 
-    def _chunked(self, cut: "Cut") -> "Cut":
+    def chunked(self, cut: "Cut") -> "Cut":
+        """Return a cut with the channels that a block has."""
         return cuda_gemv_cuts.chunked(self._sizes, cut)

@@ -26,7 +26,7 @@ teal bench gemv 4096x11008 --dtype float32 --rows 2 --json
 
 teal bench gemv llama-3-8b --quantize int4 --group-size 64
 
-teal bench gemv qwen3-8b 4096x151936 --tune tables
+teal bench gemv 4096x2x14336 4096x128256 --quantize int8 --tune tables
 """
 
 GROUP_EXAMPLES = """Examples:
@@ -50,7 +50,10 @@ def bench() -> None:
 def gemv(
     shapes: Annotated[
         list[str],
-        typer.Argument(metavar="SHAPE...", help="Model names, or sizes such as 4096x11008."),
+        typer.Argument(
+            metavar="SHAPE...",
+            help="Model names, or sizes: 4096x11008, 4096x2x14336, 4096x4096+1024+1024.",
+        ),
     ],
     sparsity: Annotated[
         str, typer.Option("--sparsity", help="Fractions, separated by commas.")
@@ -135,7 +138,7 @@ def _product(
 
 def _print(results: "list[GemvResult]", bandwidth: float) -> None:
     columns = ["product", "sparsity", "dense µs", "sparse µs", "10–90 %", "limit µs", "GB/s"]
-    columns += ["of limit", "speed-up", "peer µs", "floats µs"]
+    columns += ["of limit", "speed-up"]
     rows = [
         [
             result.shape.name,
@@ -147,11 +150,15 @@ def _print(results: "list[GemvResult]", bandwidth: float) -> None:
             f"{result.bandwidth / 1e9:.0f}",
             percent(result.share_of_limit),
             f"{result.speed_up:.2f}×",
-            f"{result.peer.median:.1f}" if result.peer else "–",
-            f"{result.floats.median:.1f}" if result.floats else "–",
         ]
         for result in results
     ]
+    others = {"peer µs": [r.peer for r in results], "floats µs": [r.floats for r in results]}
+    for column, timings in others.items():
+        if any(timings):
+            columns.append(column)
+            for row, timing in zip(rows, timings, strict=True):
+                row.append(f"{timing.median:.1f}" if timing else "–")
     kind = " × ".join(filter(None, (results[0].dtype, results[0].format)))
     title = f"{kind}, {results[0].rows} row(s); memory reads {bandwidth / 1e9:.0f} GB/s"
     print_table(title, columns, rows)
