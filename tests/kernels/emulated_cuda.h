@@ -149,6 +149,12 @@ inline u32 __reduce_max_sync(u32, u32 value) {
   for (int lane = 0; lane < WARP; lane++) largest = values[lane][0] > largest ? values[lane][0] : largest;
   return largest;
 }
+inline u32 __reduce_add_sync(u32, u32 value) {
+  const u32(*values)[6] = meet({value});
+  u32 sum = 0;
+  for (int lane = 0; lane < WARP; lane++) sum += values[lane][0];
+  return sum;
+}
 inline u32 __reduce_min_sync(u32, u32 value) { return ~__reduce_max_sync(~0u, ~value); }
 inline void __syncwarp() { meet({}); }
 
@@ -213,6 +219,7 @@ inline void multiply_bfloat16(float* sums, const u32 (&a)[4], u32 b0, u32 b1) { 
 
 template <typename T> T load_early(const T* pointer) { return *pointer; }
 template <int NUMBER> void load_once(u32 (&words)[NUMBER], const u8* pointer) { memcpy(words, pointer, sizeof(words)); }
+inline const u8* ready(const u8* pointer) { return pointer; }
 inline void prefetch(const void*) {}
 inline void copy_16(void* shared, const void* global) { block->context().copies.emplace_back(shared, global); }
 inline void wait_for_copies() {

@@ -153,7 +153,7 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
   int half = place / TILE_N, column = place % TILE_N;
   // Threads beyond the last column read what their block reads anyway.
   u64 offset = half * START_1 + first_column + (column < columns ? column : 0);
-  weight += offset * BITS / 8;
+  weight = ready(weight + offset * BITS / 8);
 
   if (threadIdx.x == 0) shared.inbox.open(sizeof(shared.received));
   cluster_begin();

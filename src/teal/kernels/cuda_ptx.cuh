@@ -33,18 +33,6 @@ PTX float from_high_float16(u32 pair) {
   return value;
 }
 
-PTX u16 to_float16(float value) {
-  u16 bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
-}
-
-PTX u16 to_bfloat16(float value) {
-  u16 bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
-}
-
 PTX u32 to_float16_pair(float low, float high) {
   u32 pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -110,6 +98,12 @@ PTX void load_once(u32 (&words)[2], const u8* pointer) {
 
 PTX void load_once(u32 (&words)[1], const u8* pointer) {
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(words[0]) : "l"(pointer));
+}
+
+// Have a pointer ready whole, so that it is not put together again wherever it is used.
+PTX const u8* ready(const u8* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
 }
 
 // Bring a line to the L2 cache.

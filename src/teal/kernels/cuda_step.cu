@@ -158,7 +158,8 @@ NAME(const void* source, const float* gain, const float* thresholds, const u8* w
   int warp = threadIdx.x / WARP;
   int column = (warp % WARPS_N) * WARP_N + threadIdx.x % WARP * PER_LANE;
   // Threads beyond the last column read what their block reads anyway.
-  weight += (u64)(first_column + column < end ? first_column + column : first_column) * BITS / 8;
+  u64 start_of_thread = first_column + column < end ? first_column + column : first_column;
+  weight = ready(weight + start_of_thread * BITS / 8);
 
 #if SOURCE == HIDDEN
   if (threadIdx.x == 0) shared.squares.open();

@@ -91,7 +91,7 @@ struct List {
   static constexpr int WORDS = (CHUNK + WARP - 1) / WARP;
 
   Entry entries[CHUNK];
-  u32 words[WORDS];
+  u32 words[WORDS];  // a bit for each channel
   int starts[WORDS + 1];
 #if HAS_FACTOR
   u32 largest[THREADS / WARP];  // of each warp, the bits of a magnitude
@@ -104,15 +104,12 @@ struct List {
   __device__ __forceinline__ void fill(const bool (&keeps)[PER_THREAD],
                                        const float (&x)[ROWS][PER_THREAD], int first_channel) {
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    u32 kept[PER_THREAD];
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
       int word = i * (THREADS / WARP) + warp;
-      u32 kept = __ballot_sync(~0u, keeps[i]);
-      if (word < WORDS && lane == 0) words[word] = kept;
-#if HAS_OFFSET
-      float sum = warp_sum(keeps[i] ? x[0][i] : 0.0f);
-      if (word < WORDS && lane == 0) sums[word] = sum;
-#endif
+      kept[i] = __ballot_sync(~0u, keeps[i]);
+      if (word < WORDS && lane == 0) words[word] = kept[i];
     }
 #if HAS_FACTOR
     u32 magnitude = 0;
@@ -123,19 +120,27 @@ struct List {
     if (lane == 0) largest[warp] = magnitude;
 #endif
     __syncthreads();
-    count_words(lane);
     float multiplier = factor();
+    int places[PER_THREAD];
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
-      int word = i * (THREADS / WARP) + warp;
-      if (word < WORDS && (words[word] >> lane & 1)) {
-        int place = starts[word] + __popc(words[word] & ((1u << lane) - 1));
-        Entry& entry = entries[place];
-        entry.channel = first_channel + word * WARP + lane;
+      int word = i * (THREADS / WARP) + warp, start = counted(word);
+      places[i] = start + __popc(kept[i] & ((1u << lane) - 1));
+      if (word < WORDS && lane == 0) starts[word] = start;
+      if (word == WORDS - 1 && lane == 0) starts[WORDS] = start + __popc(kept[i]);
+#if HAS_OFFSET
+      float sum = warp_sum(keeps[i] ? x[0][i] : 0.0f);
+      if (word < WORDS && lane == 0) sums[word] = sum;
+#endif
+    }
 #pragma unroll
-        for (int row = 0; row < ROWS; row++)
-          entry.inputs.of_rows[row] = input_of(x[row][i] * multiplier);
-      }
+    for (int i = 0; i < PER_THREAD; i++) {
+      if (!keeps[i]) continue;
+      Entry& entry = entries[places[i]];
+      entry.channel = first_channel + i * THREADS + threadIdx.x;
+#pragma unroll
+      for (int row = 0; row < ROWS; row++)
+        entry.inputs.of_rows[row] = input_of(x[row][i] * multiplier);
     }
     __syncthreads();
   }
@@ -171,21 +176,14 @@ struct List {
 #endif
 
  private:
-  // Every warp counts all words and writes the same numbers: that saves a barrier.
-  __device__ __forceinline__ void count_words(int lane) {
-    int earlier = 0;
+  // Count the bits of the words before one; for whole warps.
+  __device__ __forceinline__ int counted(int word) const {
+    u32 bits = 0;
 #pragma unroll
     for (int first = 0; first < WORDS; first += WARP) {
-      int word = first + lane, sum = word < WORDS ? __popc(words[word]) : 0;
-#pragma unroll
-      for (int step = 1; step < min(WARP, WORDS); step *= 2) {
-        int left = __shfl_up_sync(~0u, sum, step);
-        sum += lane < step ? 0 : left;
-      }
-      if (word < WORDS) starts[word + 1] = earlier + sum;
-      earlier += __shfl_sync(~0u, sum, WARP - 1);
+      int here = first + threadIdx.x % WARP;
+      if (here < min(word, WORDS)) bits += __popc(words[here]);
     }
-    if (lane == 0) starts[0] = 0;
-    __syncwarp();
+    return (int)__reduce_add_sync(~0u, bits);
   }
 };
