@@ -15,7 +15,6 @@
 #include <functional>
 #include <memory>
 #include <thread>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -50,10 +49,12 @@ struct Meeting {
   int arrived = 0;
 };
 
+struct Copy { void* to; const void* from; int bytes; };
+
 struct Context {
   ucontext_t place;
   std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
-  std::vector<std::tuple<void*, const void*>> copies;
+  std::vector<Copy> copies;  // in the background
   int meetings = 0, cluster_phases = 0;
   bool is_done = false;
 };
@@ -221,9 +222,11 @@ template <typename T> T load_early(const T* pointer) { return *pointer; }
 template <int NUMBER> void load_once(u32 (&words)[NUMBER], const u8* pointer) { memcpy(words, pointer, sizeof(words)); }
 inline const u8* ready(const u8* pointer) { return pointer; }
 inline void prefetch(const void*) {}
-inline void copy_16(void* shared, const void* global) { block->context().copies.emplace_back(shared, global); }
+template <int BYTES> void copy(void* shared, const void* global) {
+  block->context().copies.push_back({shared, global, BYTES});
+}
 inline void wait_for_copies() {
-  for (auto& [shared, global] : block->context().copies) memcpy(shared, global, 16);
+  for (const Copy& each : block->context().copies) memcpy(each.to, each.from, each.bytes);
   block->context().copies.clear();
 }
 inline void wait_for_earlier_launches() {}

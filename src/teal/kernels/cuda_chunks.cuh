@@ -6,29 +6,21 @@
 
 #include "cuda_scales.cuh"
 
-#if FORMAT == INT4
-// Channels that a warp scales at once: its share of a chunk, or a group if that is not cut evenly.
-constexpr int SHARE = CHUNK / WARPS_K;
-constexpr int SEGMENT = CHUNK % (WARPS_K * WARP) == 0 && GROUP % SHARE == 0 ? SHARE : GROUP;
-static_assert(CHUNK % SEGMENT == 0 && SEGMENT % WARP == 0, "segments cover the chunk");
-constexpr int SEGMENTS = CHUNK / SEGMENT;
-constexpr int TURNS = (SEGMENTS + WARPS_K - 1) / WARPS_K;
-#endif
-
-// Add a warp's share of the chunk for a thread's columns, of which `column` is the first in `scales`,
-// which may still be on their way; what every column of 8 bits is scaled with is left to later. All
-// warps of a block call it together.
-template <int WIDTH>
-__device__ __forceinline__ void add_chunk(const List& list, const ScaleTile<WIDTH>& scales, int column,
+// Add a warp's share of the chunk for a thread's columns; what a column of 8 bits is scaled with is
+// left to later.
+__device__ __forceinline__ void add_chunk(const List& list, const GroupScales& scales,
                                           const u8* weight, float (&total)[ROWS][PER_LANE]) {
-  int share = threadIdx.x / WARP / WARPS_N;
-  float inverse = 1.0f / list.factor();
+  int share = share_of_warp();
+  float inverse = list.inverse_factor();
 #if FORMAT != INT4
   Sums sums;
   sums.add(list.entries + share, (list.count() - share + WARPS_K - 1) / WARPS_K, weight);
   float offset = 0.0f;
 #if FORMAT == INT8
-  if (share == 0) offset = 128.0f * list.sum<List::WORDS>(0);
+  // Each warp takes its share of what codes count from.
+#pragma unroll
+  for (int turn = 0; turn < List::WORDS; turn += WARPS_K)
+    if (turn + share < List::WORDS) offset += 128.0f * list.sum<1>(turn + share);
 #endif
 #pragma unroll
   for (int row = 0; row < ROWS; row++)
@@ -45,17 +37,19 @@ __device__ __forceinline__ void add_chunk(const List& list, const ScaleTile<WIDT
     }
     Sums sums;
     sums.add(list.entries + begin, end - begin, weight);
-    if (turn == 0) wait_for_copies_of_all();
     // Beyond the last channel there are no scales.
     if (begin == end) continue;
-    scales.add(segment * SEGMENT / GROUP, column, sums, inverse, list.sum<WORDS>(segment * WORDS),
-               total[0]);
+    wait_for_copies();
+    scales.add(turn, sums, inverse, list.sum<WORDS>(segment * WORDS), total[0]);
   }
 #endif
 }
 
 // The sums of all warps of a block, of one row, in shared memory.
 struct Totals {
+  // Columns that a thread adds up, THREADS apart.
+  static constexpr int OWN = (BLOCK_N + THREADS - 1) / THREADS;
+
   alignas(16) float of_warps[WARPS_K][BLOCK_N / PER_LANE * PITCH];
 
   // Put those of this thread's columns there, and wait for those of the others.
@@ -65,15 +59,25 @@ struct Totals {
 #pragma unroll
     for (int c = 0; c < PER_LANE; c += 4)
       row[c / 4] = float4{total[c], total[c + 1], total[c + 2], total[c + 3]};
-    wait_for_copies_of_all();
+#if FORMAT == INT8 || FORMAT == FP8
+    // Others read the scales that this thread copied.
+    wait_for_copies();
+#endif
+    __syncthreads();
   }
 
-  // Add up a column of the block, in the order of the warps.
-  __device__ __forceinline__ float sum(int column) const {
-    float sum = 0.0f;
+  static __device__ __forceinline__ int column(int own) { return own * THREADS + threadIdx.x; }
+
+  // Add up this thread's columns, each in the order of the warps.
+  __device__ __forceinline__ void add_up(float (&sums)[OWN]) const {
 #pragma unroll
-    for (int k = 0; k < WARPS_K; k++)
-      sum += of_warps[k][column / PER_LANE * PITCH + column % PER_LANE];
-    return sum;
+    for (int own = 0; own < OWN; own++) {
+      // Beyond the last, it again: nothing stands between the loads.
+      int here = min(column(own), BLOCK_N - 1);
+      sums[own] = 0.0f;
+#pragma unroll
+      for (int k = 0; k < WARPS_K; k++)
+        sums[own] += of_warps[k][here / PER_LANE * PITCH + here % PER_LANE];
+    }
   }
 };

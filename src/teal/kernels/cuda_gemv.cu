@@ -23,11 +23,10 @@ constexpr int OUT = N / HALVES;  // columns of the result
 static_assert(WARPS_N % HALVES == 0, "a warp has columns of gate or of up");
 static_assert(TILE_N % CLUSTER == 0 && FINISHED <= THREADS, "a thread finishes a column");
 
-using Tile = ScaleTile<TILE_N>;
-
 struct Shared {
   List lists[HALVES];
-  Tile scales[HALVES];
+  ColumnScales<TILE_N> column_scales[HALVES];
+  GroupScales group_scales;
   Totals totals;
   // Sums of the columns that this block finishes, of each block of the cluster.
   float received[ROWS][CLUSTER][HALVES][FINISHED];
@@ -116,11 +115,15 @@ __device__ __forceinline__ void send_sums(Shared& shared, const float (&total)[R
   for (int row = 0; row < ROWS; row++) {
     if (row > 0) __syncthreads();
     shared.totals.exchange(total[row]);
+    float sums[Totals::OWN];
+    shared.totals.add_up(sums);
     if (row == 0) cluster_wait();  // every block of the cluster has begun
-    for (int i = threadIdx.x; i < BLOCK_N; i += THREADS) {
-      int column = i % TILE_N;
+#pragma unroll
+    for (int own = 0; own < Totals::OWN; own++) {
+      int i = Totals::column(own), column = i % TILE_N;
+      if (i >= BLOCK_N) break;
       shared.inbox.send(&shared.received[row][blockIdx.y][i / TILE_N][column % FINISHED],
-                        column / FINISHED, shared.totals.sum(i));
+                        column / FINISHED, sums[own]);
     }
   }
 }
@@ -157,18 +160,14 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
 
   if (threadIdx.x == 0) shared.inbox.open(sizeof(shared.received));
   cluster_begin();
-  auto ask_for_scales = [&](int first_channel) {
-#pragma unroll
-    for (int side = 0; side < HALVES; side++)
-      shared.scales[side].ask(all_scales, all_zeros, first_channel, side * START_1 + first_column,
-                              columns);
-  };
   if ((half == 0 ? threshold : threshold_1) < 0.0f)
     // Nothing is dropped: what comes first is known before the input is.
     for (int i = warp / WARPS_N; i < min(PREFETCH, K - rank * CHUNK); i += WARPS_K)
       prefetch(weight + (rank * CHUNK + i) * STRIP_BYTES);
   wait_for_input();
-  ask_for_scales(rank * CHUNK);
+#pragma unroll
+  for (int side = 0; side < HALVES; side++)
+    shared.column_scales[side].ask(all_scales, side * START_1 + first_column, columns);
 
   int finished = rank * FINISHED + threadIdx.x, out_column = first_column + finished;
   bool finishes = threadIdx.x < FINISHED && finished < columns;
@@ -185,10 +184,8 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
   float total[ROWS][PER_LANE] = {}, factors[ROWS] = {};
 #pragma unroll 1
   for (int first_channel = rank * CHUNK; first_channel < K; first_channel += CLUSTER * CHUNK) {
-    if (first_channel != rank * CHUNK) {
-      __syncthreads();
-      if (FORMAT == INT4) ask_for_scales(first_channel);
-    }
+    if (first_channel != rank * CHUNK) __syncthreads();
+    shared.group_scales.ask(all_scales, all_zeros, first_channel, offset);
     Activations activations;
     activations.read(x, gain, epsilon, first_channel, factors);
     activations.list(shared.lists[0], threshold, scale == nullptr ? scale : scale + part * K, shift,
@@ -196,7 +193,7 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
     if (!has_one_list)
       activations.list(shared.lists[HALVES - 1], threshold_1, scale == nullptr ? scale : scale + K,
                        shift, first_channel);
-    add_chunk(shared.lists[has_one_list ? 0 : half], shared.scales[half], column, weight, total);
+    add_chunk(shared.lists[has_one_list ? 0 : half], shared.group_scales, weight, total);
     if (CLUSTER * CHUNK >= K) break;
   }
   send_sums(shared, total);
@@ -217,7 +214,7 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
       for (int block = 0; block < CLUSTER; block++)
         sums[side] += shared.received[row][block][side][threadIdx.x];
 #if FORMAT == INT8 || FORMAT == FP8
-      sums[side] *= shared.scales[side].scale(finished);
+      sums[side] *= shared.column_scales[side].scale(finished);
 #endif
       sums[side] += low_half(biases[side]);
     }

@@ -12,6 +12,7 @@ from teal.kernels.cuda_strips import WARP, Cut, bits_of
 # A thread has so many channels of a chunk at most: they take registers.
 _CHANNELS_PER_THREAD = 8
 _LEAST_PER_LANE = 8
+_INT4_BITS = 4
 # Several rows have sums of their own: few threads leave registers for them.
 _WARPS_OF_ROWS, _UNROLL_OF_ROWS = 8, 4
 # Of a multiprocessor; of a thread, beside sums and strips.
@@ -120,10 +121,11 @@ def shared_bytes(product: Product, cut: Cut) -> int:
     """Return about how much shared memory a block takes."""
     halves = 2 if product.is_gated else 1
     columns = halves * tile_columns(product, cut)
-    groups = max(1, cut.chunk // product.group_size) if product.group_size else 1
     # Those of threads lie apart; see cuda_strips.cuh.
     sums = 4 * columns * (cut.warps_k * (cut.per_lane + 4) // cut.per_lane + 1)
     lists = halves * (5 + 4 * product.rows) * cut.chunk
+    # Every warp has those of its own groups; one for a column is shared.
+    groups = _turns(product, cut) * cut.warps_k if product.bits == _INT4_BITS else 1
     return lists + columns * (groups * product.group_bytes + 4 * (product.rows - 1)) + sums
 
 
@@ -137,10 +139,22 @@ def _for_rows(product: Product, cut: Cut) -> Cut:
     return replace(cut, blocks=max(1, _REGISTERS // (registers * cut.threads)))
 
 
+def _segment(product: Product, cut: Cut) -> int:
+    """Return how many channels a warp scales at once; see cuda_scales.cuh."""
+    share, is_whole = cut.chunk // cut.warps_k, cut.chunk % (cut.warps_k * WARP) == 0
+    group_size = product.group_size or cut.chunk
+    return share if is_whole and group_size % share == 0 else group_size
+
+
+def _turns(product: Product, cut: Cut) -> int:
+    """Return how often a warp does that."""
+    return math.ceil(cut.chunk / _segment(product, cut) / cut.warps_k)
+
+
 def _unit(product: Product, cut: Cut) -> int:
     """Return what a chunk is a multiple of."""
     # Groups are scaled whole; where all channels are one, warps share a chunk evenly.
-    return product.group_size or WARP * (cut.warps_k if product.bits == 4 else 1)
+    return product.group_size or WARP * (cut.warps_k if product.bits == _INT4_BITS else 1)
 
 
 def _with_even_shares(product: Product, cut: Cut) -> Cut:
@@ -149,9 +163,8 @@ def _with_even_shares(product: Product, cut: Cut) -> Cut:
         return cut
 
     def waste(warps: int) -> float:
-        share, is_whole = cut.chunk // warps, cut.chunk % (warps * WARP) == 0
-        segment = share if is_whole and product.group_size % share == 0 else product.group_size
-        return math.ceil(cut.chunk / segment / warps) * segment * warps / cut.chunk
+        shared = replace(cut, warps_k=warps)
+        return _turns(product, shared) * _segment(product, shared) * warps / cut.chunk
 
     # A thread finishes one column at most.
     least = math.ceil(tile_columns(product, cut) / (cut.cluster * WARP * cut.warps_n))

@@ -111,12 +111,15 @@ PTX void prefetch(const void* pointer) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
 }
 
-// Copy 16 bytes to shared memory in the background.
-PTX void copy_16(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   (u32)__cvta_generic_to_shared(shared)),
-               "l"(global)
-               : "memory");
+// Copy 8 or 16 bytes to shared memory in the background.
+template <int BYTES>
+PTX void copy(void* shared, const void* global) {
+  u32 to = (u32)__cvta_generic_to_shared(shared);
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(BYTES)
+                 : "memory");
 }
 
 // Wait for what this thread copied.

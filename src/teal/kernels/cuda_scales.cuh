@@ -12,24 +12,20 @@
 #define SCALES_FLOAT16 1
 #define SCALES_BFLOAT16 2
 
-constexpr int COPY_BYTES = 16;
-
 #if FORMAT == INT4
-// Groups that begin in a chunk, or the one that it lies in.
-constexpr int GROUPS = GROUP < CHUNK ? CHUNK / GROUP : 1;
+// Channels that a warp scales at once: its share of a chunk, or a group if that is not cut evenly.
+constexpr int SHARE = CHUNK / WARPS_K;
+constexpr int SEGMENT = CHUNK % (WARPS_K * WARP) == 0 && GROUP % SHARE == 0 ? SHARE : GROUP;
 static_assert(CHUNK % GROUP == 0 || GROUP % CHUNK == 0, "a chunk is of whole groups, or in one");
-#else
-constexpr int GROUPS = 1;
+static_assert(CHUNK % SEGMENT == 0 && SEGMENT % WARP == 0, "segments cover the chunk");
+constexpr int SEGMENTS = CHUNK / SEGMENT;
+constexpr int TURNS = (SEGMENTS + WARPS_K - 1) / WARPS_K;  // of a warp
 #endif
 
-#if FORMAT == FLOATS
+// Which share of a chunk is that of this thread's warp.
+__device__ __forceinline__ int share_of_warp() { return threadIdx.x / WARP / WARPS_N; }
 
-template <int WIDTH>
-struct ScaleTile {
-  __device__ __forceinline__ void ask(const void*, const u8*, int, int, int) {}
-};
-
-#else
+#if FORMAT != FLOATS
 
 #if SCALES == SCALES_FLOAT32
 typedef float Scale;
@@ -45,89 +41,96 @@ __device__ __forceinline__ float to_float(Scale scale) {
 }
 #endif
 
-// Numbers of the groups of a chunk and of some columns. The pieces of a thread lie a row of pieces
-// apart, so that the threads of a warp read beside each other.
-template <typename T, int WIDTH>
-struct Table {
-  static constexpr int HELD = COPY_BYTES / sizeof(T);  // numbers of a piece
-  static constexpr int APART = PER_LANE > HELD ? PER_LANE / HELD : 1;
-  static constexpr int PIECES = (WIDTH + HELD - 1) / HELD;
-  static constexpr int ROW = (PIECES + APART - 1) / APART;
+#endif
 
-  struct alignas(COPY_BYTES) Piece {
+// Scales of 8-bit codes: one for each of WIDTH columns of a block.
+template <int WIDTH>
+struct ColumnScales {
+#if FORMAT == INT8 || FORMAT == FP8
+  static constexpr int HELD = 16 / sizeof(Scale);  // numbers that are copied at once
+
+  alignas(16) Scale scales[(WIDTH + HELD - 1) / HELD * HELD];
+
+  // Copy those of `columns` columns from `first` on in the background; they depend on no input.
+  __device__ __forceinline__ void ask(const void* all, int first, int columns) {
+    const Scale* from = static_cast<const Scale*>(all) + first;
+#pragma unroll 1
+    for (int i = HELD * threadIdx.x; i < min(WIDTH, columns); i += HELD * THREADS)
+      copy<16>(scales + i, from + i);
+  }
+
+  __device__ __forceinline__ float scale(int column) const { return to_float(scales[column]); }
+#else
+  __device__ __forceinline__ void ask(const void*, int, int) {}
+#endif
+};
+
+#if FORMAT == INT4
+
+// Numbers of a thread's columns, which it copies for itself.
+template <typename T>
+struct Copies {
+  static constexpr int BYTES = PER_LANE * sizeof(T);
+  static constexpr int AT_ONCE = BYTES < 16 ? BYTES : 16;
+  static constexpr int HELD = AT_ONCE / sizeof(T);
+
+  struct alignas(AT_ONCE) Piece {
     T numbers[HELD];
   };
 
-  Piece pieces[GROUPS][APART][ROW];
+  Piece pieces[BYTES / AT_ONCE][THREADS];
 
-  // Copy them in the background from a table with a row of N for each group.
-  __device__ __forceinline__ void ask(const T* from, int groups, int columns) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < groups * PIECES; i += THREADS) {
-      int group = i / PIECES, piece = i % PIECES;
-      if (piece * HELD < columns)
-        copy_16(&pieces[group][piece % APART][piece / APART], from + (u64)group * N + piece * HELD);
-    }
+  __device__ __forceinline__ void ask(const T* from) {
+#pragma unroll
+    for (int i = 0; i < BYTES / AT_ONCE; i++)
+      copy<AT_ONCE>(&pieces[i][threadIdx.x], from + i * HELD);
   }
 
-  __device__ __forceinline__ T at(int group, int column) const {
-    int piece = column / HELD;
-    return pieces[group][piece % APART][piece / APART].numbers[column % HELD];
-  }
-
-  // Those of a thread's columns, from `column` on.
-  __device__ __forceinline__ void read(int group, int column, T (&numbers)[PER_LANE]) const {
-    constexpr int AT_ONCE = PER_LANE < HELD ? PER_LANE : HELD;
-    struct alignas(AT_ONCE * sizeof(T)) Part {
-      T numbers[AT_ONCE];
-    };
+  __device__ __forceinline__ void read(T (&numbers)[PER_LANE]) const {
 #pragma unroll
-    for (int first = 0; first < PER_LANE; first += AT_ONCE) {
-      const Piece& piece = pieces[group][first / HELD][(column + first) / HELD / APART];
-      Part part = *reinterpret_cast<const Part*>(piece.numbers + (column + first) % HELD);
+    for (int i = 0; i < BYTES / AT_ONCE; i++) {
+      Piece piece = pieces[i][threadIdx.x];
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) numbers[first + i] = part.numbers[i];
+      for (int held = 0; held < HELD; held++) numbers[i * HELD + held] = piece.numbers[held];
     }
   }
 };
 
-// Scales and zeros of a chunk of channels and some columns.
-template <int WIDTH>
-struct ScaleTile {
-  Table<Scale, WIDTH> scales;
-#if HAS_ZEROS
-  Table<u8, WIDTH> zeros;
 #endif
 
-  // Copy them in the background; they depend on no input.
-  __device__ __forceinline__ void ask(const void* all_scales, const u8* all_zeros, int first_channel,
-                                      int first_column, int columns) {
+// Scales and zeros of 4-bit codes: of each segment of a warp, for the columns of its threads.
+struct GroupScales {
 #if FORMAT == INT4
-    int groups = min(GROUPS, (K - first_channel + GROUP - 1) / GROUP);
-    u64 start = (u64)(first_channel / GROUP) * N + first_column;
-#else
-    // One for all channels, and for those beyond the last.
-    int groups = 1;
-    u64 start = first_column;
-#endif
-    scales.ask(static_cast<const Scale*>(all_scales) + start, groups, columns);
+  Copies<Scale> scales[TURNS];
 #if HAS_ZEROS
-    zeros.ask(all_zeros + start, groups, columns);
+  Copies<u8> zeros[TURNS];
 #endif
+
+  // Copy them in the background, for columns from `column` on; they depend on no input.
+  __device__ __forceinline__ void ask(const void* all_scales, const u8* all_zeros, int first_channel,
+                                      u64 column) {
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+      int segment = turn * WARPS_K + share_of_warp(), channel = first_channel + segment * SEGMENT;
+      // Beyond the last channel there are none.
+      if (segment >= SEGMENTS || channel >= K) continue;
+      u64 from = (u64)(channel / GROUP) * N + column;
+      scales[turn].ask(static_cast<const Scale*>(all_scales) + from);
+#if HAS_ZEROS
+      zeros[turn].ask(all_zeros + from);
+#endif
+    }
   }
 
-  __device__ __forceinline__ float scale(int column) const { return to_float(scales.at(0, column)); }
-
-#if FORMAT == INT4
-  // Add the sums of a group, scaled, for a thread's columns from `column` on: sums of counts times
-  // `inverse`, less the codes of zero times the sum of activations.
-  __device__ __forceinline__ void add(int group, int column, const Sums& sums, float inverse,
-                                      float inputs, float (&total)[PER_LANE]) const {
+  // Add the sums of a segment, scaled: sums of counts times `inverse`, less the codes of zero times
+  // the sum of activations.
+  __device__ __forceinline__ void add(int turn, const Sums& sums, float inverse, float inputs,
+                                      float (&total)[PER_LANE]) const {
     Scale scales_of[PER_LANE];
-    scales.read(group, column, scales_of);
+    scales[turn].read(scales_of);
 #if HAS_ZEROS
     u8 zeros_of[PER_LANE];
-    zeros.read(group, column, zeros_of);
+    zeros[turn].read(zeros_of);
 #endif
 #pragma unroll
     for (int c = 0; c < PER_LANE; c++) {
@@ -139,15 +142,7 @@ struct ScaleTile {
       total[c] += to_float(scales_of[c]) * (inverse * sums.sum(c) - zero * inputs);
     }
   }
+#else
+  __device__ __forceinline__ void ask(const void*, const u8*, int, u64) {}
 #endif
 };
-
-#endif
-
-// Wait for the other threads of the block, and for what they copied.
-__device__ __forceinline__ void wait_for_copies_of_all() {
-#if FORMAT != FLOATS
-  wait_for_copies();
-#endif
-  __syncthreads();
-}

@@ -16,11 +16,10 @@
 #define SILU 2
 #define GELU_TANH 3
 
-using Tile = ScaleTile<BLOCK_N>;
-
 struct Shared {
   List list;
-  Tile scales;
+  ColumnScales<BLOCK_N> column_scales;
+  GroupScales group_scales;
   Squares squares;
   Totals totals;
 };
@@ -121,11 +120,16 @@ struct Channels {
 __device__ __forceinline__ void add_block(const float (&total)[PER_LANE], Shared& shared, i64* sums,
                                           const u16* bias, int columns, float multiplier,
                                           int* overflow) {
+  float sums_of[Totals::OWN];
   shared.totals.exchange(total);
-  for (int i = threadIdx.x; i < min(BLOCK_N, columns); i += THREADS) {
-    float sum = shared.totals.sum(i);
+  shared.totals.add_up(sums_of);
+#pragma unroll
+  for (int own = 0; own < Totals::OWN; own++) {
+    int i = Totals::column(own);
+    if (i >= min(BLOCK_N, columns)) break;
+    float sum = sums_of[own];
 #if FORMAT == INT8 || FORMAT == FP8
-    sum *= shared.scales.scale(i);
+    sum *= shared.column_scales.scale(i);
 #endif
 #if HAS_BIAS
     if (blockIdx.y == 0) sum += low_half(bias[i]);
@@ -165,7 +169,8 @@ NAME(const void* source, const float* gain, const float* thresholds, const u8* w
   if (threadIdx.x == 0) shared.squares.open();
   cluster_begin();
 #endif
-  shared.scales.ask(all_scales, all_zeros, first_channel, first_column, end - first_column);
+  shared.column_scales.ask(all_scales, first_column, end - first_column);
+  shared.group_scales.ask(all_scales, all_zeros, first_channel, start_of_thread);
   float threshold = load_early(thresholds + part);
   Channels channels{first_channel};
   channels.begin(gain);
@@ -180,7 +185,7 @@ NAME(const void* source, const float* gain, const float* thresholds, const u8* w
     keeps[i] = channels.is_inside(i) && !(fabsf(x[0][i]) <= threshold);
   shared.list.fill(keeps, x, first_channel);
   float total[ROWS][PER_LANE] = {};
-  add_chunk(shared.list, shared.scales, column, weight, total);
+  add_chunk(shared.list, shared.group_scales, weight, total);
   add_block(total[0], shared, sums + first_column, bias + first_column, end - first_column, multiplier,
             overflow);
 

@@ -154,11 +154,16 @@ struct List {
   // whole warps.
   __device__ __forceinline__ float factor() const {
 #if HAS_FACTOR
-    int lane = threadIdx.x % WARP;
-    u32 magnitude = __reduce_max_sync(~0u, lane < THREADS / WARP ? largest[lane] : 0);
-    // The largest operand lies in [2^14, 2^15), or is as infinite as the activation.
-    int exponent = (int)(magnitude >> 23);
-    return __uint_as_float((u32)(127 + 14 + 127 - max(exponent, 22)) << 23);
+    return __uint_as_float((127u + 127u - exponent_of_inverse()) << 23);
+#else
+    return 1.0f;
+#endif
+  }
+
+  // One divided by that.
+  __device__ __forceinline__ float inverse_factor() const {
+#if HAS_FACTOR
+    return __uint_as_float(exponent_of_inverse() << 23);
 #else
     return 1.0f;
 #endif
@@ -176,6 +181,15 @@ struct List {
 #endif
 
  private:
+#if HAS_FACTOR
+  // The largest operand lies in [2^14, 2^15), or is as infinite as the activation.
+  __device__ __forceinline__ u32 exponent_of_inverse() const {
+    int lane = threadIdx.x % WARP;
+    u32 magnitude = __reduce_max_sync(~0u, lane < THREADS / WARP ? largest[lane] : 0);
+    return max(magnitude >> 23, 22) - 14;
+  }
+#endif
+
   // Count the bits of the words before one; for whole warps.
   __device__ __forceinline__ int counted(int word) const {
     u32 bits = 0;
