@@ -59,8 +59,8 @@ struct Totals {
 #pragma unroll
     for (int c = 0; c < PER_LANE; c += 4)
       row[c / 4] = float4{total[c], total[c + 1], total[c + 2], total[c + 3]};
-#if FORMAT == INT8 || FORMAT == FP8
-    // Others read the scales that this thread copied.
+#if FORMAT != FLOATS
+    // Others read the scales that this thread copied, and none may come after the block has gone.
     wait_for_copies();
 #endif
     __syncthreads();
