@@ -57,14 +57,11 @@ def time_call(call: Call, device: torch.device, *, least_calls: int) -> Timing:
     return summary_of([milliseconds * 1e3 / calls for milliseconds in replays])
 
 
-def time_graph(
-    work: Callable[[], object], before: Callable[[], object], replays: int, repeats: int
-) -> float:
+def time_graph(work: Callable[[], object], replays: int, repeats: int) -> float:
     """Capture `work` in a CUDA graph and measure its replays.
 
     Args:
         work: Enqueues the work, which has run before.
-        before: Is called before the replays of a repeat.
         replays: One after the other, of a repeat.
         repeats: The fastest of which counts.
 
@@ -79,7 +76,6 @@ def time_graph(
 
     times = []
     for _ in range(repeats):
-        before()
         graph.replay()
         times.append(_between_events(replay_all) * 1e3 / replays)
     return min(times)

@@ -64,37 +64,20 @@ def product(
     lists = make_lists(element, inputs, sizes, parts[0], thresholds, epsilon)
     has_shares = form == BESIDE and out_features * weight.itemsize < SHORT_STRIP_BYTES
     partial = np.empty((SHARES * has_shares, sizes[0], out_features), np.float32)
+
+    def run(thread: int) -> None:
+        place = (thread, threads)
+        _work(element, weight, weights[1], outputs, sizes, parts, form, lists, partial, place)
+
     # The body of a parallel function is slow to compile, so it is small; and an index has one type
     # in both loops, so that what they call is compiled once.
     if threads == 1:
         for thread in range(threads):
-            _work(
-                element,
-                weight,
-                weights[1],
-                outputs,
-                sizes,
-                parts,
-                form,
-                lists,
-                partial,
-                (thread, threads),
-            )
+            run(thread)
     else:
         for thread in numba.prange(threads):
             index: int = np.int64(thread)  # type: ignore[assignment]
-            _work(
-                element,
-                weight,
-                weights[1],
-                outputs,
-                sizes,
-                parts,
-                form,
-                lists,
-                partial,
-                (index, threads),
-            )
+            run(index)
     if has_shares:
         _finish_shares(element, partial, outputs, out_features)
 

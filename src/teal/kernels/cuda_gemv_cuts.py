@@ -132,8 +132,8 @@ def shared_bytes(product: Product, cut: Cut) -> int:
 def _for_rows(product: Product, cut: Cut) -> Cut:
     """Return a cut whose threads have registers for the sums of all rows."""
     halves = 2 if product.is_gated else 1
-    cut = replace(cut, warps_n=halves, warps_k=_WARPS_OF_ROWS // halves, unroll=_UNROLL_OF_ROWS)
-    cut = replace(cut, depth=1)
+    warps_k = _WARPS_OF_ROWS // halves
+    cut = replace(cut, warps_n=halves, warps_k=warps_k, unroll=_UNROLL_OF_ROWS, depth=1)
     of_batch = cut.unroll * (4 + product.rows)
     registers = _OTHER_REGISTERS + cut.per_lane * product.rows + of_batch
     return replace(cut, blocks=max(1, _REGISTERS // (registers * cut.threads)))
