@@ -46,8 +46,10 @@ def emulate(monkeypatch: pytest.MonkeyPatch, *, clusters: bool) -> None:
     # Kernels are prepared for a device.
     cuda_gemv._prepared.cache_clear()
     for module in MODULES:
-        monkeypatch.setattr(module, "function", _function)
         monkeypatch.setattr(module, "launch", _launch)
+        for name in ("function", "function_of_step"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, _function)
         if hasattr(module, "has_clusters"):
             monkeypatch.setattr(module, "has_clusters", lambda device: clusters)
 

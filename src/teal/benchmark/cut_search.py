@@ -1,4 +1,4 @@
-"""A search for the fastest cut of a CUDA kernel: draws, then neighbours of the best."""
+"""A search for the fastest cut of a CUDA kernel: draws, then rounds of neighbours of the best."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from teal.kernels.cuda_strips import Cut
 
 # Columns of a thread by bits of a weight.
 _PER_LANE = {16: (4, 8, 8), 8: (8, 16), 4: (8, 16, 32)}
-_WARPS_K = (2, 4, 8, 8, 16)
+_WARPS_K = (2, 4, 8, 8, 12, 16)
 # Not powers of two only: as many as a warp keeps on average, and some more, are one round.
 _UNROLLS = (2, 4, 4, 6, 8, 8, 10, 12, 16, 20)
 _LEAST_THREADS = 64
@@ -23,6 +23,7 @@ _OTHER_REGISTERS = 36
 _LEAST_BYTES, _MOST_BYTES = 16, 160
 
 _DRAWN, _NEIGHBOURS = 40, 24
+_ROUNDS = 3
 _PARENTS = 5
 
 
@@ -132,8 +133,9 @@ def fastest(
         times.update(_times_of(new, compile_cut, time_cut))
 
     measure(space.draw(random) for _ in range(_DRAWN))
-    parents = _best_of(times)
-    measure(space.near(random.choice(parents), random) for _ in range(_NEIGHBOURS))
+    for _ in range(_ROUNDS):
+        parents = _best_of(times)
+        measure(space.near(random.choice(parents), random) for _ in range(_NEIGHBOURS))
     # The first of many is partly the luckiest: the best are measured again.
     again = {cut: (times[cut] + time_cut(cut)) / 2 for cut in {*_best_of(times), known}}
     best = min(again, key=lambda cut: again[cut])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teal.kernels.cuda_compile import FLOAT, INT, Definitions, function, launch
+from teal.kernels.cuda_compile import FLOAT, INT, Definitions, function_of_step, launch
 from teal.kernels.cuda_step import StepMemory
 from teal.kernels.cuda_strips import FRACTION_BITS, WARP
 
@@ -98,7 +98,7 @@ def attend(
     a, (_, kv_heads, capacity, _) = attention, keys.shape
     definitions = definitions_of(a, keys, memory)
     launch(
-        function(SOURCE, "attend", definitions, keys.device.index),
+        function_of_step(SOURCE, "attend", definitions, keys.device.index),
         (kv_heads, memory.parts.shape[2]),
         _warps(memory.parts.shape[1] // kv_heads, keys.shape[3]) * WARP,
         [

@@ -19,6 +19,8 @@ _POINTER = ctypes.c_void_p
 
 _AMPERE, _HOPPER = (8, 0), (9, 0)
 
+_CHOICE_OF_DRIVER = -1
+
 # Constant of a source that says how much shared memory the host has to provide.
 _SHARED_BYTES = b"shared_bytes"
 
@@ -105,7 +107,13 @@ def compiled(source: str, definitions: Definitions, architecture: str) -> bytes:
 
 
 @functools.cache
-def function(source: str, name: str, definitions: Definitions, device: int) -> Kernel:
+def function(
+    source: str,
+    name: str,
+    definitions: Definitions,
+    device: int,
+    shared_percent: int = _CHOICE_OF_DRIVER,
+) -> Kernel:
     """Return a kernel that is ready to be launched on a device.
 
     Args:
@@ -113,6 +121,8 @@ def function(source: str, name: str, definitions: Definitions, device: int) -> K
         name: Name of the kernel.
         definitions: As `compiled`.
         device: Index of the CUDA device.
+        shared_percent: Shared memory of a multiprocessor while the kernel runs, of the most that it
+            can have; the rest is first-level cache. By default the driver chooses.
 
     Raises:
         UserError: It is not loaded yet, and loading cannot be captured in a CUDA graph.
@@ -128,10 +138,18 @@ def function(source: str, name: str, definitions: Definitions, device: int) -> K
         module = _checked(driver.cuModuleLoadData(cubin))
         handle = _checked(driver.cuModuleGetFunction(module, name.encode()))
         shared_bytes = _shared_bytes(module)
+        attributes = driver.CUfunction_attribute
+        split = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        _checked(driver.cuFuncSetAttribute(handle, split, shared_percent))
         if shared_bytes:
-            size = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            size = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(handle, size, shared_bytes))
     return Kernel(handle, shared_bytes)
+
+
+# The kernels of a step divide the memory of a multiprocessor alike: to divide it otherwise, one
+# waits until it is empty, and the next launch cannot begin on it before.
+function_of_step = functools.partial(function, shared_percent=60)
 
 
 def launch(

@@ -5,7 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-from teal.kernels.cuda_compile import FLOAT, INT, Definitions, function, has_clusters, launch
+from teal.kernels.cuda_compile import (
+    FLOAT,
+    INT,
+    Definitions,
+    function_of_step,
+    has_clusters,
+    launch,
+)
 from teal.kernels.cuda_step import StepMemory
 from teal.kernels.cuda_strips import FRACTION_BITS
 
@@ -31,7 +38,7 @@ def embed(
     """
     size, first_sums = embedding.shape[1], memory.gate_up[0]
     launch(
-        function(SOURCE, "embed", definitions_of(embedding.dtype), token.device.index),
+        function_of_step(SOURCE, "embed", definitions_of(embedding.dtype), token.device.index),
         (math.ceil(size / _EMBED_THREADS), 1),
         _EMBED_THREADS,
         [
@@ -63,7 +70,7 @@ def finish(
         dependent: The launch may begin before the one in front has ended.
     """
     launch(
-        function(SOURCE, "finish", definitions_of(memory.normed.dtype), gain.device.index),
+        function_of_step(SOURCE, "finish", definitions_of(memory.normed.dtype), gain.device.index),
         (1, 1),
         _THREADS,
         [
@@ -94,7 +101,7 @@ def choose(logits: Tensor, token: Tensor, history: Tensor, step: Tensor, broken:
     cluster = _CLUSTER if dependent else 1
     with torch.cuda.device(device):
         launch(
-            function(SOURCE, "choose", definitions_of(logits.dtype, cluster), device.index),
+            function_of_step(SOURCE, "choose", definitions_of(logits.dtype, cluster), device.index),
             (cluster, 1),
             _THREADS,
             [logits, token, history, step, (logits.shape[1], INT), (broken, INT)],

@@ -164,6 +164,8 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
     // Nothing is dropped: what comes first is known before the input is.
     for (int i = warp / WARPS_N; i < min(PREFETCH, K - rank * CHUNK); i += WARPS_K)
       prefetch(weight + (rank * CHUNK + i) * STRIP_BYTES);
+  // An earlier launch may have written them: here they are not read yet.
+  shared.group_scales.expect(all_scales, all_zeros, rank * CHUNK, offset);
   wait_for_input();
 #pragma unroll
   for (int side = 0; side < HALVES; side++)

@@ -70,21 +70,25 @@ def can_compute(operands: Operands, grid: Grid | None) -> bool:
     """
     weight, rows = operands.weight, operands.rows
     capability = torch.cuda.get_device_capability(operands.x.device)
-    if grid is None:
-        # Dense ones are cuBLAS's. Without clusters Triton's kernel has more blocks, which is also
-        # what many channels of one row want.
-        is_wanted = has_clusters(operands.x.device) and (rows > 1 or len(weight) <= _LONGEST)
-        is_wanted = is_wanted and not reference.keeps_everything(operands.thresholds)
-    else:
-        is_wanted = True
     return (
-        is_wanted
+        (grid is not None or _is_wanted_of_floats(operands))
         and 1 <= rows <= MAX_ROWS
         and len(weight) > 0
         and len(operands.widths) <= MAX_PARTS
         and can_load(weight, grid, operands.widths, operands.x.dtype)
         and (operands.gain is None or len(weight) % _NORM_PIECE == 0)
         and can_compile(capability)
+    )
+
+
+def _is_wanted_of_floats(operands: Operands) -> bool:
+    # Dense ones are cuBLAS's, unless an activation follows. Without clusters Triton's kernel has
+    # more blocks, which is also what many channels of one row want.
+    is_one, is_dense = operands.rows == 1, reference.keeps_everything(operands.thresholds)
+    return (
+        has_clusters(operands.x.device)
+        and (not is_dense or (is_one and operands.activation is not None))
+        and (not is_one or len(operands.weight) <= _LONGEST)
     )
 
 

@@ -176,7 +176,7 @@ PTX void wait_at_barrier(u64* barrier) {
   u32 here = (u32)__cvta_generic_to_shared(barrier), done = 0;
   while (!done)
     asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0; "
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0; "
         "selp.u32 %0, 1, 0, p; }"
         : "=r"(done)
         : "r"(here)

@@ -80,6 +80,13 @@ struct Copies {
 
   Piece pieces[BYTES / AT_ONCE][THREADS];
 
+  // Bring them to the L2 cache.
+  static __device__ __forceinline__ void expect(const T* from) {
+    constexpr int SECTOR = 32;  // bytes
+#pragma unroll
+    for (int i = 0; i < BYTES; i += SECTOR) prefetch(from + i / sizeof(T));
+  }
+
   __device__ __forceinline__ void ask(const T* from) {
 #pragma unroll
     for (int i = 0; i < BYTES / AT_ONCE; i++)
@@ -106,20 +113,26 @@ struct GroupScales {
   Copies<u8> zeros[TURNS];
 #endif
 
-  // Copy them in the background, for columns from `column` on; they depend on no input.
+  // Those of columns from `column` on depend on no input: bring them to the L2 cache early.
+  __device__ __forceinline__ void expect(const void* all_scales, const u8* all_zeros,
+                                         int first_channel, u64 column) const {
+    for_each(first_channel, [&](int, u64 group) {
+      Copies<Scale>::expect(static_cast<const Scale*>(all_scales) + group * N + column);
+#if HAS_ZEROS
+      Copies<u8>::expect(all_zeros + group * N + column);
+#endif
+    });
+  }
+
+  // Copy them in the background.
   __device__ __forceinline__ void ask(const void* all_scales, const u8* all_zeros, int first_channel,
                                       u64 column) {
-#pragma unroll
-    for (int turn = 0; turn < TURNS; turn++) {
-      int segment = turn * WARPS_K + share_of_warp(), channel = first_channel + segment * SEGMENT;
-      // Beyond the last channel there are none.
-      if (segment >= SEGMENTS || channel >= K) continue;
-      u64 from = (u64)(channel / GROUP) * N + column;
-      scales[turn].ask(static_cast<const Scale*>(all_scales) + from);
+    for_each(first_channel, [&](int turn, u64 group) {
+      scales[turn].ask(static_cast<const Scale*>(all_scales) + group * N + column);
 #if HAS_ZEROS
-      zeros[turn].ask(all_zeros + from);
+      zeros[turn].ask(all_zeros + group * N + column);
 #endif
-    }
+    });
   }
 
   // Add the sums of a segment, scaled: sums of counts times `inverse`, less the codes of zero times
@@ -142,7 +155,20 @@ struct GroupScales {
       total[c] += to_float(scales_of[c]) * (inverse * sums.sum(c) - zero * inputs);
     }
   }
+
+ private:
+  // Call `visit` with each turn of this thread's warp and the group of its segment.
+  template <typename Visit>
+  static __device__ __forceinline__ void for_each(int first_channel, Visit visit) {
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+      int segment = turn * WARPS_K + share_of_warp(), channel = first_channel + segment * SEGMENT;
+      // Beyond the last channel there are no scales.
+      if (segment < SEGMENTS && channel < K) visit(turn, (u64)(channel / GROUP));
+    }
+  }
 #else
+  __device__ __forceinline__ void expect(const void*, const u8*, int, u64) const {}
   __device__ __forceinline__ void ask(const void*, const u8*, int, u64) {}
 #endif
 };

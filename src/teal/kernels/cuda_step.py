@@ -8,7 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from teal.kernels.cuda_compile import FLOAT, INT, Definitions, function, has_clusters, launch
+from teal.kernels.cuda_compile import (
+    FLOAT,
+    INT,
+    Definitions,
+    function_of_step,
+    has_clusters,
+    launch,
+)
 from teal.kernels.cuda_cuts import Task, measured_cut
 from teal.kernels.cuda_strips import FRACTION_BITS, Cut, bits_of, strip_definitions
 from teal.kernels.operands import Grid
@@ -115,7 +122,7 @@ def project(
     cut = cut_for(projections, clusters=has_clusters(weight.device))
     definitions = definitions_of(projections, cut, memory)
     launch(
-        function(SOURCE, _name_of(projections), definitions, sums.device.index),
+        function_of_step(SOURCE, _name_of(projections), definitions, sums.device.index),
         (cut.tiles(projections.widths), _chunks(len(weight), cut)),
         cut.threads,
         [
