@@ -28,6 +28,10 @@ def test_what_is_tried_fits_into_a_multiprocessor(bits: int) -> None:
     for cut in (*drawn, *near):
         assert space(bits).holds(cut)
         assert cut.threads <= 512 and cut.threads * cut.blocks <= 2048
+        # More would leave a thread no registers for its strips.
+        registers = 65536 // (cut.threads * cut.blocks)
+        under_way = cut.unroll * cut.depth * cut.per_lane * bits // 32
+        assert cut.blocks <= 2 or registers >= under_way
     assert len(set(drawn)) > 100
     assert all(cut != other for cut, other in zip(drawn, near, strict=True))
 

@@ -1,9 +1,18 @@
 import pytest
+import torch
 
 pytest.importorskip("cuda.bindings")
 
-from teal.kernels import cuda_step
-from teal.kernels.cuda_compile import can_compile, compiled
+from cuda.bindings import driver
+
+from teal.kernels import cuda_ends, cuda_step
+from teal.kernels.cuda_compile import (
+    Definitions,
+    can_compile,
+    compiled,
+    function,
+    function_of_step,
+)
 
 
 def test_kernels_compile_for_gpus_that_the_compiler_knows_and_that_have_what_they_need() -> None:
@@ -17,3 +26,12 @@ def test_kernels_compile_for_gpus_that_the_compiler_knows_and_that_have_what_the
 def test_a_source_that_does_not_compile_is_shown_with_the_compilers_words() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)cuda_step.cu does not compile:\n.*CHUNK"):
         compiled(cuda_step.SOURCE, (), "sm_90")
+
+
+@pytest.mark.gpu
+def test_kernels_of_a_step_divide_the_memory_of_a_multiprocessor_alike() -> None:
+    split = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+    definitions: Definitions = cuda_ends.definitions_of(torch.bfloat16)
+    for wanted, percent in ((function_of_step, 60), (function, -1)):
+        kernel = wanted(cuda_ends.SOURCE, "embed", definitions, 0)
+        assert driver.cuFuncGetAttribute(split, kernel.handle)[1] == percent

@@ -201,6 +201,15 @@ def test_every_cut_compiles_without_spills(scheme: str, cut: Cut, tmp_path: Path
     assert_strips_load_whole(cubin, cut, projections.weight.dtype)
 
 
+@pytest.mark.parametrize("warps", [1, 4, 8])
+@pytest.mark.parametrize("chunk", [32, 96, 608])
+def test_warps_share_the_only_group_of_int4_evenly(chunk: int, warps: int) -> None:
+    projections = projections_of(wanted("attention", "int4 in 128"), device="cpu")
+    assert projections.grid is not None and len(projections.grid.scales) == 1
+    cut = Cut(chunk=chunk, per_lane=8, warps_n=1, warps_k=warps, unroll=2, blocks=1)
+    assert cut_for(replace(projections, cut=cut), clusters=True).chunk % (32 * warps) == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("sparsity", [None, 0.5, 0.95], ids=str)
 @cuts

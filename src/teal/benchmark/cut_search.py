@@ -76,6 +76,7 @@ class CutSpace:
         """Tell whether a cut is one of them."""
         return (
             _LEAST_THREADS <= cut.threads <= self.most_threads
+            and cut.blocks <= max(1, self._most_blocks(cut)) + 1
             and cut.threads * cut.blocks <= _MOST_THREADS
             and _LEAST_BYTES <= self._bytes_under_way(cut) <= _MOST_BYTES
         )

@@ -17,8 +17,9 @@ from teal.kernels.cuda_compile import (
     launch,
 )
 from teal.kernels.cuda_cuts import Task, measured_cut
-from teal.kernels.cuda_strips import FRACTION_BITS, Cut, bits_of, strip_definitions
+from teal.kernels.cuda_strips import FRACTION_BITS, WARP, Cut, bits_of, strip_definitions
 from teal.kernels.operands import Grid
+from teal.kernels.reference_quantized import INT4
 
 SOURCE = "cuda_step.cu"
 UNIT = 2.0**-FRACTION_BITS
@@ -154,6 +155,10 @@ def cut_for(projections: Projections, *, clusters: bool) -> Cut:
     cut = projections.cut or measured_cut(task_of(projections))
     if grid is not None and len(grid.scales) > 1:
         cut = replace(cut, chunk=_whole_groups(cut.chunk, grid.group_size))
+    elif projections.weight.dtype == INT4:
+        # All channels are one group, which warps share evenly.
+        shared = WARP * cut.warps_k
+        cut = replace(cut, chunk=max(1, cut.chunk // shared) * shared)
     # A thread has columns of one projection.
     cut = replace(cut, per_lane=math.gcd(cut.per_lane, *projections.widths))
     return replace(cut, cluster=_cluster(in_features, cut) if clusters else 1)
