@@ -35,7 +35,7 @@ test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow
 
 $(VENV)/.demo: pyproject.toml requirements/constraints.txt tools/install.sh
-	bash tools/install.sh "$(PYTHON)" "$(VENV)" report
+	bash tools/install.sh "$(PYTHON)" "$(VENV)" report,cpu
 	touch $@
 
 $(VENV)/.dev: pyproject.toml requirements/constraints.txt tools/install.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Set up a virtual environment with the package and one extra.
+# Set up a virtual environment with the package and some of its extras.
 #
-#   tools/install.sh PYTHON VENV EXTRA
+#   tools/install.sh PYTHON VENV EXTRAS
 #
 # Torch comes first, in a step of its own: whatever is installed after it takes what is there.
 # - With an NVIDIA GPU the user's own torch is used where PYTHON has one, else the newest is taken.
@@ -10,7 +10,7 @@
 # TEAL_TORCH names another requirement, such as "torch==2.11.0".
 set -euo pipefail
 
-python=$1 venv=$2 extra=$3
+python=$1 venv=$2 extras=$3
 cpu_torch="torch==2.13.0+cpu"
 cpu_index="https://download.pytorch.org/whl/cpu"
 
@@ -40,13 +40,13 @@ if ! has_torch "$venv/bin/python"; then
   fi
 fi
 
-pip install --constraint requirements/constraints.txt --editable ".[$extra]"
+pip install --constraint requirements/constraints.txt --editable ".[$extras]"
 
 # CUDA builds of torch bring the Triton and the bindings that they were made for. Without one, any will
 # do to run the GPU kernels' tests in the interpreter and to compile them ahead.
-if [ "$extra" = dev ] && ! "$venv/bin/python" -c 'import triton' > /dev/null 2>&1; then
+if [ "$extras" = dev ] && ! "$venv/bin/python" -c 'import triton' > /dev/null 2>&1; then
   pip install "triton==3.9.0"
 fi
-if [ "$extra" = dev ] && ! "$venv/bin/python" -c 'import cuda.bindings' > /dev/null 2>&1; then
+if [ "$extras" = dev ] && ! "$venv/bin/python" -c 'import cuda.bindings' > /dev/null 2>&1; then
   pip install "cuda-bindings==13.5.0" "nvidia-cuda-nvrtc==13.5.37"
 fi

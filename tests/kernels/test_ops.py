@@ -217,3 +217,16 @@ def test_rows_that_do_not_fit_are_refused() -> None:
 def test_an_unknown_activation_names_the_known_ones() -> None:
     with pytest.raises(UserError, match="Known: gelu_pytorch_tanh, silu"):
         ops.sparse_gated(_draw(1, 70), _draw(70, 96), [0.5, 0.5], "relu")
+
+
+def test_without_numba_a_product_is_right_and_a_warning_says_once_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dispatch, "cpu_gemv", None)
+    dispatch._say_once.cache_clear()
+    x, weight = _draw(1, 8), _draw(8, 4)
+    for _ in range(2):
+        assert torch.equal(ops.sparse_gemv(x, weight, -1.0), x @ weight)
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("WARNING", "numba is not installed: on a CPU nothing is skipped. Try: pip install numba")
+    ]

@@ -133,7 +133,7 @@ def _on_cuda(operands: Operands) -> Tensor:
 
 def _has_triton_kernel(operands: Operands) -> bool:
     if triton_launch is None:
-        _say_once("Triton is not installed: sparse products on the GPU run dense.")
+        _say_once("Triton is not installed: some products skip nothing. Try: pip install triton")
         return False
     return (
         not reference.keeps_everything(operands.thresholds)
@@ -152,13 +152,13 @@ def _on_cpu(operands: Operands) -> Tensor:
 def has_numba() -> bool:
     """Say whether there are CPU kernels; tell once that there are none."""
     if cpu_gemv is None:
-        _say_once("numba is not installed: sparse products run dense. Try: pip install 'teal[cpu]'")
+        _say_once("numba is not installed: on a CPU nothing is skipped. Try: pip install numba")
     return cpu_gemv is not None
 
 
 @functools.cache
 def _say_once(message: str) -> None:
-    _log.info(message)
+    _log.warning(message)
 
 
 def _attend(qkv: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
