@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import compress
 from random import Random
 
+from teal.kernels.cuda_compile import Kernel
 from teal.kernels.cuda_strips import Cut
 
 # Columns of a thread by bits of a weight.
@@ -110,19 +111,19 @@ class Found:
 def fastest(
     space: CutSpace,
     known: Cut,
-    compile_cut: Callable[[Cut], object],
+    compile_cut: Callable[[Cut], Kernel],
     time_cut: Callable[[Cut], float],
     seed: int = 0,
 ) -> Found:
     """Search the fastest cut.
 
     A cut that is not `known` may be one that does not compile, or that takes more of the GPU than
-    there is: it is left out where a call raises `RuntimeError`.
+    there is: it is left out where a call raises `RuntimeError`, or where registers spill.
 
     Args:
         space: What is tried.
         known: A cut that computes, tried too.
-        compile_cut: Called for several cuts side by side.
+        compile_cut: Returns a kernel; called for several cuts side by side.
         time_cut: Returns microseconds; called for one cut after the other.
         seed: Of the draws.
     """
@@ -148,17 +149,17 @@ def _best_of(times: Mapping[Cut, float]) -> list[Cut]:
 
 
 def _times_of(
-    cuts: Sequence[Cut], compile_cut: Callable[[Cut], object], time_cut: Callable[[Cut], float]
+    cuts: Sequence[Cut], compile_cut: Callable[[Cut], Kernel], time_cut: Callable[[Cut], float]
 ) -> dict[Cut, float]:
-    def compiles(cut: Cut) -> bool:
+    def holds(cut: Cut) -> bool:
+        """Tell whether the kernel of a cut compiles, and registers hold what threads have."""
         try:
-            compile_cut(cut)
+            return compile_cut(cut).local_bytes == 0
         except RuntimeError:
             return False
-        return True
 
     with ThreadPoolExecutor() as pool:
-        usable = list(compress(cuts, pool.map(compiles, cuts)))
+        usable = list(compress(cuts, pool.map(holds, cuts)))
     times = {}
     for cut in usable:
         with suppress(RuntimeError):

@@ -8,6 +8,7 @@ from teal.benchmark.gemv import Product
 try:
     from teal.benchmark.cut_search import CutSpace, Found, fastest
     from teal.kernels import cuda_compile, cuda_gemv, cuda_gemv_cuts
+    from teal.kernels.cuda_compile import Kernel
     from teal.kernels.cuda_cuts import Task
     from teal.kernels.cuda_strips import WARP, Cut
 except ImportError:
@@ -62,11 +63,10 @@ class _Trial:
             most_threads=_MOST_THREADS,
         )
 
-    def compile(self, cut: "Cut") -> None:
-        """Compile the kernel of a cut; a `RuntimeError` says that this cannot be."""
-        definitions = cuda_gemv.definitions_of(*self._operands(0), self.chunked(cut))
-        architecture = cuda_compile.architecture_of(self._product.x.device)
-        cuda_compile.compiled(cuda_gemv.SOURCE, definitions, architecture)
+    def compile(self, cut: "Cut") -> "Kernel":
+        """Return the kernel of a cut; a `RuntimeError` says that this cannot be."""
+        device = self._product.x.device.index
+        return cuda_gemv.kernel_of(*self._operands(0), self.chunked(cut), device)
 
     def time(self, cut: "Cut") -> float:
         """Return the microseconds of the product; a `RuntimeError` says that the cut is none."""

@@ -16,6 +16,7 @@ from teal.foundation.progress import Progress, silent
 try:
     from teal.benchmark.cut_search import CutSpace, Found, fastest
     from teal.kernels import cuda_compile, cuda_step
+    from teal.kernels.cuda_compile import Kernel
     from teal.kernels.cuda_cuts import Task
     from teal.kernels.cuda_strips import Cut, bits_of
 except ImportError:
@@ -103,12 +104,11 @@ class _Trial:
             most_threads=_MOST_THREADS,
         )
 
-    def compile(self, cut: "Cut") -> None:
-        """Compile the kernel of a cut; a `RuntimeError` says that this cannot be."""
+    def compile(self, cut: "Cut") -> "Kernel":
+        """Return the kernel of a cut; a `RuntimeError` says that this cannot be."""
         projections, device = replace(self._projections, cut=cut), self._token.device
         cut = cuda_step.cut_for(projections, clusters=cuda_compile.has_clusters(device))
-        definitions = cuda_step.definitions_of(projections, cut, self._memory)
-        cuda_compile.compiled(cuda_step.SOURCE, definitions, cuda_compile.architecture_of(device))
+        return cuda_step.kernel_of(projections, cut, self._memory)
 
     @torch.inference_mode()
     def time(self, cut: "Cut") -> float:

@@ -35,10 +35,12 @@ class Kernel:
     Attributes:
         handle: Of the driver.
         shared_bytes: Shared memory of a block, beside what is in the kernel's own declaration.
+        local_bytes: Of a thread, where what registers do not hold is spilled to.
     """
 
     handle: Any
     shared_bytes: int
+    local_bytes: int = 0
 
 
 @functools.cache
@@ -144,7 +146,9 @@ def function(
         if shared_bytes:
             size = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(handle, size, shared_bytes))
-    return Kernel(handle, shared_bytes)
+        spilled = attributes.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
+        local_bytes: int = _checked(driver.cuFuncGetAttribute(spilled, handle))
+    return Kernel(handle, shared_bytes, local_bytes)
 
 
 # The kernels of a step divide the memory of a multiprocessor alike: to divide it otherwise, one

@@ -82,14 +82,16 @@ def can_compute(operands: Operands, grid: Grid | None) -> bool:
 
 
 def _is_wanted_of_floats(operands: Operands) -> bool:
-    # Dense ones are cuBLAS's, unless an activation follows. Without clusters Triton's kernel has
-    # more blocks, which is also what many channels of one row want.
-    is_one, is_dense = operands.rows == 1, reference.keeps_everything(operands.thresholds)
-    return (
-        has_clusters(operands.x.device)
-        and (not is_dense or (is_one and operands.activation is not None))
-        and (not is_one or len(operands.weight) <= _LONGEST)
-    )
+    is_dense = reference.keeps_everything(operands.thresholds)
+    if not has_clusters(operands.x.device):
+        # Triton's kernel has more blocks.
+        return False
+    if operands.rows > 1:
+        return not is_dense
+    # Dense products are cuBLAS's, unless an activation follows. For many channels Triton's kernel
+    # has more blocks.
+    is_gated = operands.activation is not None
+    return len(operands.weight) <= _LONGEST and (is_gated or not is_dense)
 
 
 def compute(operands: Operands, grid: Grid | None = None, cut: Cut | None = None) -> Tensor:
@@ -182,13 +184,25 @@ def definitions_of(operands: Operands, grid: Grid | None, cut: Cut) -> Definitio
     return (*strips, *sorted(given.items()))
 
 
+def kernel_of(operands: Operands, grid: Grid | None, cut: Cut, device: int) -> Kernel:
+    """Return the kernel that `compute` launches, compiled at the first call.
+
+    Args:
+        operands: As `definitions_of`, and so the rest.
+        grid: What the codes stand for.
+        cut: How the product is cut.
+        device: Index of the CUDA device.
+    """
+    return function(SOURCE, "multiply", definitions_of(operands, grid, cut), device)
+
+
 @functools.cache
 def _prepared(signature: _Signature, cut: Cut | None, device: int) -> _Prepared:
     operands, grid = _shapes_of(signature)
     product = product_of(operands, grid)
     clusters = has_clusters(device)
     cut = cut or cut_for(product, clusters=clusters)
-    kernel = function(SOURCE, "multiply", definitions_of(operands, grid, cut), device)
+    kernel = kernel_of(operands, grid, cut, device)
     return _Prepared(kernel, (tiles(product, cut), cut.cluster), cut.threads, clusters)
 
 

@@ -174,6 +174,8 @@ def _with_even_shares(product: Product, cut: Cut) -> Cut:
         # It is no cut of this product, which the compiler will say.
         return cut
     warps = min(around, key=lambda number: (waste(number), abs(number - cut.warps_k)))
-    # As many registers for a thread as before.
-    blocks = max(1, cut.blocks * cut.warps_k // warps)
-    return replace(cut, warps_k=warps, blocks=blocks)
+    shared = replace(cut, warps_k=warps)
+    has_one_sum = _turns(product, shared) == 1 and cut.chunk * cut.cluster >= product.in_features
+    # As many registers for a thread as before, or more where turns and all of them have sums.
+    blocks = max(1, cut.blocks * cut.warps_k // warps) if has_one_sum else 1
+    return replace(shared, blocks=blocks)

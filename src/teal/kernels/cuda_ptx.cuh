@@ -171,7 +171,9 @@ PTX void send_to_rank(float* mine, u64* barrier, u32 rank, float value) {
                : "memory");
 }
 
-// Wait until all bytes have come.
+// Wait until all bytes have come. The scope is the block, as where CUTLASS waits for other blocks of a
+// cluster (ClusterTransactionBarrier): the scope of the cluster would empty the first-level cache, in
+// which shared memory is not.
 PTX void wait_at_barrier(u64* barrier) {
   u32 here = (u32)__cvta_generic_to_shared(barrier), done = 0;
   while (!done)

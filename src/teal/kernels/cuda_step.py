@@ -12,6 +12,7 @@ from teal.kernels.cuda_compile import (
     FLOAT,
     INT,
     Definitions,
+    Kernel,
     function_of_step,
     has_clusters,
     launch,
@@ -121,9 +122,8 @@ def project(
     """
     weight = projections.weight
     cut = cut_for(projections, clusters=has_clusters(weight.device))
-    definitions = definitions_of(projections, cut, memory)
     launch(
-        function_of_step(SOURCE, _name_of(projections), definitions, sums.device.index),
+        kernel_of(projections, cut, memory),
         (cut.tiles(projections.widths), _chunks(len(weight), cut)),
         cut.threads,
         [
@@ -144,6 +144,18 @@ def project(
     )
 
 
+def kernel_of(projections: Projections, cut: Cut, memory: StepMemory) -> Kernel:
+    """Return the kernel that `project` launches, compiled at the first call.
+
+    Args:
+        projections: What is computed.
+        cut: From `cut_for`.
+        memory: As `definitions_of`.
+    """
+    definitions, device = definitions_of(projections, cut, memory), projections.weight.device.index
+    return function_of_step(SOURCE, _name_of(projections), definitions, device)
+
+
 def cut_for(projections: Projections, *, clusters: bool) -> Cut:
     """Return how a product is cut.
 
@@ -155,6 +167,9 @@ def cut_for(projections: Projections, *, clusters: bool) -> Cut:
     cut = projections.cut or measured_cut(task_of(projections))
     if grid is not None and len(grid.scales) > 1:
         cut = replace(cut, chunk=_whole_groups(cut.chunk, grid.group_size))
+        if cut.chunk > cut.warps_k * grid.group_size:
+            # Of several turns, each has sums of its own: they take registers.
+            cut = replace(cut, blocks=1)
     elif projections.weight.dtype == INT4:
         # All channels are one group, which warps share evenly.
         shared = WARP * cut.warps_k
