@@ -210,6 +210,20 @@ def test_warps_share_the_only_group_of_int4_evenly(chunk: int, warps: int) -> No
     assert cut_for(replace(projections, cut=cut), clusters=True).chunk % (32 * warps) == 0
 
 
+@pytest.mark.parametrize("warps", [1, 2, 4, 8])
+@pytest.mark.parametrize("chunk", [32, 64, 96, 160, 608])
+def test_chunks_are_of_whole_groups_or_of_parts_that_warps_share_evenly(
+    chunk: int, warps: int
+) -> None:
+    projections = projections_of(wanted("hidden", "int4 in 128"), device="cpu")
+    assert projections.grid is not None and len(projections.grid.scales) > 1
+    cut = Cut(chunk=chunk, per_lane=8, warps_n=1, warps_k=warps, unroll=2, blocks=2)
+    fitted = cut_for(replace(projections, cut=cut), clusters=True)
+    is_part = 128 % fitted.chunk == 0 and fitted.chunk % (32 * warps) == 0
+    assert is_part or fitted.chunk % 128 == 0
+    assert fitted.blocks == (1 if fitted.chunk > 128 * warps else 2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("sparsity", [None, 0.5, 0.95], ids=str)
 @cuts

@@ -82,10 +82,10 @@ def can_compute(operands: Operands, grid: Grid | None) -> bool:
 
 
 def _is_wanted_of_floats(operands: Operands) -> bool:
-    is_dense = reference.keeps_everything(operands.thresholds)
     if not has_clusters(operands.x.device):
         # Triton's kernel has more blocks.
         return False
+    is_dense = reference.keeps_everything(operands.thresholds)
     if operands.rows > 1:
         return not is_dense
     # Dense products are cuBLAS's, unless an activation follows. For many channels Triton's kernel

@@ -125,7 +125,8 @@ def shared_bytes(product: Product, cut: Cut) -> int:
     sums = 4 * columns * (cut.warps_k * (cut.per_lane + 4) // cut.per_lane + 1)
     lists = halves * (5 + 4 * product.rows) * cut.chunk
     # Every warp has those of its own groups; one for a column is shared.
-    groups = _turns(product, cut) * cut.warps_k if product.bits == _INT4_BITS else 1
+    turns = cut.turns(product.group_size or cut.chunk)
+    groups = turns * cut.warps_k if product.bits == _INT4_BITS else 1
     return lists + columns * (groups * product.group_bytes + 4 * (product.rows - 1)) + sums
 
 
@@ -139,18 +140,6 @@ def _for_rows(product: Product, cut: Cut) -> Cut:
     return replace(cut, blocks=max(1, _REGISTERS // (registers * cut.threads)))
 
 
-def _segment(product: Product, cut: Cut) -> int:
-    """Return how many channels a warp scales at once; see cuda_scales.cuh."""
-    share, is_whole = cut.chunk // cut.warps_k, cut.chunk % (cut.warps_k * WARP) == 0
-    group_size = product.group_size or cut.chunk
-    return share if is_whole and group_size % share == 0 else group_size
-
-
-def _turns(product: Product, cut: Cut) -> int:
-    """Return how often a warp does that."""
-    return math.ceil(cut.chunk / _segment(product, cut) / cut.warps_k)
-
-
 def _unit(product: Product, cut: Cut) -> int:
     """Return what a chunk is a multiple of."""
     # Groups are scaled whole; where all channels are one, warps share a chunk evenly.
@@ -159,12 +148,13 @@ def _unit(product: Product, cut: Cut) -> int:
 
 def _with_even_shares(product: Product, cut: Cut) -> Cut:
     """Choose as many warps as can share the groups of a chunk evenly."""
-    if not product.group_size:
+    group_size = product.group_size
+    if not group_size:
         return cut
 
     def waste(warps: int) -> float:
         shared = replace(cut, warps_k=warps)
-        return _turns(product, shared) * _segment(product, shared) * warps / cut.chunk
+        return shared.turns(group_size) * shared.segment(group_size) * warps / cut.chunk
 
     # A thread finishes one column at most.
     least = math.ceil(tile_columns(product, cut) / (cut.cluster * WARP * cut.warps_n))
@@ -175,7 +165,7 @@ def _with_even_shares(product: Product, cut: Cut) -> Cut:
         return cut
     warps = min(around, key=lambda number: (waste(number), abs(number - cut.warps_k)))
     shared = replace(cut, warps_k=warps)
-    has_one_sum = _turns(product, shared) == 1 and cut.chunk * cut.cluster >= product.in_features
+    has_one_sum = shared.turns(group_size) == 1 and cut.chunk * cut.cluster >= product.in_features
     # As many registers for a thread as before, or more where turns and all of them have sums.
     blocks = max(1, cut.blocks * cut.warps_k // warps) if has_one_sum else 1
     return replace(shared, blocks=blocks)

@@ -165,15 +165,8 @@ def cut_for(projections: Projections, *, clusters: bool) -> Cut:
     """
     grid, in_features = projections.grid, len(projections.weight)
     cut = projections.cut or measured_cut(task_of(projections))
-    if grid is not None and len(grid.scales) > 1:
-        cut = replace(cut, chunk=_whole_groups(cut.chunk, grid.group_size))
-        if cut.chunk > cut.warps_k * grid.group_size:
-            # Of several turns, each has sums of its own: they take registers.
-            cut = replace(cut, blocks=1)
-    elif projections.weight.dtype == INT4:
-        # All channels are one group, which warps share evenly.
-        shared = WARP * cut.warps_k
-        cut = replace(cut, chunk=max(1, cut.chunk // shared) * shared)
+    if grid is not None and projections.weight.dtype == INT4:
+        cut = _of_groups(cut, grid)
     # A thread has columns of one projection.
     cut = replace(cut, per_lane=math.gcd(cut.per_lane, *projections.widths))
     return replace(cut, cluster=_cluster(in_features, cut) if clusters else 1)
@@ -231,9 +224,15 @@ def _name_of(projections: Projections) -> str:
     return "project_o" if projections.input == "attention" else "project_down"
 
 
-def _whole_groups(chunk: int, group_size: int) -> int:
-    """Return about as many channels, of whole groups or a part of one."""
-    return chunk if group_size % chunk == 0 else max(1, chunk // group_size) * group_size
+def _of_groups(cut: Cut, grid: Grid) -> Cut:
+    """Return about the same cut, chunks of whole groups or of parts that warps share evenly."""
+    shared, size = WARP * cut.warps_k, grid.group_size
+    part = max(1, cut.chunk // shared) * shared
+    if len(grid.scales) == 1 or (cut.chunk < size and size % part == 0):
+        return replace(cut, chunk=part)
+    cut = replace(cut, chunk=max(1, cut.chunk // size) * size)
+    # Of several turns, each has sums beside those of all: they take registers.
+    return cut if cut.turns(size) == 1 else replace(cut, blocks=1)
 
 
 def _cluster(in_features: int, cut: Cut) -> int:

@@ -89,7 +89,6 @@ struct Batch {
 // The kept channels of a chunk, in order.
 struct List {
   static constexpr int WORDS = (CHUNK + WARP - 1) / WARP;
-  static constexpr int WORDS_OF_LANE = (WORDS + WARP - 1) / WARP;
 
   Entry entries[CHUNK];
   u32 words[WORDS];  // a bit for each channel
@@ -122,12 +121,10 @@ struct List {
 #endif
     __syncthreads();
     float multiplier = factor();
-    u32 bits[WORDS_OF_LANE];
-    count_bits(bits);
     int places[PER_THREAD];
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
-      int word = i * (THREADS / WARP) + warp, start = bits_before(word, bits);
+      int word = i * (THREADS / WARP) + warp, start = counted(word);
       places[i] = start + __popc(kept[i] & ((1u << lane) - 1));
       if (word < WORDS && lane == 0) starts[word] = start;
       if (word == WORDS - 1 && lane == 0) starts[WORDS] = start + __popc(kept[i]);
@@ -193,21 +190,14 @@ struct List {
   }
 #endif
 
-  static __device__ __forceinline__ int word_of_lane(int i) { return i * WARP + threadIdx.x % WARP; }
-
-  // Count the bits of this lane's words.
-  __device__ __forceinline__ void count_bits(u32 (&bits)[WORDS_OF_LANE]) const {
+  // Count the bits of the words before one; for whole warps.
+  __device__ __forceinline__ int counted(int word) const {
+    u32 bits = 0;
 #pragma unroll
-    for (int i = 0; i < WORDS_OF_LANE; i++)
-      bits[i] = word_of_lane(i) < WORDS ? __popc(words[word_of_lane(i)]) : 0;
-  }
-
-  // Add up those of the words before one; for whole warps.
-  static __device__ __forceinline__ int bits_before(int word, const u32 (&bits)[WORDS_OF_LANE]) {
-    u32 sum = 0;
-#pragma unroll
-    for (int i = 0; i < WORDS_OF_LANE; i++)
-      if (word_of_lane(i) < word) sum += bits[i];
-    return (int)__reduce_add_sync(~0u, sum);
+    for (int first = 0; first < WORDS; first += WARP) {
+      int here = first + threadIdx.x % WARP;
+      if (here < min(word, WORDS)) bits += __popc(words[here]);
+    }
+    return (int)__reduce_add_sync(~0u, bits);
   }
 };

@@ -67,6 +67,15 @@ class Cut:
         """Columns of a block."""
         return self.per_lane * WARP * self.warps_n
 
+    def segment(self, group_size: int) -> int:
+        """Return how many channels of int4 a warp scales at once; see cuda_scales.cuh."""
+        share, is_whole = self.chunk // self.warps_k, self.chunk % (self.warps_k * WARP) == 0
+        return share if is_whole and group_size % share == 0 else group_size
+
+    def turns(self, group_size: int) -> int:
+        """Return how often a warp does that."""
+        return math.ceil(self.chunk / self.segment(group_size) / self.warps_k)
+
     def tiles(self, widths: Sequence[int]) -> int:
         """Blocks beside each other for parts of some widths."""
         return sum(math.ceil(width / self.columns) for width in widths)
