@@ -143,9 +143,12 @@ def test_products_compile_to_wide_loads_without_spills(
     assert_strips_load_whole(cubin, cut, projections.weight.dtype)
 
 
+@pytest.mark.parametrize("is_dense", [False, True], ids=["sparse", "dense"])
 @pytest.mark.parametrize("sizes", [(4096, 14336), (8192, 28672)], ids=["8B", "70B"])
 @pytest.mark.parametrize("scheme", ["floats", "int8", "fp8", "int4 in 128"])
-def test_models_compile_without_spills(scheme: str, sizes: tuple[int, int], tmp_path: Path) -> None:
+def test_models_compile_without_spills(
+    scheme: str, sizes: tuple[int, int], is_dense: bool, tmp_path: Path
+) -> None:
     hidden, intermediate = sizes
     products = (
         Wanted("hidden", hidden, [hidden, 1024, 1024], SCHEMES[scheme]),
@@ -154,7 +157,7 @@ def test_models_compile_without_spills(scheme: str, sizes: tuple[int, int], tmp_
         Wanted("silu", intermediate, [hidden], SCHEMES[scheme]),
     )
     for product in products:
-        projections = outlined(product)
+        projections = replace(outlined(product), is_dense=is_dense)
         cut = cut_for(projections, clusters=True)
         memory = memory_of(torch.bfloat16, "meta")
         cubin = tmp_path / "kernel.cubin"

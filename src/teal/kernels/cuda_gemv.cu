@@ -17,11 +17,12 @@
 
 constexpr int HALVES = ACTIVATION == NONE ? 1 : 2;  // gate and up
 constexpr int TILE_N = BLOCK_N / HALVES;
-constexpr int FINISHED = TILE_N / CLUSTER;
+constexpr int FINISHED = (TILE_N + CLUSTER - 1) / CLUSTER;  // by a block
 constexpr int OUT = N / HALVES;  // columns of the result
 
 static_assert(WARPS_N % HALVES == 0, "a warp has columns of gate or of up");
-static_assert(TILE_N % CLUSTER == 0 && FINISHED <= THREADS, "a thread finishes a column");
+static_assert(FINISHED <= THREADS, "a thread finishes a column");
+static_assert((CLUSTER - 1) * FINISHED < TILE_N, "every block finishes columns");
 
 struct Shared {
   List lists[HALVES];
@@ -158,7 +159,10 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
   u64 offset = half * START_1 + first_column + (column < columns ? column : 0);
   weight = ready(weight + offset * BITS / 8);
 
-  if (threadIdx.x == 0) shared.inbox.open(sizeof(shared.received));
+  int finished_here =
+      TILE_N % CLUSTER == 0 ? FINISHED : min(FINISHED, TILE_N - rank * FINISHED);
+  if (threadIdx.x == 0)
+    shared.inbox.open(ROWS * CLUSTER * HALVES * finished_here * sizeof(float));
   cluster_begin();
   if ((half == 0 ? threshold : threshold_1) < 0.0f)
     // Nothing is dropped: what comes first is known before the input is.
@@ -172,7 +176,7 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
     shared.column_scales[side].ask(all_scales, side * START_1 + first_column, columns);
 
   int finished = rank * FINISHED + threadIdx.x, out_column = first_column + finished;
-  bool finishes = threadIdx.x < FINISHED && finished < columns;
+  bool finishes = threadIdx.x < finished_here && finished < columns;
   u16 biases[HALVES] = {}, rest[ROWS] = {};
   if (finishes && bias != nullptr)
 #pragma unroll

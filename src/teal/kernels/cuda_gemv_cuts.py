@@ -15,6 +15,9 @@ _LEAST_PER_LANE = 8
 _INT4_BITS = 4
 # Several rows have sums of their own: few threads leave registers for them.
 _WARPS_OF_ROWS, _UNROLL_OF_ROWS = 8, 4
+_WARPS_WITHOUT_CLUSTERS = 16
+# Where a warp adds up groups of int4 one after the other, it has sums of each beside those of all.
+_UNROLL_OF_GROUPS = 8
 # Of a multiprocessor; of a thread, beside sums and strips.
 _REGISTERS, _OTHER_REGISTERS = 65536, 64
 # Of a block.
@@ -71,7 +74,8 @@ def cut_for(product: Product, *, clusters: bool) -> Cut:
         cut = _for_rows(product, cut)
     if not clusters:
         # More channels for a block take more registers.
-        cut = replace(cut, cluster=1, blocks=1)
+        warps_k = min(cut.warps_k, _WARPS_WITHOUT_CLUSTERS // cut.warps_n)
+        cut = replace(cut, cluster=1, blocks=1, warps_k=warps_k)
     whole = chunked(product, cut)
     if tile_columns(product, whole) > whole.threads * whole.cluster:
         # A thread finishes one column.
@@ -166,6 +170,7 @@ def _with_even_shares(product: Product, cut: Cut) -> Cut:
     warps = min(around, key=lambda number: (waste(number), abs(number - cut.warps_k)))
     shared = replace(cut, warps_k=warps)
     has_one_sum = shared.turns(group_size) == 1 and cut.chunk * cut.cluster >= product.in_features
-    # As many registers for a thread as before, or more where turns and all of them have sums.
-    blocks = max(1, cut.blocks * cut.warps_k // warps) if has_one_sum else 1
-    return replace(shared, blocks=blocks)
+    if not has_one_sum:
+        return replace(shared, blocks=1, unroll=min(cut.unroll, _UNROLL_OF_GROUPS))
+    # As many registers for a thread as before.
+    return replace(shared, blocks=max(1, cut.blocks * cut.warps_k // warps))
