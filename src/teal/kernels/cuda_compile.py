@@ -11,6 +11,7 @@ import torch
 from cuda.bindings import driver, nvrtc
 
 from teal.foundation.errors import UserError
+from teal.kernels.cuda_cache import kept
 
 # What a kernel parameter can be, beside pointers.
 INT = ctypes.c_int
@@ -73,7 +74,7 @@ def architecture_of(device: int | torch.device) -> str:
 
 @functools.cache
 def compiled(source: str, definitions: Definitions, architecture: str) -> bytes:
-    """Compile a file of this package for one architecture.
+    """Compile a file of this package for one architecture, or read what was compiled before.
 
     Args:
         source: Name of the file in `teal.kernels`.
@@ -83,25 +84,33 @@ def compiled(source: str, definitions: Definitions, architecture: str) -> bytes:
     Returns:
         A cubin.
     """
-    text, headers = _text(source), _headers()
-    program = _checked(
-        nvrtc.nvrtcCreateProgram(
-            text,
-            source.encode(),
-            len(headers),
-            list(headers.values()),
-            [name.encode() for name in headers],
-        )
-    )
+    headers = _headers()
     options = [f"--gpu-architecture={architecture}", "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in definitions]
+    sources = [_text(source), *headers.values()]
+    names = [source, *headers]
+    given = [repr((nvrtc.nvrtcVersion(), names, options)).encode(), *sources]
+    return kept(given, lambda: _compile(names, sources, options))
+
+
+def _compile(names: Sequence[str], sources: Sequence[bytes], options: Sequence[str]) -> bytes:
+    """Compile the first of some files, which includes the others."""
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(
+            sources[0],
+            names[0].encode(),
+            len(names) - 1,
+            list(sources[1:]),
+            [name.encode() for name in names[1:]],
+        )
+    )
     (status,) = nvrtc.nvrtcCompileProgram(
         program, len(options), [option.encode() for option in options]
     )
     if int(status):
         log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"{source} does not compile:\n{log.decode()}")
+        raise RuntimeError(f"{names[0]} does not compile:\n{log.decode()}")
     cubin = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
     _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     nvrtc.nvrtcDestroyProgram(program)

@@ -1,0 +1,55 @@
+"""Keeps compiled CUDA kernels on disk, so that other processes need not compile them again.
+
+NVIDIA's cuda-core does it where it is installed: files that are written whole or not at all, shared
+by any number of processes, the longest unread deleted first.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+try:
+    from cuda.core.utils import FileStreamProgramCache
+    from platformdirs import user_cache_path
+except ImportError:
+    FileStreamProgramCache = None
+
+# Thousands of kernels; a model needs a dozen.
+_MOST_BYTES = 1 << 28
+
+
+def kept(inputs: Sequence[bytes], compile: Callable[[], bytes]) -> bytes:
+    """Return what `compile` returns, or returned for the same inputs in this or another process.
+
+    Where nothing can be kept, it compiles.
+
+    Args:
+        inputs: Everything that the result depends on.
+        compile: Makes the result.
+    """
+    cache = _cache()
+    if cache is None:
+        return compile()
+    key = hashlib.sha256(repr(list(inputs)).encode()).digest()
+    found: bytes | None = None
+    with suppress(OSError):
+        found = cache.get(key)
+    if found is None:
+        found = compile()
+        with suppress(OSError):
+            cache[key] = found
+    return found
+
+
+@functools.cache
+def _cache() -> "FileStreamProgramCache | None":
+    if FileStreamProgramCache is None:
+        return None
+    try:
+        return FileStreamProgramCache(
+            user_cache_path("teal") / "kernels", max_size_bytes=_MOST_BYTES
+        )
+    except OSError:
+        # Nobody may write there.
+        return None
