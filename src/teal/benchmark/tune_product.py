@@ -17,8 +17,8 @@ except ImportError:
 # Cuts are compared here.
 SPARSITY = 0.5
 
-# A cluster runs within one of the GPU's large groups of multiprocessors (GPCs). Most of those of an
-# H200 have 18, which three clusters of six fill.
+# A cluster runs within one of the GPU's large groups of multiprocessors (GPCs). A whole one has 18
+# (NVIDIA's H100 whitepaper), which three clusters of six fill.
 _CLUSTERS = (8, 8, 6, 6, 4, 2)
 _WARPS_N = {False: (1, 1, 2), True: (2, 4)}  # gate and up take half of the warps each
 _MOST_THREADS = 1024

@@ -19,19 +19,19 @@ except ImportError:
 _MOST_BYTES = 1 << 28
 
 
-def kept(inputs: Sequence[bytes], compile: Callable[[], bytes]) -> bytes:
+def kept(inputs: Sequence[object], compile: Callable[[], bytes]) -> bytes:
     """Return what `compile` returns, or returned for the same inputs in this or another process.
 
     Where nothing can be kept, it compiles.
 
     Args:
-        inputs: Everything that the result depends on.
+        inputs: Everything that the result depends on, told apart by how it is printed.
         compile: Makes the result.
     """
     cache = _cache()
     if cache is None:
         return compile()
-    key = hashlib.sha256(repr(list(inputs)).encode()).digest()
+    key = hashlib.sha256(repr(inputs).encode()).digest()
     found: bytes | None = None
     with suppress(OSError):
         found = cache.get(key)

@@ -89,8 +89,8 @@ def compiled(source: str, definitions: Definitions, architecture: str) -> bytes:
     options += [f"-D{name}={value}" for name, value in definitions]
     sources = [_text(source), *headers.values()]
     names = [source, *headers]
-    given = [repr((nvrtc.nvrtcVersion(), names, options)).encode(), *sources]
-    return kept(given, lambda: _compile(names, sources, options))
+    inputs = nvrtc.nvrtcVersion(), names, sources, options
+    return kept(inputs, lambda: _compile(names, sources, options))
 
 
 def _compile(names: Sequence[str], sources: Sequence[bytes], options: Sequence[str]) -> bytes:

@@ -159,6 +159,7 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
   u64 offset = half * START_1 + first_column + (column < columns ? column : 0);
   weight = ready(weight + offset * BITS / 8);
 
+  // The last block may finish fewer; where none does, the compiler knows how many.
   int finished_here =
       TILE_N % CLUSTER == 0 ? FINISHED : min(FINISHED, TILE_N - rank * FINISHED);
   if (threadIdx.x == 0)
