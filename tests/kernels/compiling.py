@@ -25,9 +25,11 @@ def assert_no_spills(cubin: Path) -> None:
     assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}
 
 
-def assert_strips_load_whole(cubin: Path, cut: Cut, dtype: torch.dtype) -> None:
+def assert_strips_load_whole(cubin: Path, cut: Cut, dtype: torch.dtype, rows: int = 1) -> None:
     """Check that a thread asks at once for all its columns, of every strip under way."""
     bits = cut.per_lane * bits_of(dtype)
-    width = "" if bits == 32 else rf"\.{bits}"
-    loads = re.findall(rf"LDG\.E\.NA{width}\.CONSTANT", told(cubin, "--dump-sass"))
-    assert len(loads) >= cut.unroll
+    # Threads share the channels that several rows ask for, and read 16 bytes of each.
+    width, number = (bits, cut.unroll) if rows == 1 else (128, cut.unroll * bits // 128)
+    suffix = "" if width == 32 else rf"\.{width}"
+    loads = re.findall(rf"LDG\.E\.NA{suffix}\.CONSTANT", told(cubin, "--dump-sass"))
+    assert len(loads) >= number

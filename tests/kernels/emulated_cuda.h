@@ -39,6 +39,7 @@ constexpr int STACK_BYTES = 128 * 1024;
 
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
+struct alignas(8) uint2 { u32 x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) longlong2 { i64 x, y; };
 struct Index { u32 x, y, z; };

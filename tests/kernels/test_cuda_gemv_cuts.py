@@ -127,7 +127,7 @@ def test_products_of_several_rows_compile_without_spills(
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled(SOURCE, definitions_of(operands, None, cut), "sm_90"))
     assert_no_spills(cubin)
-    assert_strips_load_whole(cubin, cut, operands.weight.dtype)
+    assert_strips_load_whole(cubin, cut, operands.weight.dtype, rows)
 
 
 def test_what_is_no_cut_of_a_product_does_not_compile() -> None:
@@ -163,10 +163,28 @@ def test_product_is_right_however_it_is_cut(
 
 @pytest.mark.gpu
 def test_threads_of_floats_may_have_half_as_many_columns() -> None:
-    weight, x = weight_of("floats", 1200, 320, torch.bfloat16), draw(2, 1200, dtype=torch.bfloat16)
+    weight, x = weight_of("floats", 1200, 320, torch.bfloat16), draw(1, 1200, dtype=torch.bfloat16)
     cut = Cut(chunk=32, per_lane=4, warps_n=2, warps_k=4, unroll=8, blocks=1, cluster=8)
-    for rows in (1, 2):
-        operands = weight.operands(x[:rows].to(DEVICE), [0.4, 0.8], widths=[192, 128])
+    operands = weight.operands(x.to(DEVICE), [0.4, 0.8], widths=[192, 128])
+    assert_right(weight, operands, chunked(product_of(operands, None), cut))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [2, 3, 8])
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(("per_lane", "unroll"), [(2, 16), (2, 32), (4, 16), (8, 16)])
+@pytest.mark.parametrize("cluster", [1, 6, 8])
+def test_several_rows_are_right_however_they_are_cut(
+    cluster: int, per_lane: int, unroll: int, depth: int, rows: int
+) -> None:
+    if cluster > 1 and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs clusters of blocks")
+    x = 0.2 * draw(rows, 1200, seed=1).to(DEVICE, torch.bfloat16)
+    cut = Cut(chunk=32, per_lane=per_lane, warps_n=2, warps_k=4, unroll=unroll, blocks=1)
+    cut = replace(cut, cluster=cluster, depth=depth)
+    for widths, activation in (([200, 160], None), ([184, 184], "silu")):
+        weight = weight_of("floats", 1200, sum(widths), torch.bfloat16)
+        operands = weight.operands(x, [0.08, 0.16], widths=widths, activation=activation)
         assert_right(weight, operands, chunked(product_of(operands, None), cut))
 
 
@@ -180,6 +198,12 @@ def test_cuts_are_right_where_a_gpu_is_emulated(
         test_product_is_right_however_it_is_cut(scheme, cluster, warps_n, depth)
     if scheme == "floats":
         test_threads_of_floats_may_have_half_as_many_columns()
+        for cluster, per_lane, unroll, depth, rows in (
+            (1, 2, 32, 1, 2),
+            (6, 4, 16, 2, 3),
+            (8, 8, 16, 1, 8),
+        ):
+            test_several_rows_are_right_however_they_are_cut(cluster, per_lane, unroll, depth, rows)
     test_a_block_may_have_several_chunks(scheme, [0.4])
     test_a_block_may_have_several_chunks(scheme, [0.08, 0.16])
 

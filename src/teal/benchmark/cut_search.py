@@ -10,11 +10,15 @@ from random import Random
 from teal.kernels.cuda_compile import Kernel
 from teal.kernels.cuda_strips import Cut
 
-# Columns of a thread by bits of a weight.
+# Columns of a thread by bits of a weight, and those of several rows.
 _PER_LANE = {16: (4, 8, 8), 8: (8, 16), 4: (8, 16, 32)}
+_PER_LANE_OF_ROWS = (2, 4, 4, 8)
 _WARPS_K = (2, 4, 8, 8, 12, 16)
 # Not powers of two only: as many as a warp keeps on average, and some more, are one round.
 _UNROLLS = (2, 4, 4, 6, 8, 8, 10, 12, 16, 20)
+# Several rows fill operands of tensor cores, whose sums are of eight rows.
+_UNROLLS_OF_ROWS = (16, 16, 32)
+_ROWS_OF_SUMS = 8
 _LEAST_THREADS = 64
 # Of a multiprocessor.
 _REGISTERS, _MOST_THREADS = 65536, 2048
@@ -22,6 +26,7 @@ _REGISTERS, _MOST_THREADS = 65536, 2048
 _OTHER_REGISTERS = 36
 # Of strips that a thread has under way: fewer leave memory idle, more take too many registers.
 _LEAST_BYTES, _MOST_BYTES = 16, 160
+_MOST_BYTES_OF_ROWS = 256
 
 _DRAWN, _NEIGHBOURS = 40, 24
 _ROUNDS = 3
@@ -38,6 +43,7 @@ class CutSpace:
         clusters: Blocks that work together.
         warps_n: Warps beside each other.
         most_threads: Of a block.
+        rows: Of activations, multiplied at once.
     """
 
     bits: int
@@ -45,16 +51,17 @@ class CutSpace:
     clusters: Sequence[int]
     warps_n: Sequence[int]
     most_threads: int
+    rows: int = 1
 
     def draw(self, random: Random) -> Cut:
         """Return one of them."""
         while True:
             cut = Cut(
                 chunk=random.choice(self.chunks),
-                per_lane=random.choice(_PER_LANE[self.bits]),
+                per_lane=random.choice(self._per_lane),
                 warps_n=random.choice(self.warps_n),
                 warps_k=random.choice(_WARPS_K),
-                unroll=random.choice(_UNROLLS),
+                unroll=random.choice(_UNROLLS if self.rows == 1 else _UNROLLS_OF_ROWS),
                 blocks=1,
                 cluster=random.choice(self.clusters),
                 depth=random.choice((1, 1, 2)),
@@ -79,11 +86,20 @@ class CutSpace:
             _LEAST_THREADS <= cut.threads <= self.most_threads
             and cut.blocks <= max(1, self._most_blocks(cut)) + 1
             and cut.threads * cut.blocks <= _MOST_THREADS
-            and _LEAST_BYTES <= self._bytes_under_way(cut) <= _MOST_BYTES
+            and _LEAST_BYTES <= self._bytes_under_way(cut) <= self._most_bytes
         )
 
+    @property
+    def _most_bytes(self) -> int:
+        return _MOST_BYTES if self.rows == 1 else _MOST_BYTES_OF_ROWS
+
+    @property
+    def _per_lane(self) -> Sequence[int]:
+        return _PER_LANE[self.bits] if self.rows == 1 else _PER_LANE_OF_ROWS
+
     def _most_blocks(self, cut: Cut) -> int:
-        registers = _OTHER_REGISTERS + cut.per_lane + self._bytes_under_way(cut) // 4
+        sums = cut.per_lane * (1 if self.rows == 1 else _ROWS_OF_SUMS)
+        registers = _OTHER_REGISTERS + sums + self._bytes_under_way(cut) // 4
         return min(_REGISTERS // registers, _MOST_THREADS) // cut.threads
 
     def _bytes_under_way(self, cut: Cut) -> int:

@@ -21,6 +21,8 @@ SPARSITY = 0.5
 # (NVIDIA's H100 whitepaper), which three clusters of six fill.
 _CLUSTERS = (8, 8, 6, 6, 4, 2)
 _WARPS_N = {False: (1, 1, 2), True: (2, 4)}  # gate and up take half of the warps each
+# Of several rows a warp may have a quarter of the columns.
+_WARPS_N_OF_ROWS = {False: (1, 2, 4), True: (2, 4, 8)}
 _MOST_THREADS = 1024
 
 
@@ -31,7 +33,7 @@ def is_cut(product: Product) -> bool:
 
 
 def tune(product: Product) -> "tuple[Task, Found]":
-    """Search the cut of one row at 50 % sparsity, on weights that no cache holds.
+    """Search the cut of a product at 50 % sparsity, on weights that no cache holds.
 
     Args:
         product: Shape and inputs, such that `is_cut`.
@@ -57,12 +59,14 @@ class _Trial:
 
     def space(self) -> "CutSpace":
         """Return the cuts that are tried; how many channels a block has follows from the rest."""
+        warps_n = _WARPS_N if self._sizes.rows == 1 else _WARPS_N_OF_ROWS
         return CutSpace(
             bits=self._sizes.bits,
             chunks=(WARP,),
             clusters=self._clusters,
-            warps_n=_WARPS_N[self._sizes.is_gated],
+            warps_n=warps_n[self._sizes.is_gated],
             most_threads=_MOST_THREADS,
+            rows=self._sizes.rows,
         )
 
     def compile(self, cut: "Cut") -> "Kernel":

@@ -12,6 +12,8 @@ from teal.foundation.errors import UserError
 from teal.foundation.formatting import percent
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from teal.benchmark.gemv import GemvResult, Product
@@ -102,7 +104,7 @@ def gemv(
     if scheme and peer_teal:
         raise UserError("TEAL's kernels are of floats. Leave out --quantize.")
     if tune:
-        _write_tables(tune, wanted, number, place, scheme)
+        _write_tables(tune, wanted, lambda shape: _product(shape, number, place, rows, scheme))
         return
     peer = Peer(peer_teal) if peer_teal else None
     bandwidth = read_bandwidth(place)
@@ -165,23 +167,21 @@ def _print(results: "list[GemvResult]", bandwidth: float) -> None:
 
 
 def _write_tables(
-    folder: Path,
-    shapes: "list[Shape]",
-    dtype: "torch.dtype",
-    device: "torch.device",
-    scheme: "Scheme | None",
+    folder: Path, shapes: "list[Shape]", product_of: "Callable[[Shape], Product]"
 ) -> None:
     from teal.benchmark import tune_product, tune_tiles
     from teal.benchmark.machine import describe_machine
     from teal.benchmark.tuned import write_cuts, write_tiles
 
-    name = describe_machine(device)["device"]
     for shape in progress_bar(shapes, "Products"):
-        product = _product(shape, dtype, device, 1, scheme)
+        product = product_of(shape)
+        name = describe_machine(product.x.device)["device"]
         if tune_product.is_cut(product):
             task, found = tune_product.tune(product)
             path = write_cuts(folder, {task: found.cut}, name)
             say(f"{shape.name}: {found}")
+        elif len(product.x) > 1:
+            raise UserError("Triton's kernel is tuned for one row. Leave out --rows.")
         else:
             row = tune_tiles.tune(product)
             path = write_tiles(folder, [row], name)

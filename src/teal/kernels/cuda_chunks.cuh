@@ -6,15 +6,17 @@
 
 #include "cuda_scales.cuh"
 
+#if ROWS == 1
+
 // Add a warp's share of the chunk for a thread's columns; what a column of 8 bits is scaled with is
 // left to later.
 __device__ __forceinline__ void add_chunk(const List& list, const GroupScales& scales,
-                                          const u8* weight, float (&total)[ROWS][PER_LANE]) {
+                                          const u8* weight, float (&total)[PER_LANE]) {
   int share = share_of_warp();
   float inverse = list.inverse_factor();
 #if FORMAT != INT4
   Sums sums;
-  sums.add(list.entries + share, (list.count() - share + WARPS_K - 1) / WARPS_K, weight);
+  sums.add(list.entries.all + share, (list.count() - share + WARPS_K - 1) / WARPS_K, weight);
   float offset = 0.0f;
 #if FORMAT == INT8
   // Each warp takes its share of what codes count from.
@@ -23,9 +25,7 @@ __device__ __forceinline__ void add_chunk(const List& list, const GroupScales& s
     if (turn + share < List::WORDS) offset += 128.0f * list.sum<1>(turn + share);
 #endif
 #pragma unroll
-  for (int row = 0; row < ROWS; row++)
-#pragma unroll
-    for (int c = 0; c < PER_LANE; c++) total[row][c] += inverse * sums.sum(c, row) - offset;
+  for (int c = 0; c < PER_LANE; c++) total[c] += inverse * sums.sum(c) - offset;
 #else
 #pragma unroll 1
   for (int turn = 0; turn < TURNS; turn++) {
@@ -36,14 +36,23 @@ __device__ __forceinline__ void add_chunk(const List& list, const GroupScales& s
       end = list.before((segment + 1) * WORDS);
     }
     Sums sums;
-    sums.add(list.entries + begin, end - begin, weight);
+    sums.add(list.entries.all + begin, end - begin, weight);
     // Beyond the last channel there are no scales.
     if (begin == end) continue;
     wait_for_copies();
-    scales.add(turn, sums, inverse, list.sum<WORDS>(segment * WORDS), total[0]);
+    scales.add(turn, sums, inverse, list.sum<WORDS>(segment * WORDS), total);
   }
 #endif
 }
+
+#else
+
+__device__ __forceinline__ void add_chunk(const List& list, const GroupScales&, const u8* weight,
+                                          SumsOfRows& total) {
+  total.add(list.entries, list.count(), weight);
+}
+
+#endif
 
 // The sums of all warps of a block, of one row, in shared memory.
 struct Totals {
@@ -53,12 +62,17 @@ struct Totals {
   alignas(16) float of_warps[WARPS_K][BLOCK_N / PER_LANE * PITCH];
 
   // Put those of this thread's columns there, and wait for those of the others.
-  __device__ __forceinline__ void exchange(const float (&total)[PER_LANE]) {
+#if ROWS > 1
+  __device__ __forceinline__ void exchange(const SumsOfRows& total, int row) {
+    total.put(of_warps[share_of_warp()], row);
+#else
+  __device__ __forceinline__ void exchange(const float (&total)[PER_LANE], int = 0) {
     int warp = threadIdx.x / WARP, thread = (warp % WARPS_N) * WARP + threadIdx.x % WARP;
     float4* row = reinterpret_cast<float4*>(of_warps[warp / WARPS_N] + thread * PITCH);
 #pragma unroll
     for (int c = 0; c < PER_LANE; c += 4)
       row[c / 4] = float4{total[c], total[c + 1], total[c + 2], total[c + 3]};
+#endif
 #if FORMAT != FLOATS
     // Others read the scales that this thread copied, and none may come after the block has gone.
     wait_for_copies();
@@ -77,7 +91,7 @@ struct Totals {
       sums[own] = 0.0f;
 #pragma unroll
       for (int k = 0; k < WARPS_K; k++)
-        sums[own] += of_warps[k][here / PER_LANE * PITCH + here % PER_LANE];
+        sums[own] += of_warps[k][place_of_sum(here)];
     }
   }
 };

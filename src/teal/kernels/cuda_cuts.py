@@ -9,7 +9,7 @@ from typing import Any, Literal
 from teal.kernels.cuda_strips import Cut
 from teal.kernels.measured import Table, distance
 
-TABLE = Table(file="cuda_cuts.json", key="cuts", schema_version=1)
+TABLE = Table(file="cuda_cuts.json", key="cuts", schema_version=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class Task:
         is_dense: Nothing is dropped; false for products on their own, which are cut one way.
         in_features: Channels.
         out_features: Columns of all parts.
+        rows: Of activations, multiplied at once.
     """
 
     kernel: Literal["product", "step"]
@@ -32,6 +33,7 @@ class Task:
     is_dense: bool
     in_features: int
     out_features: int
+    rows: int = 1
 
 
 def read_table(path: Path | None = None) -> dict[Task, Cut]:
@@ -54,14 +56,24 @@ def table_text(cuts: Mapping[Task, Cut], measured_on: str) -> str:
     return TABLE.text(rows, measured_on)
 
 
-@functools.cache
 def measured_cut(task: Task) -> Cut:
-    """Return the cut of the measured task that is nearest, by ratio of sizes.
+    """Return the cut of the measured task that is nearest.
 
     It is that of another size: the caller sees to it that it fits.
     """
-    alike = (other for other in _shipped() if _kind(other) == _kind(task))
-    return _shipped()[min(alike, key=lambda other: distance(_size(other), _size(task)))]
+    return _shipped()[nearest(task)]
+
+
+@functools.cache
+def nearest(task: Task) -> Task:
+    """Return the measured task that is nearest, by ratio of sizes.
+
+    It has as many rows or more, the fewest that were measured; if none has, it is of one row.
+    """
+    alike = [other for other in _shipped() if _kind(other) == _kind(task)]
+    rows = min((other.rows for other in alike if other.rows >= task.rows), default=1)
+    of_rows = (other for other in alike if other.rows == rows)
+    return min(of_rows, key=lambda other: distance(_size(other), _size(task)))
 
 
 @functools.cache

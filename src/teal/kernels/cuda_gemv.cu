@@ -19,6 +19,8 @@ constexpr int HALVES = ACTIVATION == NONE ? 1 : 2;  // gate and up
 constexpr int TILE_N = BLOCK_N / HALVES;
 constexpr int FINISHED = (TILE_N + CLUSTER - 1) / CLUSTER;  // by a block
 constexpr int OUT = N / HALVES;  // columns of the result
+// No part ends within a tile.
+constexpr bool IS_EVEN = START_1 % TILE_N == 0 && START_2 % TILE_N == 0 && N % TILE_N == 0;
 
 static_assert(WARPS_N % HALVES == 0, "a warp has columns of gate or of up");
 static_assert(FINISHED <= THREADS, "a thread finishes a column");
@@ -111,11 +113,12 @@ struct Activations {
 };
 
 // Add up the warps of this block, in their order, and send each sum to the block that finishes it.
-__device__ __forceinline__ void send_sums(Shared& shared, const float (&total)[ROWS][PER_LANE]) {
+template <typename Total>
+__device__ __forceinline__ void send_sums(Shared& shared, const Total& total) {
 #pragma unroll
   for (int row = 0; row < ROWS; row++) {
     if (row > 0) __syncthreads();
-    shared.totals.exchange(total[row]);
+    shared.totals.exchange(total, row);
     float sums[Totals::OWN];
     shared.totals.add_up(sums);
     if (row == 0) cluster_wait();  // every block of the cluster has begun
@@ -153,7 +156,7 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
   float threshold = part == 0 ? threshold_0 : part == 1 ? threshold_1 : threshold_2;
 
   int warp = threadIdx.x / WARP;
-  int place = (warp % WARPS_N) * WARP_N + threadIdx.x % WARP * PER_LANE;
+  int place = (warp % WARPS_N) * WARP_N + threadIdx.x % WARP / LANES_ALIKE * LANE_N;
   int half = place / TILE_N, column = place % TILE_N;
   // Threads beyond the last column read what their block reads anyway.
   u64 offset = half * START_1 + first_column + (column < columns ? column : 0);
@@ -188,7 +191,12 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
     for (int row = 0; row < ROWS; row++) rest[row] = load_early(residual + row * OUT + out_column);
 
   bool has_one_list = HALVES == 1 || (scale == nullptr && threshold_0 == threshold_1);
-  float total[ROWS][PER_LANE] = {}, factors[ROWS] = {};
+#if ROWS > 1
+  SumsOfRows total(IS_EVEN ? TILE_N : columns - column);
+#else
+  float total[PER_LANE] = {};
+#endif
+  float factors[ROWS] = {};
 #pragma unroll 1
   for (int first_channel = rank * CHUNK; first_channel < K; first_channel += CLUSTER * CHUNK) {
     if (first_channel != rank * CHUNK) __syncthreads();

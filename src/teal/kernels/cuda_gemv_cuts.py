@@ -6,20 +6,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from teal.kernels.cuda_cuts import Task, measured_cut
+from teal.kernels.cuda_cuts import Task, measured_cut, nearest
 from teal.kernels.cuda_strips import WARP, Cut, bits_of
 
-# A thread has so many channels of a chunk at most: they take registers.
-_CHANNELS_PER_THREAD = 8
+# A thread has so many activations of a chunk at most: they take registers.
+_INPUTS_OF_ONE_ROW, _INPUTS_OF_ROWS = 8, 16
 _LEAST_PER_LANE = 8
 _INT4_BITS = 4
-# Several rows have sums of their own: few threads leave registers for them.
-_WARPS_OF_ROWS, _UNROLL_OF_ROWS = 8, 4
 _WARPS_WITHOUT_CLUSTERS = 16
 # Where a warp adds up groups of int4 one after the other, it has sums of each beside those of all.
 _UNROLL_OF_GROUPS = 8
-# Of a multiprocessor; of a thread, beside sums and strips.
-_REGISTERS, _OTHER_REGISTERS = 65536, 64
 # Of a block.
 _MOST_THREADS = 1024
 # What every GPU that the kernels know lets a block have.
@@ -67,11 +63,12 @@ def cut_for(product: Product, *, clusters: bool) -> Cut:
         product: Its size and format.
         clusters: Whether the device has clusters of blocks.
     """
-    cut = measured_cut(task_of(product))
+    task = task_of(product)
+    cut, known = measured_cut(task), nearest(task)
+    if known.rows == 1 < product.rows:
+        cut = _for_rows(cut)
     # A thread has columns of one part.
     cut = replace(cut, chunk=WARP, per_lane=math.gcd(cut.per_lane, *product.widths))
-    if product.rows > 1:
-        cut = _for_rows(product, cut)
     if not clusters:
         # More channels for a block take more registers.
         warps_k = min(cut.warps_k, _WARPS_WITHOUT_CLUSTERS // cut.warps_n)
@@ -92,6 +89,7 @@ def task_of(product: Product) -> Task:
         is_dense=False,
         in_features=product.in_features,
         out_features=sum(product.widths),
+        rows=product.rows,
     )
 
 
@@ -107,7 +105,8 @@ def tile_columns(product: Product, cut: Cut) -> int:
 
 def chunked(product: Product, cut: Cut) -> Cut:
     """Return `cut` with chunks that every block of a cluster has one of, and that fit into it."""
-    longest = cut.threads * max(1, _CHANNELS_PER_THREAD // product.rows)
+    inputs = _INPUTS_OF_ONE_ROW if product.rows == 1 else _INPUTS_OF_ROWS
+    longest = cut.threads * (inputs // product.rows)
     passes = math.ceil(product.in_features / (longest * cut.cluster))
     while True:
         unit = _unit(product, cut)
@@ -127,21 +126,16 @@ def shared_bytes(product: Product, cut: Cut) -> int:
     columns = halves * tile_columns(product, cut)
     # Those of threads lie apart; see cuda_strips.cuh.
     sums = 4 * columns * (cut.warps_k * (cut.per_lane + 4) // cut.per_lane + 1)
-    lists = halves * (5 + 4 * product.rows) * cut.chunk
+    lists = halves * (9 if product.rows == 1 else 5 + 2 * product.rows) * cut.chunk
     # Every warp has those of its own groups; one for a column is shared.
     turns = cut.turns(product.group_size or cut.chunk)
     groups = turns * cut.warps_k if product.bits == _INT4_BITS else 1
     return lists + columns * (groups * product.group_bytes + 4 * (product.rows - 1)) + sums
 
 
-def _for_rows(product: Product, cut: Cut) -> Cut:
-    """Return a cut whose threads have registers for the sums of all rows."""
-    halves = 2 if product.is_gated else 1
-    warps_k = _WARPS_OF_ROWS // halves
-    cut = replace(cut, warps_n=halves, warps_k=warps_k, unroll=_UNROLL_OF_ROWS, depth=1)
-    of_batch = cut.unroll * (4 + product.rows)
-    registers = _OTHER_REGISTERS + cut.per_lane * product.rows + of_batch
-    return replace(cut, blocks=max(1, _REGISTERS // (registers * cut.threads)))
+def _for_rows(cut: Cut) -> Cut:
+    """Return a cut for several rows: one that fills operands of tensor cores, see cuda_rows.cuh."""
+    return replace(cut, per_lane=4, warps_n=4, warps_k=4, unroll=16, blocks=1, depth=1)
 
 
 def _unit(product: Product, cut: Cut) -> int:

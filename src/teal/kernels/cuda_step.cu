@@ -184,9 +184,9 @@ NAME(const void* source, const float* gain, const float* thresholds, const u8* w
     // Dropped when <=, so that NaN is kept.
     keeps[i] = channels.is_inside(i) && !(fabsf(x[0][i]) <= threshold);
   shared.list.fill(keeps, x, first_channel);
-  float total[ROWS][PER_LANE] = {};
+  float total[PER_LANE] = {};
   add_chunk(shared.list, shared.group_scales, weight, total);
-  add_block(total[0], shared, sums + first_column, bias + first_column, end - first_column, multiplier,
+  add_block(total, shared, sums + first_column, bias + first_column, end - first_column, multiplier,
             overflow);
 
   int block = blockIdx.y * gridDim.x + blockIdx.x;

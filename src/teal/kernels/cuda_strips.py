@@ -39,10 +39,12 @@ class Cut:
     Attributes:
         chunk: Channels that a block lists at a time, a multiple of 32; of int4 a multiple of the
             channels that share a scale, or a part of them.
-        per_lane: Columns of a thread: 4 or 8 of floats, 8 or 16 of 8 bits, 8 to 32 of 4 bits.
+        per_lane: Columns of a thread: 4 or 8 of floats, 8 or 16 of 8 bits, 8 to 32 of 4 bits; of
+            several rows those of a warp divided by its threads, 2 to 8.
         warps_n: Warps beside each other.
         warps_k: Warps that share the channels.
-        unroll: Strips that a thread asks for at a time, of codes an even number.
+        unroll: Strips that a thread asks for at a time, of codes an even number; of several rows
+            channels that a group of threads does, a multiple of 16.
         blocks: Blocks that fit into one multiprocessor, for the compiler.
         cluster: Blocks that work together.
         depth: 2 where a thread asks for strips while it adds the ones before, else 1.

@@ -1,18 +1,21 @@
-// Sums of strips times activations: one by one, or on tensor cores.
+// Sums of strips times the activations of one row: one by one, or on tensor cores.
 
 #pragma once
 
-#include "cuda_strips.cuh"
+#include "cuda_list.cuh"
 
-#if ON_TENSOR_CORES
+#if ROWS == 1
+
+#if ROWS == 1
+
+#if FORMAT != FLOATS
 
 // Tensor cores add up a row of A times a column of B. Here a row of A are weights of the four lanes
 // of a quad, of each lane two columns of two channels, and in every column of B the activations stand
 // at one column of one lane, with zeros beside them: so each lane is given the sums of its columns.
 //
-// Two columns of one channel fill a register. Floats are operands as they are; codes become float16
-// with one or two operations, and what that multiplies them with, or adds to them, is taken away from
-// the sums:
+// Two columns of one channel fill a register. Codes become float16 with one or two operations, and what
+// that multiplies them with, or adds to them, is taken away from the sums:
 //   int8  counts from -128 on as a denormal number, in units of 2^-24
 //   fp8   becomes float16, too small by 2^8
 //   int4  as int8, from 0 on, every other pair in units of 2^-20; the third pair of a word keeps the
@@ -24,9 +27,7 @@ static_assert(LOAD_WORDS * PAIRS % 2 == 0, "pairs are multiplied two by two");
 
 // A pair of columns as operands: the columns `pair` and `pair` + PAIRS of a word.
 __device__ __forceinline__ u32 columns_of(u32 word, int pair) {
-#if FORMAT == FLOATS
-  return word;
-#elif FORMAT == INT8
+#if FORMAT == INT8
   u32 counts = word ^ 0x80808080u;
   return pair == 0 ? counts & 0x00ff00ffu : __byte_perm(counts, 0, 0x4341);
 #elif FORMAT == FP8
@@ -39,15 +40,6 @@ __device__ __forceinline__ u32 columns_of(u32 word, int pair) {
 #endif
 }
 
-__device__ __forceinline__ void multiply_operands(float* sums, const u32 (&columns)[4], u32 first,
-                                                  u32 second) {
-#if FORMAT == FLOATS && BFLOAT16
-  multiply_bfloat16(sums, columns, first, second);
-#else
-  multiply_float16(sums, columns, first, second);
-#endif
-}
-
 // Which half of an activation, given twice, meets a lane's columns.
 __device__ __forceinline__ u32 place_of_input() {
   int row = threadIdx.x % WARP / 4, first = 2 * (threadIdx.x % 4);
@@ -56,11 +48,11 @@ __device__ __forceinline__ u32 place_of_input() {
 
 #endif
 
-// The sums of a thread's columns, of each row.
+// The sums of a thread's columns.
 struct Sums {
   static constexpr int STEP = UNROLL * STRIDE;  // entries of a list
 
-  float sums[ROWS][PER_LANE] = {};
+  float sums[PER_LANE] = {};
 
   // Add `count` entries of a list, a STRIDE apart.
   __device__ __forceinline__ void add(const Entry* list, int count, const u8* weight) {
@@ -93,13 +85,13 @@ struct Sums {
   }
 
   // The sum of a column, of counts where codes are counts.
-  __device__ __forceinline__ float sum(int column, int row = 0) const {
+  __device__ __forceinline__ float sum(int column) const {
 #if FORMAT == FLOATS
-    return sums[row][column];
+    return sums[column];
 #else
     // Where the column's pair lies, and which of the pair it is.
     int word = column / (2 * PAIRS), pair = column % PAIRS, half = column / PAIRS % 2;
-    const float* of_pairs = sums[row] + 2 * word * PAIRS + half;
+    const float* of_pairs = sums + 2 * word * PAIRS + half;
     float unit = FORMAT == FP8 ? 1 << 8 : FORMAT == INT4 && pair % 2 == 1 ? 1 << 20 : 1 << 24;
     float beside = FORMAT == INT4 && pair == 2 ? of_pairs[2 * 3] : 0.0f;
     return (of_pairs[2 * pair] - beside) * unit;
@@ -107,15 +99,15 @@ struct Sums {
   }
 
  private:
-#if !ON_TENSOR_CORES
+#if FORMAT == FLOATS
   __device__ __forceinline__ void add_batch(const Batch& batch) {
 #pragma unroll
     for (int u = 0; u < UNROLL; u++)
 #pragma unroll
       for (int word = 0; word < LOAD_WORDS; word++) {
-        float input = batch.inputs[u].of_rows[0];
-        sums[0][2 * word] += input * low_half(batch.strips[u].words[word]);
-        sums[0][2 * word + 1] += input * high_half(batch.strips[u].words[word]);
+        float input = batch.inputs[u];
+        sums[2 * word] += input * low_half(batch.strips[u].words[word]);
+        sums[2 * word + 1] += input * high_half(batch.strips[u].words[word]);
       }
   }
 #else
@@ -123,12 +115,7 @@ struct Sums {
     u32 place = place_of_input();
 #pragma unroll
     for (int u = 0; u < UNROLL; u += AT_ONCE) {
-      u32 inputs[ROWS][AT_ONCE];
-#pragma unroll
-      for (int row = 0; row < ROWS; row++)
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-          inputs[row][i] = batch.inputs[u + i].of_rows[row] & place;
+      u32 first = batch.inputs[u] & place, second = batch.inputs[u + 1] & place;
 #pragma unroll
       for (int pair = 0; pair < LOAD_WORDS * PAIRS; pair += 2) {
         u32 columns[4];
@@ -138,11 +125,13 @@ struct Sums {
           columns[i] = columns_of(batch.strips[u + i / 2].words[this_pair / PAIRS], this_pair % PAIRS);
         }
         // Two pairs of the first channel, then of the second.
-#pragma unroll
-        for (int row = 0; row < ROWS; row++)
-          multiply_operands(sums[row] + 2 * pair, columns, inputs[row][0], inputs[row][1]);
+        multiply_float16(sums + 2 * pair, columns, first, second);
       }
     }
   }
 #endif
 };
+
+#endif
+
+#endif
