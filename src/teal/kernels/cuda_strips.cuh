@@ -39,16 +39,17 @@ struct Strip {
 };
 
 // Strips that are under way together, and what they are multiplied with.
+template <int NUMBER>
 struct Batch {
-  Strip strips[UNROLL];
-  Input inputs[UNROLL];
+  Strip strips[NUMBER];
+  Input inputs[NUMBER];
 
   // Ask for those of the first entries of a warp, of which there are `count`. Where they are fewer
-  // than UNROLL, the last one is read again, and counts for nothing.
+  // than NUMBER, the last one is read again, and counts for nothing.
   template <bool IS_WHOLE>
   __device__ __forceinline__ void ask(const Entry* list, int count, const u8* weight) {
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
+    for (int u = 0; u < NUMBER; u++) {
       bool is_there = IS_WHOLE || u < count;
       Entry here = list[(is_there ? u : count - 1) * STRIDE];
       inputs[u] = is_there ? here.input : Input{};

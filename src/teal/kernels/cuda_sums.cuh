@@ -6,8 +6,6 @@
 
 #if ROWS == 1
 
-#if ROWS == 1
-
 #if FORMAT != FLOATS
 
 // Tensor cores add up a row of A times a column of B. Here a row of A are weights of the four lanes
@@ -21,6 +19,8 @@
 //   int4  as int8, from 0 on, every other pair in units of 2^-20; the third pair of a word keeps the
 //         fourth beside it, which saves an operation
 constexpr int AT_ONCE = 2;  // channels
+// The last batch of a warp may be a smaller one.
+constexpr int LEAST = (UNROLL / 2 + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
 constexpr int PAIRS = 16 / BITS;  // of columns, in a word
 static_assert(UNROLL % AT_ONCE == 0, "batches are multiplied whole");
 static_assert(LOAD_WORDS * PAIRS % 2 == 0, "pairs are multiplied two by two");
@@ -46,6 +46,11 @@ __device__ __forceinline__ u32 place_of_input() {
   return row == first ? 0x0000ffffu : row == first + 1 ? 0xffff0000u : 0u;
 }
 
+#else
+
+// Smaller batches would save nothing.
+constexpr int LEAST = UNROLL;
+
 #endif
 
 // The sums of a thread's columns.
@@ -59,26 +64,25 @@ struct Sums {
 #if DEPTH == 1
 #pragma unroll 1
     for (; count >= UNROLL; count -= UNROLL) {
-      Batch batch;
-      batch.ask<true>(list, count, weight);
+      Batch<UNROLL> batch;
+      batch.template ask<true>(list, count, weight);
       add_batch(batch);
       list += STEP;
     }
-    if (count > 0) {
-      Batch batch;
-      batch.ask<false>(list, count, weight);
-      add_batch(batch);
-    }
+    if (LEAST < UNROLL && count > 0 && count <= LEAST)
+      add_last<LEAST>(list, count, weight);
+    else if (count > 0)
+      add_last<UNROLL>(list, count, weight);
 #else
     // While one batch is added, the next is on its way.
-    Batch even, odd;
-    if (count > 0) even.ask<false>(list, count, weight);
+    Batch<UNROLL> even, odd;
+    if (count > 0) even.template ask<false>(list, count, weight);
 #pragma unroll 1
     while (count > 0) {
-      if (count > UNROLL) odd.ask<false>(list + STEP, count - UNROLL, weight);
+      if (count > UNROLL) odd.template ask<false>(list + STEP, count - UNROLL, weight);
       add_batch(even);
       count -= 2 * UNROLL, list += 2 * STEP;
-      if (count > 0) even.ask<false>(list, count, weight);
+      if (count > 0) even.template ask<false>(list, count, weight);
       if (count > -UNROLL) add_batch(odd);
     }
 #endif
@@ -99,10 +103,18 @@ struct Sums {
   }
 
  private:
+  template <int NUMBER>
+  __device__ __forceinline__ void add_last(const Entry* list, int count, const u8* weight) {
+    Batch<NUMBER> batch;
+    batch.template ask<false>(list, count, weight);
+    add_batch(batch);
+  }
+
 #if FORMAT == FLOATS
-  __device__ __forceinline__ void add_batch(const Batch& batch) {
+  template <int NUMBER>
+  __device__ __forceinline__ void add_batch(const Batch<NUMBER>& batch) {
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++)
+    for (int u = 0; u < NUMBER; u++)
 #pragma unroll
       for (int word = 0; word < LOAD_WORDS; word++) {
         float input = batch.inputs[u];
@@ -111,10 +123,11 @@ struct Sums {
       }
   }
 #else
-  __device__ __forceinline__ void add_batch(const Batch& batch) {
+  template <int NUMBER>
+  __device__ __forceinline__ void add_batch(const Batch<NUMBER>& batch) {
     u32 place = place_of_input();
 #pragma unroll
-    for (int u = 0; u < UNROLL; u += AT_ONCE) {
+    for (int u = 0; u < NUMBER; u += AT_ONCE) {
       u32 first = batch.inputs[u] & place, second = batch.inputs[u + 1] & place;
 #pragma unroll
       for (int pair = 0; pair < LOAD_WORDS * PAIRS; pair += 2) {
@@ -131,7 +144,5 @@ struct Sums {
   }
 #endif
 };
-
-#endif
 
 #endif
