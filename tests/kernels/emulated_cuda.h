@@ -248,9 +248,9 @@ template <typename T> T* at_rank(T* mine, u32 rank) {
 }
 inline std::atomic<i64>& missing(u64* barrier) { return *reinterpret_cast<std::atomic<i64>*>(barrier); }
 inline void open_barrier(u64* barrier, int bytes) { missing(barrier) = bytes; }
-inline void send_to_rank(float* mine, u64* barrier, u32 rank, float value) {
+template <typename T> void send_to_rank(T* mine, u64* barrier, u32 rank, T value) {
   *at_rank(mine, rank) = value;
-  missing(at_rank(barrier, rank)) -= sizeof(float);
+  missing(at_rank(barrier, rank)) -= sizeof(T);
 }
 inline void wait_at_barrier(u64* barrier) { wait_until([=] { return missing(barrier) == 0; }); }
 

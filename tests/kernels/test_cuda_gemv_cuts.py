@@ -77,9 +77,13 @@ def test_products_compile_to_wide_loads_without_spills(
     operands, grid = _shape_only(scheme, layer, dtype, gain=gain)
     cut = cut_for(product_of(operands, grid), clusters=architecture != "sm_80")
     cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled(SOURCE, definitions_of(operands, grid, cut), architecture))
-    assert_no_spills(cubin)
-    assert_strips_load_whole(cubin, cut, operands.weight.dtype)
+    # Gate and up keep the same channels, or not.
+    for thresholds in ([0.5] * 3, [0.5, 0.6, 0.7]):
+        wanted = operands._replace(thresholds=thresholds[: len(layer[1])])
+        definitions = definitions_of(wanted, grid, cut)
+        cubin.write_bytes(compiled(SOURCE, definitions, architecture))
+        assert_no_spills(cubin)
+        assert_strips_load_whole(cubin, cut, operands.weight.dtype)
 
 
 @pytest.mark.parametrize("clusters", [False, True], ids=["", "clusters"])

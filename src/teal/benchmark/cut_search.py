@@ -14,6 +14,7 @@ from teal.kernels.cuda_strips import Cut
 _PER_LANE = {16: (4, 8, 8), 8: (8, 16), 4: (8, 16, 32)}
 _PER_LANE_OF_ROWS = (2, 4, 4, 8)
 _WARPS_K = (2, 4, 8, 8, 12, 16)
+_WARPS_K_OF_ROWS = (2, 4, 4, 6, 8)
 # Not powers of two only: as many as a warp keeps on average, and some more, are one round.
 _UNROLLS = (2, 4, 4, 6, 8, 8, 10, 12, 16, 20)
 # Several rows fill operands of tensor cores, whose sums are of eight rows.
@@ -60,7 +61,7 @@ class CutSpace:
                 chunk=random.choice(self.chunks),
                 per_lane=random.choice(self._per_lane),
                 warps_n=random.choice(self.warps_n),
-                warps_k=random.choice(_WARPS_K),
+                warps_k=random.choice(_WARPS_K if self.rows == 1 else _WARPS_K_OF_ROWS),
                 unroll=random.choice(_UNROLLS if self.rows == 1 else _UNROLLS_OF_ROWS),
                 blocks=1,
                 cluster=random.choice(self.clusters),

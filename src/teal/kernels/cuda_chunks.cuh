@@ -45,6 +45,45 @@ __device__ __forceinline__ void add_chunk(const List& list, const GroupScales& s
 #endif
 }
 
+// The sums of all warps of a block in shared memory.
+struct Totals {
+  // Columns that a thread adds up, THREADS apart.
+  static constexpr int OWN = (BLOCK_N + THREADS - 1) / THREADS;
+  // Those of threads lie apart, so that they are written to different banks.
+  static constexpr int PITCH = PER_LANE + 4;
+
+  alignas(16) float of_warps[WARPS_K][BLOCK_N / PER_LANE * PITCH];
+
+  // Put those of this thread's columns there, and wait for those of the others.
+  __device__ __forceinline__ void exchange(const float (&total)[PER_LANE]) {
+    int warp = threadIdx.x / WARP, thread = (warp % WARPS_N) * WARP + threadIdx.x % WARP;
+    float4* row = reinterpret_cast<float4*>(of_warps[warp / WARPS_N] + thread * PITCH);
+#pragma unroll
+    for (int c = 0; c < PER_LANE; c += 4)
+      row[c / 4] = float4{total[c], total[c + 1], total[c + 2], total[c + 3]};
+#if FORMAT != FLOATS
+    // Others read the scales that this thread copied, and none may come after the block has gone.
+    wait_for_copies();
+#endif
+    __syncthreads();
+  }
+
+  static __device__ __forceinline__ int place(int own) { return own * THREADS + threadIdx.x; }
+
+  // Add up this thread's columns, each in the order of the warps.
+  __device__ __forceinline__ void add_up(float (&sums)[OWN]) const {
+#pragma unroll
+    for (int own = 0; own < OWN; own++) {
+      // Beyond the last, it again: nothing stands between the loads.
+      int here = min(place(own), BLOCK_N - 1);
+      sums[own] = 0.0f;
+#pragma unroll
+      for (int k = 0; k < WARPS_K; k++)
+        sums[own] += of_warps[k][here / PER_LANE * PITCH + here % PER_LANE];
+    }
+  }
+};
+
 #else
 
 __device__ __forceinline__ void add_chunk(const List& list, const GroupScales&, const u8* weight,
@@ -53,45 +92,3 @@ __device__ __forceinline__ void add_chunk(const List& list, const GroupScales&, 
 }
 
 #endif
-
-// The sums of all warps of a block, of one row, in shared memory.
-struct Totals {
-  // Columns that a thread adds up, THREADS apart.
-  static constexpr int OWN = (BLOCK_N + THREADS - 1) / THREADS;
-
-  alignas(16) float of_warps[WARPS_K][BLOCK_N / PER_LANE * PITCH];
-
-  // Put those of this thread's columns there, and wait for those of the others.
-#if ROWS > 1
-  __device__ __forceinline__ void exchange(const SumsOfRows& total, int row) {
-    total.put(of_warps[share_of_warp()], row);
-#else
-  __device__ __forceinline__ void exchange(const float (&total)[PER_LANE], int = 0) {
-    int warp = threadIdx.x / WARP, thread = (warp % WARPS_N) * WARP + threadIdx.x % WARP;
-    float4* row = reinterpret_cast<float4*>(of_warps[warp / WARPS_N] + thread * PITCH);
-#pragma unroll
-    for (int c = 0; c < PER_LANE; c += 4)
-      row[c / 4] = float4{total[c], total[c + 1], total[c + 2], total[c + 3]};
-#endif
-#if FORMAT != FLOATS
-    // Others read the scales that this thread copied, and none may come after the block has gone.
-    wait_for_copies();
-#endif
-    __syncthreads();
-  }
-
-  static __device__ __forceinline__ int column(int own) { return own * THREADS + threadIdx.x; }
-
-  // Add up this thread's columns, each in the order of the warps.
-  __device__ __forceinline__ void add_up(float (&sums)[OWN]) const {
-#pragma unroll
-    for (int own = 0; own < OWN; own++) {
-      // Beyond the last, it again: nothing stands between the loads.
-      int here = min(column(own), BLOCK_N - 1);
-      sums[own] = 0.0f;
-#pragma unroll
-      for (int k = 0; k < WARPS_K; k++)
-        sums[own] += of_warps[k][place_of_sum(here)];
-    }
-  }
-};

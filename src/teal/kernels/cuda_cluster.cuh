@@ -43,7 +43,8 @@ struct Inbox {
   }
 
   // Write to where `mine` lies in the shared memory of another block.
-  __device__ __forceinline__ void send(float* mine, u32 rank, float value) {
+  template <typename T>
+  __device__ __forceinline__ void send(T* mine, u32 rank, T value) {
 #if CLUSTER > 1
     send_to_rank(mine, &barrier, rank, value);
 #else

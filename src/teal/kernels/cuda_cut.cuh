@@ -23,19 +23,25 @@
 static_assert(ROWS == 1 || FORMAT == FLOATS, "codes are multiplied row by row");
 
 constexpr int BITS = FORMAT == FLOATS ? 16 : FORMAT == INT4 ? 4 : 8;
-// Sums of threads lie apart in shared memory, so that they are written to different banks.
-constexpr int PITCH = PER_LANE + 4;
 constexpr int WARP_N = WARP * PER_LANE;
 // Lanes beside each other that have the same columns, of other channels, and columns of a lane that lie
 // beside each other.
 constexpr int LANES_ALIKE = ROWS > 1 ? 4 : 1;
 constexpr int LANE_N = ROWS > 1 ? 8 : PER_LANE;
+// Tensor cores give a lane the sums of two rows, which stay together from there on.
+constexpr int ROWS_ALIKE = ROWS > 1 ? 2 : 1;
+constexpr int ROW_PAIRS = (ROWS + ROWS_ALIKE - 1) / ROWS_ALIKE;
 constexpr int THREADS = WARP * WARPS_N * WARPS_K;
 constexpr int BLOCK_N = WARP_N * WARPS_N;
 constexpr int PER_THREAD = (CHUNK + THREADS - 1) / THREADS;
 constexpr u64 STRIP_BYTES = (u64)N * BITS / 8;
 
-// Where the sum of a column of a block lies in shared memory, of each warp that shares its channels.
-__device__ __forceinline__ int place_of_sum(int column) {
-  return column / PER_LANE * PITCH + column % PER_LANE;
-}
+// The sum of a column, of one row or of two.
+#if ROWS > 1
+typedef float2 Sum;
+#else
+typedef float Sum;
+#endif
+
+__device__ __forceinline__ float of_row(float sum, int) { return sum; }
+__device__ __forceinline__ float of_row(float2 sums, int i) { return i == 0 ? sums.x : sums.y; }

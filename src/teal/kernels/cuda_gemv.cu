@@ -6,7 +6,8 @@
 // what the others send it. Of several rows, a strip is read once if any of them keeps it.
 //
 // Set on the compiler's command line, beside what cuda_hidden.cuh wants: ACTIVATION, HAS_NORM,
-// START_1, START_2, BLOCKS, PREFETCH.
+// HAS_SCALE (of scores), HAS_SHIFT, HAS_ONE_LIST (gate and up keep the same), START_1, START_2, BLOCKS,
+// PREFETCH.
 
 #include "cuda_chunks.cuh"
 #include "cuda_hidden.cuh"
@@ -16,23 +17,25 @@
 #define GELU_TANH 2
 
 constexpr int HALVES = ACTIVATION == NONE ? 1 : 2;  // gate and up
+constexpr int LISTS = HAS_ONE_LIST ? 1 : HALVES;
 constexpr int TILE_N = BLOCK_N / HALVES;
-constexpr int FINISHED = (TILE_N + CLUSTER - 1) / CLUSTER;  // by a block
+constexpr int FINISHED = (TILE_N + CLUSTER - 1) / CLUSTER;  // columns, by a block
+constexpr int OWN = (ROW_PAIRS * FINISHED + THREADS - 1) / THREADS;  // columns of a pair of rows, by a thread
 constexpr int OUT = N / HALVES;  // columns of the result
 // No part ends within a tile.
 constexpr bool IS_EVEN = START_1 % TILE_N == 0 && START_2 % TILE_N == 0 && N % TILE_N == 0;
 
 static_assert(WARPS_N % HALVES == 0, "a warp has columns of gate or of up");
-static_assert(FINISHED <= THREADS, "a thread finishes a column");
+static_assert(ROWS > 1 || FINISHED <= THREADS, "a thread finishes a column");
 static_assert((CLUSTER - 1) * FINISHED < TILE_N, "every block finishes columns");
 
 struct Shared {
-  List lists[HALVES];
+  List lists[LISTS];
   ColumnScales<TILE_N> column_scales[HALVES];
   GroupScales group_scales;
   Totals totals;
   // Sums of the columns that this block finishes, of each block of the cluster.
-  float received[ROWS][CLUSTER][HALVES][FINISHED];
+  Sum received[ROW_PAIRS][CLUSTER][HALVES][FINISHED];
   Inbox inbox;
 };
 
@@ -100,12 +103,12 @@ struct Activations {
       keeps[i] = false;
 #pragma unroll
       for (int row = 0; row < ROWS; row++) {
-        float exact = shift == nullptr ? x[row][i] : x[row][i] - shift[channel];
-        float score = scale == nullptr ? fabsf(exact) : fabsf(exact) * scale[channel];
+        float exact = HAS_SHIFT ? x[row][i] - shift[channel] : x[row][i];
+        float score = HAS_SCALE ? fabsf(exact) * scale[channel] : fabsf(exact);
         // Dropped when <=, so that NaN is kept.
         bool is_kept = is_inside(i, first) && !(score <= threshold);
         keeps[i] |= is_kept;
-        centred[row][i] = !is_kept ? 0.0f : shift == nullptr ? exact : rounded(exact);
+        centred[row][i] = !is_kept ? 0.0f : HAS_SHIFT ? rounded(exact) : exact;
       }
     }
     kept.fill(keeps, centred, first);
@@ -115,22 +118,76 @@ struct Activations {
 // Add up the warps of this block, in their order, and send each sum to the block that finishes it.
 template <typename Total>
 __device__ __forceinline__ void send_sums(Shared& shared, const Total& total) {
+  Sum sums[Totals::OWN];
+  shared.totals.exchange(total);
+  shared.totals.add_up(sums);
+  cluster_wait();  // every block of the cluster has begun
 #pragma unroll
-  for (int row = 0; row < ROWS; row++) {
-    if (row > 0) __syncthreads();
-    shared.totals.exchange(total, row);
-    float sums[Totals::OWN];
-    shared.totals.add_up(sums);
-    if (row == 0) cluster_wait();  // every block of the cluster has begun
-#pragma unroll
-    for (int own = 0; own < Totals::OWN; own++) {
-      int i = Totals::column(own), column = i % TILE_N;
-      if (i >= BLOCK_N) break;
-      shared.inbox.send(&shared.received[row][blockIdx.y][i / TILE_N][column % FINISHED],
-                        column / FINISHED, sums[own]);
-    }
+  for (int own = 0; own < Totals::OWN; own++) {
+    int place = Totals::place(own);
+    if (place >= ROW_PAIRS * BLOCK_N) break;
+    int pair = ROW_PAIRS == 1 ? 0 : place / BLOCK_N, i = ROW_PAIRS == 1 ? place : place % BLOCK_N;
+    int column = i % TILE_N;
+    shared.inbox.send(&shared.received[pair][blockIdx.y][i / TILE_N][column % FINISHED],
+                      column / FINISHED, sums[own]);
   }
 }
+
+// A column of this block's share that this thread finishes, of one row or of two.
+struct Ending {
+  int pair, place, column, out_column;
+  bool is_any;
+  u16 biases[HALVES] = {}, rest[ROWS_ALIKE] = {};
+
+  // Of the first `share` columns of the block's share, in a tile that has `columns` from `first_column`
+  // on. Read what is added to the sums.
+  __device__ __forceinline__ void begin(int own, int share, int first_column, int columns,
+                                        const u16* bias, const u16* residual) {
+    int item = own * THREADS + threadIdx.x;
+    pair = ROW_PAIRS == 1 ? 0 : item / FINISHED;
+    place = ROW_PAIRS == 1 ? item : item % FINISHED;
+    column = blockIdx.y * FINISHED + place;
+    out_column = first_column + column;
+    is_any = pair < ROW_PAIRS && place < share && column < columns;
+    if (is_any && bias != nullptr)
+#pragma unroll
+      for (int side = 0; side < HALVES; side++)
+        biases[side] = load_early(bias + side * START_1 + out_column);
+    if (is_any && residual != nullptr)
+#pragma unroll
+      for (int i = 0; i < ROWS_ALIKE; i++)
+        if (row(i) < ROWS) rest[i] = load_early(residual + row(i) * OUT + out_column);
+  }
+
+  // Finish it once all sums have come.
+  __device__ __forceinline__ void finish(const Shared& shared, u16* out) const {
+    if (!is_any) return;
+#pragma unroll
+    for (int i = 0; i < ROWS_ALIKE; i++) {
+      if (row(i) >= ROWS) break;
+      float sums[HALVES];
+#pragma unroll
+      for (int side = 0; side < HALVES; side++) {
+        sums[side] = 0.0f;
+#pragma unroll
+        for (int block = 0; block < CLUSTER; block++)
+          sums[side] += of_row(shared.received[pair][block][side][place], i);
+#if FORMAT == INT8 || FORMAT == FP8
+        sums[side] *= shared.column_scales[side].scale(column);
+#endif
+        sums[side] += low_half(biases[side]);
+      }
+#if ACTIVATION == NONE
+      out[row(i) * OUT + out_column] = to_bits(sums[0] + low_half(rest[i]));
+#else
+      out[row(i) * OUT + out_column] = to_bits(gated(ACTIVATION == SILU, sums[0], sums[1]));
+#endif
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int row(int i) const { return pair * ROWS_ALIKE + i; }
+};
 
 // Up to three parts lie beside each other, the second from column START_1 and the third from START_2,
 // each with a threshold and scales of scores of its own, or gate and up, half of the columns each.
@@ -166,10 +223,10 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
   int finished_here =
       TILE_N % CLUSTER == 0 ? FINISHED : min(FINISHED, TILE_N - rank * FINISHED);
   if (threadIdx.x == 0)
-    shared.inbox.open(ROWS * CLUSTER * HALVES * finished_here * sizeof(float));
+    shared.inbox.open(ROW_PAIRS * CLUSTER * HALVES * finished_here * sizeof(Sum));
   cluster_begin();
-  if ((half == 0 ? threshold : threshold_1) < 0.0f)
-    // Nothing is dropped: what comes first is known before the input is.
+  if (ROWS > 2 || (half == 0 ? threshold : threshold_1) < 0.0f)
+    // Nothing is dropped, or little by all rows: what comes first is known before the input is.
     for (int i = warp / WARPS_N; i < min(PREFETCH, K - rank * CHUNK); i += WARPS_K)
       prefetch(weight + (rank * CHUNK + i) * STRIP_BYTES);
   // An earlier launch may have written them: here they are not read yet.
@@ -179,18 +236,11 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
   for (int side = 0; side < HALVES; side++)
     shared.column_scales[side].ask(all_scales, side * START_1 + first_column, columns);
 
-  int finished = rank * FINISHED + threadIdx.x, out_column = first_column + finished;
-  bool finishes = threadIdx.x < finished_here && finished < columns;
-  u16 biases[HALVES] = {}, rest[ROWS] = {};
-  if (finishes && bias != nullptr)
+  Ending endings[OWN];
 #pragma unroll
-    for (int side = 0; side < HALVES; side++)
-      biases[side] = load_early(bias + side * START_1 + out_column);
-  if (finishes && residual != nullptr)
-#pragma unroll
-    for (int row = 0; row < ROWS; row++) rest[row] = load_early(residual + row * OUT + out_column);
+  for (int own = 0; own < OWN; own++)
+    endings[own].begin(own, finished_here, first_column, columns, bias, residual);
 
-  bool has_one_list = HALVES == 1 || (scale == nullptr && threshold_0 == threshold_1);
 #if ROWS > 1
   SumsOfRows total(IS_EVEN ? TILE_N : columns - column);
 #else
@@ -203,40 +253,19 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
     shared.group_scales.ask(all_scales, all_zeros, first_channel, offset);
     Activations activations;
     activations.read(x, gain, epsilon, first_channel, factors);
-    activations.list(shared.lists[0], threshold, scale == nullptr ? scale : scale + part * K, shift,
-                     first_channel);
-    if (!has_one_list)
-      activations.list(shared.lists[HALVES - 1], threshold_1, scale == nullptr ? scale : scale + K,
-                       shift, first_channel);
-    add_chunk(shared.lists[has_one_list ? 0 : half], shared.group_scales, weight, total);
+    activations.list(shared.lists[0], threshold, scale + part * K, shift, first_channel);
+    if (LISTS > 1)
+      activations.list(shared.lists[LISTS - 1], threshold_1, scale + K, shift, first_channel);
+    add_chunk(shared.lists[LISTS > 1 ? half : 0], shared.group_scales, weight, total);
     if (CLUSTER * CHUNK >= K) break;
   }
   send_sums(shared, total);
 
 #if CLUSTER > 1
-  if (threadIdx.x >= FINISHED) return;
+  if (threadIdx.x >= ROW_PAIRS * FINISHED) return;
 #endif
   // A block stays until all has come, whether it has columns or not.
   shared.inbox.wait();
-  if (!finishes) return;
 #pragma unroll
-  for (int row = 0; row < ROWS; row++) {
-    float sums[HALVES];
-#pragma unroll
-    for (int side = 0; side < HALVES; side++) {
-      sums[side] = 0.0f;
-#pragma unroll
-      for (int block = 0; block < CLUSTER; block++)
-        sums[side] += shared.received[row][block][side][threadIdx.x];
-#if FORMAT == INT8 || FORMAT == FP8
-      sums[side] *= shared.column_scales[side].scale(finished);
-#endif
-      sums[side] += low_half(biases[side]);
-    }
-#if ACTIVATION == NONE
-    out[row * OUT + out_column] = to_bits(sums[0] + low_half(rest[row]));
-#else
-    out[row * OUT + out_column] = to_bits(gated(ACTIVATION == SILU, sums[0], sums[1]));
-#endif
-  }
+  for (int own = 0; own < OWN; own++) endings[own].finish(shared, out);
 }

@@ -45,6 +45,9 @@ class _Signature(NamedTuple):
     weight: tuple[torch.Size, torch.dtype]
     widths: tuple[int, ...]
     activation: str | None
+    has_one_list: bool
+    has_scale: bool = False
+    has_shift: bool = False
     has_norm: bool = False
     scales: tuple[torch.Size, torch.dtype] | None = None
     has_zeros: bool = False
@@ -85,12 +88,10 @@ def _is_wanted_of_floats(operands: Operands) -> bool:
     if not has_clusters(operands.x.device):
         # Triton's kernel has more blocks.
         return False
-    is_dense = reference.keeps_everything(operands.thresholds)
-    if operands.rows > 1:
-        return not is_dense
     # Dense products are cuBLAS's, unless an activation follows.
-    is_gated = operands.activation is not None
-    return len(operands.weight) <= _LONGEST and (is_gated or not is_dense)
+    is_dense = reference.keeps_everything(operands.thresholds)
+    is_wanted = operands.activation is not None or not is_dense
+    return is_wanted and (operands.rows > 1 or len(operands.weight) <= _LONGEST)
 
 
 def compute(operands: Operands, grid: Grid | None = None, cut: Cut | None = None) -> Tensor:
@@ -165,7 +166,7 @@ def definitions_of(operands: Operands, grid: Grid | None, cut: Cut) -> Definitio
     """Return what the kernel is compiled with.
 
     Args:
-        operands: As `compute`; only shapes and dtypes are read.
+        operands: As `compute`; only shapes and dtypes are read, and whether thresholds differ.
         grid: As `compute`.
         cut: How the product is cut.
     """
@@ -174,6 +175,9 @@ def definitions_of(operands: Operands, grid: Grid | None, cut: Cut) -> Definitio
     given = {
         "ACTIVATION": _ACTIVATIONS.index(operands.activation),
         "HAS_NORM": int(operands.gain is not None),
+        "HAS_ONE_LIST": int(_has_one_list(operands)),
+        "HAS_SCALE": int(operands.scale is not None),
+        "HAS_SHIFT": int(operands.shift is not None),
         "PREFETCH": _PREFETCH,
         "START_1": starts[0],
         "START_2": starts[1],
@@ -212,6 +216,9 @@ def _signature(operands: Operands, grid: Grid | None) -> _Signature:
         (weight.shape, weight.dtype),
         tuple(operands.widths),
         operands.activation,
+        _has_one_list(operands),
+        operands.scale is not None,
+        operands.shift is not None,
         operands.gain is not None,
         rows=_rows_at_once(operands, grid),
     )
@@ -224,19 +231,22 @@ def _signature(operands: Operands, grid: Grid | None) -> _Signature:
 
 
 def _shapes_of(signature: _Signature) -> tuple[Operands, Grid | None]:
-    """Return operands without numbers."""
+    """Return operands without numbers, but for thresholds that differ."""
 
     def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     weight = empty(*signature.weight)
+    vector = empty([len(weight)], torch.float32)
     x = empty([signature.rows, len(weight)], signature.dtype)
     operands = Operands(
         x,
         weight,
-        [],
+        [0.0] if signature.has_one_list else [0.0, 1.0],
         signature.widths,
-        gain=empty([len(weight)], torch.float32) if signature.has_norm else None,
+        scale=vector if signature.has_scale else None,
+        shift=vector if signature.has_shift else None,
+        gain=vector if signature.has_norm else None,
         activation=signature.activation,
     )
     if signature.scales is None:
@@ -244,6 +254,12 @@ def _shapes_of(signature: _Signature) -> tuple[Operands, Grid | None]:
     scales = empty(*signature.scales)
     zeros = empty(scales.shape, INT4) if signature.has_zeros else None
     return operands, Grid(scales, zeros, signature.group_size)
+
+
+def _has_one_list(operands: Operands) -> bool:
+    """Tell whether gate and up keep the same channels; other parts are in blocks of their own."""
+    keeps_alike = operands.scale is None and len(set(operands.thresholds)) == 1
+    return operands.activation is None or keeps_alike
 
 
 def _readable(x: Tensor) -> Tensor:

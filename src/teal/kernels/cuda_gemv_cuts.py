@@ -10,7 +10,7 @@ from teal.kernels.cuda_cuts import Task, measured_cut, nearest
 from teal.kernels.cuda_strips import WARP, Cut, bits_of
 
 # A thread has so many activations of a chunk at most: they take registers.
-_INPUTS_OF_ONE_ROW, _INPUTS_OF_ROWS = 8, 16
+_INPUTS_OF_ONE_ROW, _INPUTS_OF_ROWS = 8, 40
 _LEAST_PER_LANE = 8
 _INT4_BITS = 4
 _WARPS_WITHOUT_CLUSTERS = 16
@@ -124,13 +124,19 @@ def shared_bytes(product: Product, cut: Cut) -> int:
     """Return about how much shared memory a block takes."""
     halves = 2 if product.is_gated else 1
     columns = halves * tile_columns(product, cut)
-    # Those of threads lie apart; see cuda_strips.cuh.
-    sums = 4 * columns * (cut.warps_k * (cut.per_lane + 4) // cut.per_lane + 1)
     lists = halves * (9 if product.rows == 1 else 5 + 2 * product.rows) * cut.chunk
     # Every warp has those of its own groups; one for a column is shared.
     turns = cut.turns(product.group_size or cut.chunk)
     groups = turns * cut.warps_k if product.bits == _INT4_BITS else 1
-    return lists + columns * (groups * product.group_bytes + 4 * (product.rows - 1)) + sums
+    return lists + columns * (groups * product.group_bytes + _bytes_of_sums(product, cut))
+
+
+def _bytes_of_sums(product: Product, cut: Cut) -> int:
+    """Return the bytes of a column's sums, of each warp and of each block of the cluster."""
+    if product.rows == 1:
+        # Those of threads lie apart; see cuda_chunks.cuh.
+        return 4 * (cut.warps_k * (cut.per_lane + 4) // cut.per_lane + 1)
+    return 8 * math.ceil(product.rows / 2) * (cut.warps_k + 1)
 
 
 def _for_rows(cut: Cut) -> Cut:

@@ -164,10 +164,18 @@ PTX void open_barrier(u64* barrier, int bytes) {
 }
 
 // Write to where `mine` lies in the shared memory of another block, whose barrier counts the bytes.
+
+#define SEND "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes"
+
 PTX void send_to_rank(float* mine, u64* barrier, u32 rank, float value) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
-                   at_rank(mine, rank)),
-               "f"(value), "r"(at_rank(barrier, rank))
+  asm volatile(SEND ".f32 [%0], %1, [%2];" ::"r"(at_rank(mine, rank)), "f"(value),
+               "r"(at_rank(barrier, rank))
+               : "memory");
+}
+
+PTX void send_to_rank(float2* mine, u64* barrier, u32 rank, float2 value) {
+  asm volatile(SEND ".v2.f32 [%0], {%1, %2}, [%3];" ::"r"(at_rank(mine, rank)), "f"(value.x),
+               "f"(value.y), "r"(at_rank(barrier, rank))
                : "memory");
 }
 

@@ -138,18 +138,15 @@ struct SumsOfRows {
 #endif
   }
 
-  // Put those of a row beside those of the warp's other threads.
-  __device__ __forceinline__ void put(float* of_warp, int row) const {
-    if (lane_in_group() != row / 2) return;
-    int first = threadIdx.x / WARP % WARPS_N * WARP_N + group() * PIECE;
+  // Put them where the block adds them up: of a lane's two rows, from its group's first column on.
+  __device__ __forceinline__ void put(float2* of_rows) const {
 #pragma unroll
     for (int piece = 0; piece < PIECES; piece++)
 #pragma unroll
       for (int pair = 0; pair < PIECE / 2; pair++) {
-        int column = first + piece * PIECE_N + 2 * pair;
-        const float(&both)[4] = sums[piece][pair];
-        *reinterpret_cast<float2*>(of_warp + place_of_sum(column)) =
-            row % 2 == 0 ? float2{both[0], both[2]} : float2{both[1], both[3]};
+        const float(&four)[4] = sums[piece][pair];
+        *reinterpret_cast<float4*>(of_rows + piece * PIECE_N + 2 * pair) =
+            float4{four[0], four[1], four[2], four[3]};
       }
   }
 
@@ -177,6 +174,43 @@ struct SumsOfRows {
           multiply_float16(sums[piece][pair], columns, inputs.x, inputs.y);
 #endif
         }
+  }
+};
+
+// The sums of all warps of a block in shared memory, of two rows beside each other.
+struct Totals {
+  // Those that a thread adds up, THREADS apart.
+  static constexpr int OWN = (ROW_PAIRS * BLOCK_N + THREADS - 1) / THREADS;
+  // Those of four pairs are written to different banks.
+  static constexpr int PITCH_OF_PAIR = WARPS_K * BLOCK_N + 2;
+
+  alignas(16) float2 of_pairs[ROW_PAIRS][PITCH_OF_PAIR];
+
+  // Put those of this thread's columns there, and wait for those of the others.
+  __device__ __forceinline__ void exchange(const SumsOfRows& total) {
+    int warp = threadIdx.x / WARP;
+    int column = warp % WARPS_N * WARP_N + group() * PIECE;
+    if (lane_in_group() < ROW_PAIRS)
+      total.put(of_pairs[lane_in_group()] + warp / WARPS_N * BLOCK_N + column);
+    __syncthreads();
+  }
+
+  static __device__ __forceinline__ int place(int own) { return own * THREADS + threadIdx.x; }
+
+  // Add up this thread's, each in the order of the warps.
+  __device__ __forceinline__ void add_up(float2 (&sums)[OWN]) const {
+#pragma unroll
+    for (int own = 0; own < OWN; own++) {
+      // Beyond the last, it again: nothing stands between the loads.
+      int here = min(place(own), ROW_PAIRS * BLOCK_N - 1);
+      const float2* of_warps = of_pairs[here / BLOCK_N] + here % BLOCK_N;
+      sums[own] = float2{0.0f, 0.0f};
+#pragma unroll
+      for (int k = 0; k < WARPS_K; k++) {
+        sums[own].x += of_warps[k * BLOCK_N].x;
+        sums[own].y += of_warps[k * BLOCK_N].y;
+      }
+    }
   }
 };
 
