@@ -10,28 +10,45 @@ from random import Random
 from teal.kernels.cuda_compile import Kernel
 from teal.kernels.cuda_strips import Cut
 
-# Columns of a thread by bits of a weight, and those of several rows.
-_PER_LANE = {16: (4, 8, 8), 8: (8, 16), 4: (8, 16, 32)}
-_PER_LANE_OF_ROWS = (2, 4, 4, 8)
-_WARPS_K = (2, 4, 8, 8, 12, 16)
-_WARPS_K_OF_ROWS = (2, 4, 4, 6, 8)
-# Not powers of two only: as many as a warp keeps on average, and some more, are one round.
-_UNROLLS = (2, 4, 4, 6, 8, 8, 10, 12, 16, 20)
-# Several rows fill operands of tensor cores, whose sums are of eight rows.
-_UNROLLS_OF_ROWS = (16, 16, 32)
-_ROWS_OF_SUMS = 8
 _LEAST_THREADS = 64
 # Of a multiprocessor.
 _REGISTERS, _MOST_THREADS = 65536, 2048
 # Of a thread, beside what it holds of strips and sums.
 _OTHER_REGISTERS = 36
-# Of strips that a thread has under way: fewer leave memory idle, more take too many registers.
-_LEAST_BYTES, _MOST_BYTES = 16, 160
-_MOST_BYTES_OF_ROWS = 256
+# Of strips that a thread has under way: fewer leave memory idle.
+_LEAST_BYTES = 16
 
 _DRAWN, _NEIGHBOURS = 40, 24
 _ROUNDS = 3
 _PARENTS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choices:
+    """What a thread may have, and how many warps share the channels."""
+
+    per_lane: Sequence[int]
+    warps_k: Sequence[int]
+    unrolls: Sequence[int]
+    sums: int  # of a column
+    most_bytes: int  # of strips under way: more take too many registers
+
+
+_ONE_ROW = {
+    bits: _Choices(
+        per_lane=per_lane,
+        warps_k=(2, 4, 8, 8, 12, 16),
+        # Not powers of two only: as many as a warp keeps on average, and some more, are one round.
+        unrolls=(2, 4, 4, 6, 8, 8, 10, 12, 16, 20),
+        sums=1,
+        most_bytes=160,
+    )
+    for bits, per_lane in {16: (4, 8, 8), 8: (8, 16), 4: (8, 16, 32)}.items()
+}
+# They fill operands of tensor cores, whose sums are of eight rows.
+_SEVERAL_ROWS = _Choices(
+    per_lane=(2, 4, 4, 8), warps_k=(2, 4, 4, 6, 8), unrolls=(16, 16, 32), sums=8, most_bytes=256
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +73,14 @@ class CutSpace:
 
     def draw(self, random: Random) -> Cut:
         """Return one of them."""
+        choices = self._choices
         while True:
             cut = Cut(
                 chunk=random.choice(self.chunks),
-                per_lane=random.choice(self._per_lane),
+                per_lane=random.choice(choices.per_lane),
                 warps_n=random.choice(self.warps_n),
-                warps_k=random.choice(_WARPS_K if self.rows == 1 else _WARPS_K_OF_ROWS),
-                unroll=random.choice(_UNROLLS if self.rows == 1 else _UNROLLS_OF_ROWS),
+                warps_k=random.choice(choices.warps_k),
+                unroll=random.choice(choices.unrolls),
                 blocks=1,
                 cluster=random.choice(self.clusters),
                 depth=random.choice((1, 1, 2)),
@@ -87,19 +105,15 @@ class CutSpace:
             _LEAST_THREADS <= cut.threads <= self.most_threads
             and cut.blocks <= max(1, self._most_blocks(cut)) + 1
             and cut.threads * cut.blocks <= _MOST_THREADS
-            and _LEAST_BYTES <= self._bytes_under_way(cut) <= self._most_bytes
+            and _LEAST_BYTES <= self._bytes_under_way(cut) <= self._choices.most_bytes
         )
 
     @property
-    def _most_bytes(self) -> int:
-        return _MOST_BYTES if self.rows == 1 else _MOST_BYTES_OF_ROWS
-
-    @property
-    def _per_lane(self) -> Sequence[int]:
-        return _PER_LANE[self.bits] if self.rows == 1 else _PER_LANE_OF_ROWS
+    def _choices(self) -> _Choices:
+        return _ONE_ROW[self.bits] if self.rows == 1 else _SEVERAL_ROWS
 
     def _most_blocks(self, cut: Cut) -> int:
-        sums = cut.per_lane * (1 if self.rows == 1 else _ROWS_OF_SUMS)
+        sums = cut.per_lane * self._choices.sums
         registers = _OTHER_REGISTERS + sums + self._bytes_under_way(cut) // 4
         return min(_REGISTERS // registers, _MOST_THREADS) // cut.threads
 
