@@ -68,14 +68,12 @@ struct Totals {
     __syncthreads();
   }
 
-  static __device__ __forceinline__ int place(int own) { return own * THREADS + threadIdx.x; }
-
   // Add up this thread's columns, each in the order of the warps.
   __device__ __forceinline__ void add_up(float (&sums)[OWN]) const {
 #pragma unroll
     for (int own = 0; own < OWN; own++) {
       // Beyond the last, it again: nothing stands between the loads.
-      int here = min(place(own), BLOCK_N - 1);
+      int here = min(place_of(own), BLOCK_N - 1);
       sums[own] = 0.0f;
 #pragma unroll
       for (int k = 0; k < WARPS_K; k++)

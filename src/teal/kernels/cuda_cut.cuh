@@ -36,6 +36,9 @@ constexpr int BLOCK_N = WARP_N * WARPS_N;
 constexpr int PER_THREAD = (CHUNK + THREADS - 1) / THREADS;
 constexpr u64 STRIP_BYTES = (u64)N * BITS / 8;
 
+// Of what the threads of a block share out, one after the other, the place of a thread's own.
+__device__ __forceinline__ int place_of(int own) { return own * THREADS + threadIdx.x; }
+
 // The sum of a column, of one row or of two.
 #if ROWS > 1
 typedef float2 Sum;

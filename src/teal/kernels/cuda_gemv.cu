@@ -124,7 +124,7 @@ __device__ __forceinline__ void send_sums(Shared& shared, const Total& total) {
   cluster_wait();  // every block of the cluster has begun
 #pragma unroll
   for (int own = 0; own < Totals::OWN; own++) {
-    int place = Totals::place(own);
+    int place = place_of(own);
     if (place >= ROW_PAIRS * BLOCK_N) break;
     int pair = ROW_PAIRS == 1 ? 0 : place / BLOCK_N, i = ROW_PAIRS == 1 ? place : place % BLOCK_N;
     int column = i % TILE_N;
@@ -143,7 +143,7 @@ struct Ending {
   // on. Read what is added to the sums.
   __device__ __forceinline__ void begin(int own, int share, int first_column, int columns,
                                         const u16* bias, const u16* residual) {
-    int item = own * THREADS + threadIdx.x;
+    int item = place_of(own);
     pair = ROW_PAIRS == 1 ? 0 : item / FINISHED;
     place = ROW_PAIRS == 1 ? item : item % FINISHED;
     column = blockIdx.y * FINISHED + place;

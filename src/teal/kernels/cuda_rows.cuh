@@ -3,7 +3,7 @@
 // Tensor cores add up 16 columns of 16 channels for eight rows at once. The lanes of a warp stand in
 // eight groups of four. A group reads eight columns, each of its lanes those of four channels: two
 // channels of a column beside each other are an operand, and the channels of the group are the 16.
-// So a strip is read once for all rows, and their number costs nothing. Rows that are missing are zero.
+// So a strip is read once for all rows, and multiplied once. Rows that are missing are zero.
 //
 // Set on the compiler's command line: what cuda_cut.cuh wants. A thread has PER_LANE / 2 pieces of
 // columns and asks for UNROLL channels, shared with its group, at a time.
@@ -62,7 +62,7 @@ struct Batch {
  private:
   template <bool IS_WHOLE>
   __device__ __forceinline__ void ask_some(const Entries& list, int count, int begin, const u8* weight,
-                                      const u32 (&offsets)[PIECES]) {
+                                           const u32 (&offsets)[PIECES]) {
 #pragma unroll
     for (int operand = 0; operand < OPERANDS; operand++) {
       int first = begin + operand * OPERAND + lane_in_group() * CHANNELS;
@@ -195,14 +195,12 @@ struct Totals {
     __syncthreads();
   }
 
-  static __device__ __forceinline__ int place(int own) { return own * THREADS + threadIdx.x; }
-
   // Add up this thread's, each in the order of the warps.
   __device__ __forceinline__ void add_up(float2 (&sums)[OWN]) const {
 #pragma unroll
     for (int own = 0; own < OWN; own++) {
       // Beyond the last, it again: nothing stands between the loads.
-      int here = min(place(own), ROW_PAIRS * BLOCK_N - 1);
+      int here = min(place_of(own), ROW_PAIRS * BLOCK_N - 1);
       const float2* of_warps = of_pairs[here / BLOCK_N] + here % BLOCK_N;
       sums[own] = float2{0.0f, 0.0f};
 #pragma unroll

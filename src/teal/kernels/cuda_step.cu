@@ -125,7 +125,7 @@ __device__ __forceinline__ void add_block(const float (&total)[PER_LANE], Shared
   shared.totals.add_up(sums_of);
 #pragma unroll
   for (int own = 0; own < Totals::OWN; own++) {
-    int i = Totals::place(own);
+    int i = place_of(own);
     if (i >= min(BLOCK_N, columns)) break;
     float sum = sums_of[own];
 #if FORMAT == INT8 || FORMAT == FP8
