@@ -9,7 +9,9 @@ SIZES = {
     "llama-2-7b": 6.74,
     "llama-3-70b": 70.55,
     "llama-3-8b": 8.03,
+    "llama-3.2-3b": 3.21,
     "mistral-7b": 7.24,
+    "qwen2.5-7b": 7.62,
     "qwen3-8b": 8.19,
 }
 

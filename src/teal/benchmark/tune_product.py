@@ -20,7 +20,7 @@ SPARSITY = 0.5
 # A cluster runs within one of the GPU's large groups of multiprocessors (GPCs). A whole one has 18
 # (NVIDIA's H100 whitepaper), which three clusters of six fill.
 _CLUSTERS = (8, 8, 6, 6, 4, 2)
-_WARPS_N = {False: (1, 1, 2), True: (2, 4)}  # gate and up take half of the warps each
+_WARPS_N = {False: (1, 1, 2), True: (2, 4, 8)}  # gate and up take half of the warps each
 # Of several rows a warp may have a quarter of the columns.
 _WARPS_N_OF_ROWS = {False: (1, 2, 4), True: (2, 4, 8)}
 _MOST_THREADS = 1024
