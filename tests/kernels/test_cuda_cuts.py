@@ -6,7 +6,9 @@ import pytest
 
 pytest.importorskip("cuda.bindings")
 
-from teal.kernels.cuda_cuts import Task, measured_cut, read_table, table_text
+from teal.kernels import measured
+from teal.kernels.cuda_cuts import TABLE, Task, measured_cut, read_table, table_text
+from teal.kernels.measured import use_tables
 
 STEP_FORMS, PRODUCT_FORMS = ("hidden", "attention", "gated"), ("plain", "gated")
 
@@ -38,8 +40,18 @@ def test_every_kind_of_task_gets_a_cut(bits: int) -> None:
         assert form == "plain" or cut.warps_n % 2 == 0
 
 
+def test_a_table_in_use_replaces_that_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "_in_use", {})
+    cut = replace(measured_cut(task()), warps_k=2)
+    (tmp_path / TABLE.file).write_text(table_text({task(): cut}, "some GPU"))
+    use_tables(tmp_path)
+    assert measured_cut(task()) == measured_cut(task(in_features=64)) == cut
+
+
 def test_another_size_gets_the_cut_of_the_nearest() -> None:
-    assert measured_cut(task(in_features=12000, out_features=4000)) == measured_cut(
+    assert measured_cut(task(in_features=10500, out_features=4000)) == measured_cut(
         task(in_features=11008)
     )
-    assert measured_cut(task(in_features=20000, out_features=5000)) == measured_cut(task())
+    assert measured_cut(task(in_features=16000, out_features=5000)) == measured_cut(task())

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("teal", "torch", "triton", "numba")
+_PACKAGES = ("teal", "torch", "transformers", "triton", "numba")
 
 
 def describe_machine(device: torch.device, commit: str | None = None) -> dict[str, Any]:

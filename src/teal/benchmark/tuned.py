@@ -19,7 +19,7 @@ except ImportError:
 
 
 def write_tiles(folder: Path, rows: Sequence[TileRow], measured_on: str) -> Path:
-    """Add rows to the table of tiles in a folder, or to the package's where there is none.
+    """Add rows to the table of tiles in a folder, or to the one in use where there is none.
 
     Args:
         folder: Where the table is written, under the name that the package's has.
@@ -30,14 +30,14 @@ def write_tiles(folder: Path, rows: Sequence[TileRow], measured_on: str) -> Path
         The file.
     """
     path = folder / triton_tiles.TABLE.file
-    known = triton_tiles.read_table(path if path.exists() else None)
+    known = triton_tiles.read_table(path if path.exists() else triton_tiles.TABLE.path_in_use())
     sizes = {(row.form, row.in_features, row.out_features): row for row in (*known, *rows)}
     write_text(path, triton_tiles.table_text(list(sizes.values()), measured_on))
     return path
 
 
 def write_cuts(folder: Path, cuts: "Mapping[Task, Cut]", measured_on: str) -> Path:
-    """Add cuts to the table in a folder, or to the package's where there is none.
+    """Add cuts to the table in a folder, or to the one in use where there is none.
 
     Args:
         folder: Where the table is written, under the name that the package's has.
@@ -48,6 +48,6 @@ def write_cuts(folder: Path, cuts: "Mapping[Task, Cut]", measured_on: str) -> Pa
         The file.
     """
     path = folder / cuda_cuts.TABLE.file
-    known = cuda_cuts.read_table(path if path.exists() else None)
+    known = cuda_cuts.read_table(path if path.exists() else cuda_cuts.TABLE.path_in_use())
     write_text(path, cuda_cuts.table_text(known | dict(cuts), measured_on))
     return path

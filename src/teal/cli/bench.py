@@ -7,9 +7,10 @@ import typer
 
 from teal.cli import bench_decode
 from teal.cli.console import print_json, print_table, progress_bar, say
-from teal.cli.options import GroupSizeOption, JsonOption, scheme_of
+from teal.cli.options import GroupSizeOption, JsonOption, TablesOption, scheme_of
 from teal.foundation.errors import UserError
 from teal.foundation.formatting import percent
+from teal.kernels.measured import use_tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,8 @@ teal bench gemv llama-3-8b --quantize int4 --group-size 64
 teal bench gemv 4096x2x14336 4096x128256 --quantize int8 --tune tables
 
 teal bench gemv llama-3-8b --rows 4 --tune tables
+
+teal bench gemv llama-3-8b --rows 4 --tables tables
 """
 
 GROUP_EXAMPLES = """Examples:
@@ -85,6 +88,7 @@ def gemv(
             help="Search the fastest cuts of the products instead, and write their table there.",
         ),
     ] = None,
+    tables: TablesOption = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw time against sparsity to this file.")
     ] = None,
@@ -103,6 +107,8 @@ def gemv(
     scheme = scheme_of(quantize, group_size)
     fractions = fractions_of(sparsity)
     wanted = _unique(shapes)
+    if tables:
+        use_tables(tables)
     if scheme and peer_teal:
         raise UserError("TEAL's kernels are of floats. Leave out --quantize.")
     if tune:
@@ -188,7 +194,7 @@ def _write_tables(
             row = tune_tiles.tune(product)
             path = write_tiles(folder, [row], name)
             say(f"{shape.name}: {row.tile}")
-    say(f"The table is in {path}.")
+    say(f"The table is in {path}. Use it with --tables {folder}, or teal.use_tables.")
 
 
 def _unique(names: list[str]) -> "list[Shape]":

@@ -14,9 +14,11 @@ from teal.cli.options import (
     JsonOption,
     QuantizeHeadToo,
     QuantizeSeveralOption,
+    TablesOption,
     formats_of,
 )
 from teal.foundation.formatting import format_name, percent
+from teal.kernels.measured import use_tables
 
 if TYPE_CHECKING:
     from teal.benchmark.decode import DecodeResult
@@ -35,6 +37,8 @@ teal bench decode --config llama-3-8b --quantize none --quantize int8 --quantize
 --quantize-head
 
 teal bench decode --config llama-3-8b --quantize none --quantize int8 --tune tables
+
+teal bench decode --config llama-3-8b --tables tables
 """
 
 SPARSITIES = "0.4,0.5,0.65"
@@ -98,6 +102,7 @@ def decode(
             "--config, and write their table there.",
         ),
     ] = None,
+    tables: TablesOption = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw tokens/s against sparsity to this file.")
     ] = None,
@@ -126,20 +131,20 @@ def decode(
     place, fractions = resolve_device(device), fractions_of(sparsity)
     workload = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
     check_peers(peer or ())
+    if tables:
+        use_tables(tables)
     formats = formats_of(quantize or (), group_size, quantize_head)
     most_layers = _LAYERS if tune else None
     sources = Sources(
         models or (), config or (), formats, device=device, dtype=dtype, most_layers=most_layers
     )
-    if profile:
+    if profile or tune:
         for subject in sources.subjects(workload):
-            _print_kernels(subject, fractions)
+            if tune:
+                _write_table(tune, subject)
+            else:
+                _print_kernels(subject, fractions)
             # Its memory is free before the next one takes any.
-            del subject
-        return
-    if tune:
-        for subject in sources.subjects(workload):
-            _write_table(tune, subject)
             del subject
         return
     bandwidth = read_bandwidth(place)
@@ -203,7 +208,7 @@ def _write_table(folder: Path, subject: "Subject") -> None:
         path = write_cuts(folder, {task: found.cut}, name)
         kind = "dense" if task.is_dense else "sparse"
         say(f"{task.in_features} → {task.out_features} from {task.form}, {kind}: {found}")
-    say(f"The table is in {path}.")
+    say(f"The table is in {path}. Use it with --tables {folder}, or teal.use_tables.")
 
 
 def _print_kernels(subject: "Subject", fractions: Sequence[float]) -> None:

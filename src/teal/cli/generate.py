@@ -15,8 +15,10 @@ from teal.cli.options import (
     PlanOption,
     QuantizeHeadOption,
     QuantizeOption,
+    TablesOption,
     scheme_of,
 )
+from teal.kernels.measured import use_tables
 
 if TYPE_CHECKING:
     from teal.engine.engine import Engine
@@ -74,6 +76,7 @@ def command(
     quantize_head: QuantizeHeadOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    tables: TablesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Continue a prompt, the prompt itself dense and every new token sparse with a plan."""
@@ -84,6 +87,8 @@ def command(
 
     quiet_libraries()
     scheme = scheme_of(quantize, group_size)
+    if tables:
+        use_tables(tables)
     loaded_plan = SparsityPlan.load(plan) if plan else None
     tokenizer = load_tokenizer(model)
     prompts = [encode_prompt(text, tokenizer, is_chat=chat) for text in prompt]

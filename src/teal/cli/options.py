@@ -41,6 +41,14 @@ DtypeOption = Annotated[
         "--dtype", help="auto, float32, bfloat16 or float16; auto is the checkpoint's own."
     ),
 ]
+TablesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tables",
+        metavar="FOLDER",
+        help="Cut products on the GPU as tables there say, which teal bench … --tune wrote.",
+    ),
+]
 QuantizeOption = Annotated[
     str | None,
     typer.Option("--quantize", help="Round projections to int8, int4 or fp8 while reading."),

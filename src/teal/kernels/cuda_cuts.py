@@ -40,9 +40,9 @@ def read_table(path: Path | None = None) -> dict[Task, Cut]:
     """Read a table of cuts; by default the one shipped with the package.
 
     Raises:
-        UserError: It is of a newer schema.
+        UserError: It is of a newer schema, or no table at all.
     """
-    return dict(map(_from_row, TABLE.read(path)))
+    return dict(TABLE.read(path, _from_row))
 
 
 def table_text(cuts: Mapping[Task, Cut], measured_on: str) -> str:
@@ -61,24 +61,28 @@ def measured_cut(task: Task) -> Cut:
 
     It is that of another size: the caller sees to it that it fits.
     """
-    return _shipped()[nearest(task)]
+    return _table(TABLE.path_in_use())[nearest(task)]
 
 
-@functools.cache
 def nearest(task: Task) -> Task:
     """Return the measured task that is nearest, by ratio of sizes.
 
     It has as many rows or more, the fewest that were measured; if none has, it is of one row.
     """
-    alike = [other for other in _shipped() if _kind(other) == _kind(task)]
+    return _nearest(task, TABLE.path_in_use())
+
+
+@functools.cache
+def _nearest(task: Task, path: Path | None) -> Task:
+    alike = [other for other in _table(path) if _kind(other) == _kind(task)]
     rows = min((other.rows for other in alike if other.rows >= task.rows), default=1)
     of_rows = (other for other in alike if other.rows == rows)
     return min(of_rows, key=lambda other: distance(_size(other), _size(task)))
 
 
 @functools.cache
-def _shipped() -> Mapping[Task, Cut]:
-    return read_table()
+def _table(path: Path | None) -> Mapping[Task, Cut]:
+    return read_table(path)
 
 
 def _kind(task: Task) -> tuple[object, ...]:

@@ -11,7 +11,8 @@ from teal.kernels.cuda_strips import WARP, Cut, bits_of
 
 # A thread has so many activations of a chunk at most: they take registers.
 _INPUTS_OF_ONE_ROW, _INPUTS_OF_ROWS = 8, 40
-_LEAST_PER_LANE = 8
+# Of weights or codes of so many bits.
+_LEAST_PER_LANE = {16: 4, 8: 8, 4: 8}
 _INT4_BITS = 4
 _WARPS_WITHOUT_CLUSTERS = 16
 # Where a warp adds up groups of int4 one after the other, it has sums of each beside those of all.
@@ -76,7 +77,8 @@ def cut_for(product: Product, *, clusters: bool) -> Cut:
     whole = chunked(product, cut)
     if tile_columns(product, whole) > whole.threads * whole.cluster:
         # A thread finishes one column.
-        return chunked(product, replace(cut, per_lane=_LEAST_PER_LANE))
+        least = min(cut.per_lane, _LEAST_PER_LANE[product.bits])
+        return chunked(product, replace(cut, per_lane=least))
     return whole
 
 

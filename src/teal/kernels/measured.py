@@ -1,14 +1,47 @@
-"""Tables of what was measured to be fastest: JSON of the package, looked up by the nearest size."""
+"""Tables of what was measured to be fastest: JSON, looked up by the nearest size.
+
+The package ships its own; `use_tables` puts others in their place.
+"""
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from teal.foundation.errors import UserError
+
+Row = TypeVar("Row")
+
+_PACKAGE = "teal.kernels"
+# By name of the file, those that stand in for the package's.
+_in_use: dict[str, Path] = {}
+
+
+def use_tables(folder: Path | str) -> None:
+    """Cut products as the tables in a folder say, in this process and from now on.
+
+    Sizes that were multiplied before keep their cuts, so call it first. Other cuts add in another
+    order, so that results may differ in their last bits. A table that the folder lacks stays the
+    package's.
+
+    Args:
+        folder: What `teal bench gemv --tune` or `teal bench decode --tune` wrote.
+
+    Raises:
+        UserError: It holds no table.
+    """
+    shipped = (file.name for file in files(_PACKAGE).iterdir() if file.name.endswith(".json"))
+    found = {name: path for name in shipped if (path := Path(folder) / name).is_file()}
+    if not found:
+        raise UserError(
+            f"{str(folder)!r} holds no table. Make one with: teal bench decode --config NAME "
+            f"--tune {folder}"
+        )
+    _in_use.clear()
+    _in_use.update(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,25 +58,34 @@ class Table:
     key: str
     schema_version: int
 
-    def read(self, path: Path | None = None) -> list[dict[str, Any]]:
-        """Return the rows of a table; by default of the one that the package ships.
+    def path_in_use(self) -> Path | None:
+        """Return where the table in use is; `None` is in the package."""
+        return _in_use.get(self.file)
+
+    def read(self, path: Path | None, from_row: Callable[[dict[str, Any]], Row]) -> list[Row]:
+        """Return the rows of a table.
 
         Args:
-            path: Of another.
+            path: Where it is; `None` is in the package.
+            from_row: Makes a row from its JSON form.
 
         Raises:
-            UserError: It is of a newer schema.
+            UserError: It is of a newer schema, or no table at all.
         """
-        source = files("teal.kernels") / self.file if path is None else path
-        content = json.loads(source.read_text(encoding="utf-8"))
-        version = content["schema_version"]
-        if version > self.schema_version:
+        source = files(_PACKAGE) / self.file if path is None else path
+        try:
+            content = json.loads(source.read_text(encoding="utf-8"))
+            version, rows = content["schema_version"], content[self.key]
+            if version <= self.schema_version:
+                return list(map(from_row, rows))
+        except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"{path or self.file} has schema version {version}, this teal reads up to "
-                f"{self.schema_version}. Update teal."
-            )
-        rows: list[dict[str, Any]] = content[self.key]
-        return rows
+                f"{path} is no table of {self.key}. Write it again with --tune."
+            ) from None
+        raise UserError(
+            f"{path or self.file} has schema version {version}, this teal reads up to "
+            f"{self.schema_version}. Update teal."
+        )
 
     def text(self, rows: Iterable[dict[str, Any]], measured_on: str) -> str:
         """Return the JSON text of a table, one row a line.

@@ -63,9 +63,9 @@ def read_table(path: Path | None = None) -> list[TileRow]:
     """Read a table of tiles; by default the one shipped with the package.
 
     Raises:
-        UserError: It is of a newer schema.
+        UserError: It is of a newer schema, or no table at all.
     """
-    return [TileRow.from_dict(row) for row in TABLE.read(path)]
+    return TABLE.read(path, TileRow.from_dict)
 
 
 def table_text(rows: list[TileRow], measured_on: str) -> str:
@@ -78,7 +78,6 @@ def table_text(rows: list[TileRow], measured_on: str) -> str:
     return TABLE.text((row.to_dict() for row in rows), measured_on)
 
 
-@functools.cache
 def tile_for(form: str, in_features: int, out_features: int) -> Tile:
     """Return the tile of the measured shape that is nearest, by ratio of sizes.
 
@@ -87,11 +86,15 @@ def tile_for(form: str, in_features: int, out_features: int) -> Tile:
         in_features: Size of the input.
         out_features: Columns of the weight.
     """
-    size = (in_features, out_features)
-    rows = (row for row in _shipped() if row.form == form)
+    return _tile_for(form, (in_features, out_features), TABLE.path_in_use())
+
+
+@functools.cache
+def _tile_for(form: str, size: tuple[int, int], path: Path | None) -> Tile:
+    rows = (row for row in _table(path) if row.form == form)
     return min(rows, key=lambda row: distance((row.in_features, row.out_features), size)).tile
 
 
 @functools.cache
-def _shipped() -> tuple[TileRow, ...]:
-    return tuple(read_table())
+def _table(path: Path | None) -> tuple[TileRow, ...]:
+    return tuple(read_table(path))
