@@ -40,14 +40,15 @@ def test_every_kind_of_task_gets_a_cut(bits: int) -> None:
         assert form == "plain" or cut.warps_n % 2 == 0
 
 
-def test_a_table_in_use_replaces_that_of_the_package(
+def test_a_table_in_use_comes_before_that_of_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measured, "_in_use", {})
     cut = replace(measured_cut(task()), warps_k=2)
     (tmp_path / TABLE.file).write_text(table_text({task(): cut}, "some GPU"))
     use_tables(tmp_path)
-    assert measured_cut(task()) == measured_cut(task(in_features=64)) == cut
+    assert measured_cut(task()) == measured_cut(task(in_features=14400)) == cut
+    assert measured_cut(task(in_features=11008)) == read_table()[task(in_features=11008)]
 
 
 def test_another_size_gets_the_cut_of_the_nearest() -> None:

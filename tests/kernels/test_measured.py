@@ -41,16 +41,17 @@ def test_a_row_of_other_fields_is_refused(tmp_path: Path) -> None:
         TABLE.read(path, TileRow.from_dict)
 
 
-def test_tables_of_a_folder_take_the_place_of_those_of_the_package(
+def test_tables_of_a_folder_come_before_those_of_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measured, "_in_use", {})
     tile = Tile(block_n=16, block_k=512, warps=2, unroll=8)
     row = TileRow(form="plain", in_features=4096, out_features=4096, tile=tile)
-    before = tile_for("plain", 4096, 4096)
+    before, other = tile_for("plain", 4096, 4096), tile_for("plain", 14336, 4096)
     (tmp_path / triton_tiles.TABLE.file).write_text(table_text([row], "some GPU"))
     use_tables(tmp_path)
     assert before != tile_for("plain", 4096, 4096) == tile
+    assert tile_for("plain", 14336, 4096) == other
     assert Table(file="cuda_cuts.json", key="cuts", schema_version=2).path_in_use() is None
 
 

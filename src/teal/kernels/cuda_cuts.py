@@ -82,7 +82,7 @@ def _nearest(task: Task, path: Path | None) -> Task:
 
 @functools.cache
 def _table(path: Path | None) -> Mapping[Task, Cut]:
-    return read_table(path)
+    return read_table() | read_table(path)
 
 
 def _kind(task: Task) -> tuple[object, ...]:

@@ -1,6 +1,6 @@
 """Tables of what was measured to be fastest: JSON, looked up by the nearest size.
 
-The package ships its own; `use_tables` puts others in their place.
+The package ships its own; `use_tables` puts others before them.
 """
 
 import json
@@ -16,7 +16,7 @@ from teal.foundation.errors import UserError
 Row = TypeVar("Row")
 
 _PACKAGE = "teal.kernels"
-# By name of the file, those that stand in for the package's.
+# By name of the file, those that come before the package's.
 _in_use: dict[str, Path] = {}
 
 
@@ -24,8 +24,8 @@ def use_tables(folder: Path | str) -> None:
     """Cut products as the tables in a folder say, in this process and from now on.
 
     Sizes that were multiplied before keep their cuts, so call it first. Other cuts add in another
-    order, so that results may differ in their last bits. A table that the folder lacks stays the
-    package's.
+    order, so that results may differ in their last bits. Where the tables lack a size, the nearest
+    counts, of theirs and the package's.
 
     Args:
         folder: What `teal bench gemv --tune` or `teal bench decode --tune` wrote.

@@ -97,4 +97,5 @@ def _tile_for(form: str, size: tuple[int, int], path: Path | None) -> Tile:
 
 @functools.cache
 def _table(path: Path | None) -> tuple[TileRow, ...]:
-    return tuple(read_table(path))
+    # Of two as near, the first counts.
+    return (*read_table(path), *read_table())
