@@ -222,7 +222,8 @@ inline void multiply_bfloat16(float* sums, const u32 (&a)[4], u32 b0, u32 b1) { 
 template <typename T> T load_early(const T* pointer) { return *pointer; }
 template <int NUMBER> void load_once(u32 (&words)[NUMBER], const u8* pointer) { memcpy(words, pointer, sizeof(words)); }
 inline const u8* ready(const u8* pointer) { return pointer; }
-inline void prefetch(const void*) {}
+// As a GPU would, but that what is read has to be there.
+inline void prefetch(const void* pointer) { (void)*static_cast<const volatile char*>(pointer); }
 template <int BYTES> void copy(void* shared, const void* global) {
   block->context().copies.push_back({shared, global, BYTES});
 }

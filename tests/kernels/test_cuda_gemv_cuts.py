@@ -144,11 +144,11 @@ def test_what_is_no_cut_of_a_product_does_not_compile() -> None:
 
 @pytest.mark.gpu
 @schemes
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(("depth", "early"), [(1, 5), (2, 0)])
 @pytest.mark.parametrize("warps_n", [2, 4])
 @pytest.mark.parametrize("cluster", [1, 2, 4, 6, 8])
 def test_product_is_right_however_it_is_cut(
-    scheme: str, cluster: int, warps_n: int, depth: int
+    scheme: str, cluster: int, warps_n: int, depth: int, early: int
 ) -> None:
     if cluster > 1 and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs clusters of blocks")
@@ -161,7 +161,7 @@ def test_product_is_right_however_it_is_cut(
         product = product_of(operands, weight.grid)
         usual = cut_for(product, clusters=False)
         cut = replace(usual, chunk=32, warps_n=warps_n, warps_k=8, unroll=2, cluster=cluster)
-        cut = replace(cut, depth=depth)
+        cut = replace(cut, depth=depth, early=early)
         assert_right(weight, operands, chunked(product, cut))
 
 
@@ -175,17 +175,17 @@ def test_threads_of_floats_may_have_half_as_many_columns() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [2, 3, 8])
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(("depth", "early"), [(1, 0), (2, 32)])
 @pytest.mark.parametrize(("per_lane", "unroll"), [(2, 16), (2, 32), (4, 16), (8, 16)])
 @pytest.mark.parametrize("cluster", [1, 6, 8])
 def test_several_rows_are_right_however_they_are_cut(
-    cluster: int, per_lane: int, unroll: int, depth: int, rows: int
+    cluster: int, per_lane: int, unroll: int, depth: int, early: int, rows: int
 ) -> None:
     if cluster > 1 and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs clusters of blocks")
     x = 0.2 * draw(rows, 1200, seed=1).to(DEVICE, torch.bfloat16)
     cut = Cut(chunk=32, per_lane=per_lane, warps_n=2, warps_k=4, unroll=unroll, blocks=1)
-    cut = replace(cut, cluster=cluster, depth=depth)
+    cut = replace(cut, cluster=cluster, depth=depth, early=early)
     for widths, activation in (([200, 160], None), ([184, 184], "silu")):
         weight = weight_of("floats", 1200, sum(widths), torch.bfloat16)
         operands = weight.operands(x, [0.08, 0.16], widths=widths, activation=activation)
@@ -198,16 +198,18 @@ def test_cuts_are_right_where_a_gpu_is_emulated(
 ) -> None:
     emulate(monkeypatch, clusters=True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    for cluster, warps_n, depth in ((1, 2, 1), (4, 4, 2), (6, 2, 1)):
-        test_product_is_right_however_it_is_cut(scheme, cluster, warps_n, depth)
+    for cluster, warps_n, depth, early in ((1, 2, 1, 5), (4, 4, 2, 0), (6, 2, 1, 5)):
+        test_product_is_right_however_it_is_cut(scheme, cluster, warps_n, depth, early)
     if scheme == "floats":
         test_threads_of_floats_may_have_half_as_many_columns()
-        for cluster, per_lane, unroll, depth, rows in (
-            (1, 2, 32, 1, 2),
-            (6, 4, 16, 2, 3),
-            (8, 8, 16, 1, 8),
+        for cluster, per_lane, unroll, depth, early, rows in (
+            (1, 2, 32, 1, 0, 2),
+            (6, 4, 16, 2, 32, 3),
+            (8, 8, 16, 1, 0, 8),
         ):
-            test_several_rows_are_right_however_they_are_cut(cluster, per_lane, unroll, depth, rows)
+            test_several_rows_are_right_however_they_are_cut(
+                cluster, per_lane, unroll, depth, early, rows
+            )
     test_a_block_may_have_several_chunks(scheme, [0.4])
     test_a_block_may_have_several_chunks(scheme, [0.08, 0.16])
 

@@ -64,8 +64,8 @@ ALIGNED: dict[Input, tuple[int, list[int]]] = {
 CUTS = [
     Cut(chunk=256, per_lane=8, warps_n=2, warps_k=4, unroll=4, blocks=2, cluster=8, depth=2),
     Cut(chunk=608, per_lane=16, warps_n=1, warps_k=8, unroll=2, blocks=2, cluster=4, depth=2),
-    Cut(chunk=128, per_lane=32, warps_n=1, warps_k=4, unroll=4, blocks=2, cluster=8),
-    Cut(chunk=96, per_lane=16, warps_n=4, warps_k=2, unroll=8, blocks=1, cluster=8),
+    Cut(chunk=128, per_lane=32, warps_n=1, warps_k=4, unroll=4, blocks=2, cluster=8, early=32),
+    Cut(chunk=96, per_lane=16, warps_n=4, warps_k=2, unroll=8, blocks=1, cluster=8, early=3),
     Cut(chunk=160, per_lane=4, warps_n=1, warps_k=8, unroll=8, blocks=1, cluster=8),
 ]
 

@@ -18,6 +18,9 @@ _OTHER_REGISTERS = 36
 # Of strips that a thread has under way: fewer leave memory idle.
 _LEAST_BYTES = 16
 
+# Of a warp, while it lists.
+_EARLY = (0, 1, 2, 4, 8, 16)
+
 _DRAWN, _NEIGHBOURS = 40, 24
 _ROUNDS = 3
 _PARENTS = 5
@@ -84,6 +87,7 @@ class CutSpace:
                 blocks=1,
                 cluster=random.choice(self.clusters),
                 depth=random.choice((1, 1, 2)),
+                early=random.choice(_EARLY),
             )
             cut = replace(cut, blocks=max(1, self._most_blocks(cut) + random.choice((-1, 0, 0, 1))))
             if self.holds(cut):

@@ -33,7 +33,8 @@ constexpr int ROWS_ALIKE = ROWS > 1 ? 2 : 1;
 constexpr int ROW_PAIRS = (ROWS + ROWS_ALIKE - 1) / ROWS_ALIKE;
 constexpr int THREADS = WARP * WARPS_N * WARPS_K;
 constexpr int BLOCK_N = WARP_N * WARPS_N;
-constexpr int PER_THREAD = (CHUNK + THREADS - 1) / THREADS;
+constexpr int WARPS = THREADS / WARP;
+constexpr int PER_THREAD = (CHUNK + THREADS - 1) / THREADS;  // channels of a chunk
 constexpr u64 STRIP_BYTES = (u64)N * BITS / 8;
 
 // Of what the threads of a block share out, one after the other, the place of a thread's own.
@@ -48,3 +49,9 @@ typedef float Sum;
 
 __device__ __forceinline__ float of_row(float sum, int) { return sum; }
 __device__ __forceinline__ float of_row(float2 sums, int i) { return i == 0 ? sums.x : sums.y; }
+
+// Of the channels of a chunk, the place of a thread's own: those of a warp lie beside each other, so that
+// it lists them knowing no more than how many earlier warps keep.
+__device__ __forceinline__ int place_in_chunk(int own) {
+  return (threadIdx.x / WARP * PER_THREAD + own) * WARP + threadIdx.x % WARP;
+}

@@ -5,11 +5,12 @@
 // of its chunks, its warps sum their strips, and each block finishes its share of the columns with
 // what the others send it. Of several rows, a strip is read once if any of them keeps it.
 //
-// Set on the compiler's command line, beside what cuda_hidden.cuh wants: ACTIVATION, HAS_NORM,
+// Set on the compiler's command line, beside what cuda_hidden.cuh and cuda_early.cuh want: ACTIVATION, HAS_NORM,
 // HAS_SCALE (of scores), HAS_SHIFT, HAS_ONE_LIST (gate and up keep the same), START_1, START_2, BLOCKS,
 // PREFETCH.
 
 #include "cuda_chunks.cuh"
+#include "cuda_early.cuh"
 #include "cuda_hidden.cuh"
 
 #define NONE 0
@@ -63,7 +64,7 @@ struct Activations {
   float x[ROWS][PER_THREAD];
 
   static __device__ __forceinline__ bool is_inside(int i, int first) {
-    int place = i * THREADS + threadIdx.x;
+    int place = place_in_chunk(i);
     return place < CHUNK && first + place < K;
   }
 
@@ -75,7 +76,7 @@ struct Activations {
 #endif
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
-      int channel = is_inside(i, first) ? first + i * THREADS + threadIdx.x : 0;
+      int channel = is_inside(i, first) ? first + place_in_chunk(i) : 0;
 #pragma unroll
       for (int row = 0; row < ROWS; row++) x[row][i] = low_half(__ldcg(input + row * K + channel));
 #if HAS_NORM
@@ -92,14 +93,16 @@ struct Activations {
 #endif
   }
 
-  // List those that some row keeps, centred, and zero in rows that drop them.
+  // List those that some row keeps, centred, and zero in rows that drop them. Ask early for strips of
+  // the columns that the list is for.
   __device__ __forceinline__ void list(List& kept, float threshold, const float* scale,
-                                       const float* shift, int first) const {
+                                       const float* shift, int first,
+                                       const Columns<TILE_N>& columns) const {
     bool keeps[PER_THREAD];
     float centred[ROWS][PER_THREAD];
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
-      int channel = is_inside(i, first) ? first + i * THREADS + threadIdx.x : 0;
+      int channel = is_inside(i, first) ? first + place_in_chunk(i) : 0;
       keeps[i] = false;
 #pragma unroll
       for (int row = 0; row < ROWS; row++) {
@@ -111,6 +114,9 @@ struct Activations {
         centred[row][i] = !is_kept ? 0.0f : HAS_SHIFT ? rounded(exact) : exact;
       }
     }
+#pragma unroll
+    for (int side = 0; side < HALVES / LISTS; side++)
+      columns.beside(side * START_1).ask_early(keeps[0], first + place_in_chunk(0));
     kept.fill(keeps, centred, first);
   }
 };
@@ -212,6 +218,7 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
   int columns = end - first_column;
   float threshold = part == 0 ? threshold_0 : part == 1 ? threshold_1 : threshold_2;
 
+  Columns<TILE_N> tile_columns{weight + (u64)first_column * BITS / 8, columns};
   int warp = threadIdx.x / WARP;
   int place = (warp % WARPS_N) * WARP_N + threadIdx.x % WARP / LANES_ALIKE * LANE_N;
   int half = place / TILE_N, column = place % TILE_N;
@@ -253,9 +260,10 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
     shared.group_scales.ask(all_scales, all_zeros, first_channel, offset);
     Activations activations;
     activations.read(x, gain, epsilon, first_channel, factors);
-    activations.list(shared.lists[0], threshold, scale + part * K, shift, first_channel);
+    activations.list(shared.lists[0], threshold, scale + part * K, shift, first_channel, tile_columns);
     if (LISTS > 1)
-      activations.list(shared.lists[LISTS - 1], threshold_1, scale + K, shift, first_channel);
+      activations.list(shared.lists[LISTS - 1], threshold_1, scale + K, shift, first_channel,
+                       tile_columns.beside(START_1));
     add_chunk(shared.lists[LISTS > 1 ? half : 0], shared.group_scales, weight, total);
     if (CLUSTER * CHUNK >= K) break;
   }

@@ -5,10 +5,11 @@
 // after the point: integer addition gives the same bits in any order, so blocks add with atomics
 // and none waits for another. The residual stream is such a sum from the first layer to the last.
 //
-// Set on the compiler's command line, beside what cuda_hidden.cuh wants: NAME of the kernel, SOURCE,
-// START_1, START_2, HEAD_DIM, SPLITS, HAS_BIAS, BLOCKS.
+// Set on the compiler's command line, beside what cuda_hidden.cuh and cuda_early.cuh want: NAME of the
+// kernel, SOURCE, START_1, START_2, HEAD_DIM, SPLITS, HAS_BIAS, BLOCKS.
 
 #include "cuda_chunks.cuh"
+#include "cuda_early.cuh"
 #include "cuda_hidden.cuh"
 
 #define HIDDEN 0
@@ -77,11 +78,11 @@ struct Channels {
 #endif
 
   __device__ __forceinline__ bool is_inside(int i) const {
-    int place = i * THREADS + threadIdx.x;
+    int place = place_in_chunk(i);
     return place < CHUNK && first + place < K;
   }
 
-  __device__ __forceinline__ int channel(int i) const { return first + i * THREADS + threadIdx.x; }
+  __device__ __forceinline__ int channel(int i) const { return first + place_in_chunk(i); }
 
   // Read what does not depend on the input.
   __device__ __forceinline__ void begin(const float* gain) {
@@ -159,6 +160,7 @@ NAME(const void* source, const float* gain, const float* thresholds, const u8* w
   int start = part == 0 ? 0 : part == 1 ? START_1 : START_2;
   int end = part == 0 ? START_1 : part == 1 ? START_2 : N;
   int first_column = start + (tile - (part == 0 ? 0 : part == 1 ? TILES_1 : TILES_2)) * BLOCK_N;
+  Columns<BLOCK_N> columns{weight + (u64)first_column * BITS / 8, end - first_column};
   int warp = threadIdx.x / WARP;
   int column = (warp % WARPS_N) * WARP_N + threadIdx.x % WARP * PER_LANE;
   // Threads beyond the last column read what their block reads anyway.
@@ -183,6 +185,7 @@ NAME(const void* source, const float* gain, const float* thresholds, const u8* w
   for (int i = 0; i < PER_THREAD; i++)
     // Dropped when <=, so that NaN is kept.
     keeps[i] = channels.is_inside(i) && !(fabsf(x[0][i]) <= threshold);
+  columns.ask_early(keeps[0], channels.channel(0));
   shared.list.fill(keeps, x, first_channel);
   float total[PER_LANE] = {};
   add_chunk(shared.list, shared.group_scales, weight, total);

@@ -48,6 +48,8 @@ class Cut:
         blocks: Blocks that fit into one multiprocessor, for the compiler.
         cluster: Blocks that work together.
         depth: 2 where a thread asks for strips while it adds the ones before, else 1.
+        early: Channels of a warp whose strips, if kept, are asked for while the block makes its
+            list; at most 32.
     """
 
     chunk: int
@@ -58,6 +60,7 @@ class Cut:
     blocks: int
     cluster: int = 1
     depth: int = 1
+    early: int = 0
 
     @property
     def threads(self) -> int:
@@ -144,6 +147,7 @@ def strip_definitions(
         "BLOCKS": cut.blocks,
         "CLUSTER": cut.cluster,
         "DEPTH": cut.depth,
+        "EARLY": cut.early,
         "ROWS": rows,
     }
     if grid is not None:
