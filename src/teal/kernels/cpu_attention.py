@@ -7,10 +7,10 @@ from torch import Tensor
 
 from teal.foundation.errors import UserError
 from teal.kernels.cpu_gemv import ELEMENTS
+from teal.kernels.cpu_lines import LINE_BYTES
 from teal.kernels.cpu_numbers import Array, array, exponential, narrow, norm_into, prefetch, widen
 from teal.kernels.cpu_threads import available_threads, compiled, run_threaded
 
-LINE_BYTES = 64
 # The hardware asks for no key beyond its page of memory: of head_dim 128, 16 tokens.
 _TOKENS_AHEAD = 16
 # Tokens per task. Sums of tasks are added in order, so the threads do not change the bits.

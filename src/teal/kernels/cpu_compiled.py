@@ -8,20 +8,18 @@ from typing import Any
 import numba
 import numpy as np
 
+from teal.kernels.cpu_lines import LINE_BYTES, add_line, ask_lines
 from teal.kernels.cpu_lists import Lists, make_lists
-from teal.kernels.cpu_numbers import Array, array, gated, narrow, prefetch, widen
+from teal.kernels.cpu_numbers import Array, array, gated, narrow, widen
 from teal.kernels.cpu_threads import compiled
 
 # Strips read side by side: more streams keep more of the memory busy, and their 8 factors still
 # fit the registers of AVX2.
 GROUP = 8
-LINE_BYTES = 64
 # Of strips shorter than this, parts for each thread would keep the memory waiting between them:
 # threads share the channels then, in as many shares whatever their number.
-SHORT_STRIP_BYTES = 8192
+SHORT_STRIP_BYTES = 32768
 SHARES = 8
-# Only the list knows where the next strips begin: the hardware follows once it saw a few lines.
-PREFETCHED_LINES = 4
 
 # How the sums of two parts become one result.
 BESIDE, SILU, GELU = 0, 1, 2
@@ -62,7 +60,7 @@ def product(
     _, in_features, out_features = sizes
     weight = array(element, weights[0], max(0, in_features - 1) * weights[1] + out_features)
     lists = make_lists(element, inputs, sizes, parts[0], thresholds, epsilon)
-    has_shares = form == BESIDE and out_features * weight.itemsize < SHORT_STRIP_BYTES
+    has_shares = out_features * weight.itemsize < SHORT_STRIP_BYTES
     partial = np.empty((SHARES * has_shares, sizes[0], out_features), np.float32)
 
     def run(thread: int) -> None:
@@ -79,7 +77,7 @@ def product(
             index: int = np.int64(thread)  # type: ignore[assignment]
             run(index)
     if has_shares:
-        _finish_shares(element, partial, outputs, out_features)
+        _finish_shares(element, partial, outputs, out_features, form)
 
 
 @compiled()
@@ -102,7 +100,9 @@ def _work(
         return
     # More threads than shares divide the columns too.
     slabs = (threads + SHARES - 1) // SHARES
-    for task in range(thread, SHARES * slabs, threads):
+    tasks = SHARES * slabs
+    # One behind the other: a share asks for the first strips of the next.
+    for task in range(tasks * thread // threads, tasks * (thread + 1) // threads):
         _share(
             partial[task // slabs],
             weight,
@@ -138,14 +138,19 @@ def _share(
             low = groups * share // SHARES * GROUP
             high = kept[i] if share == SHARES - 1 else groups * (share + 1) // SHARES * GROUP
             sums = np.zeros((rows, last - first), np.float32)
-            _add_strips(sums, weight, stride, first, channels[i, low:high], values[i, low:high])
+            entries = channels[i, : kept[i]], values[i, : kept[i]]
+            _add_strips(sums, weight, stride, first, entries, low, high)
             partial[:, first:last] = sums
         part_begin = part_end
 
 
 @compiled()
 def _finish_shares(
-    element: np.generic, partial: Array, outputs: tuple[int, int, int], out_features: int
+    element: np.generic,
+    partial: Array,
+    outputs: tuple[int, int, int],
+    out_features: int,
+    form: int,
 ) -> None:
     """Add up the shares in their order, and the bias, and write the result."""
     sums = partial[0]
@@ -155,7 +160,13 @@ def _finish_shares(
             for c in range(out_features):
                 total[c] += addends[c]
     _add_bias(element, sums, outputs[0], out_features, 0)
-    write(element, sums, outputs, 0, out_features)
+    if form == BESIDE:
+        write(element, sums, outputs, 0, out_features)
+        return
+    half = out_features // 2
+    gates, ups = sums[:, :half].copy(), sums[:, half:].copy()
+    gate(gates, ups, form == GELU)
+    write(element, gates, outputs, 0, half)
 
 
 @compiled()
@@ -215,7 +226,8 @@ def _add_list(
 ) -> None:
     """Add the product with the channels of one list, and the bias, to sums, (T, width)."""
     channels, values, kept = lists
-    _add_strips(sums, weight, stride, first, channels[i, : kept[i]], values[i, : kept[i]])
+    entries = channels[i, : kept[i]], values[i, : kept[i]]
+    _add_strips(sums, weight, stride, first, entries, 0, kept[i])
     _add_bias(element, sums, bias, out_features, first)
 
 
@@ -251,45 +263,80 @@ def border(
 
 @compiled(fuse=True)
 def _add_strips(
-    sums: Array, weight: Array, stride: int, first: int, channels: Array, values: Array
+    sums: Array,
+    weight: Array,
+    stride: int,
+    first: int,
+    entries: tuple[Array, Array],
+    low: int,
+    high: int,
 ) -> None:
-    """Add `Σ_i values[i] · W[channels[i], first : first + width]` to `sums`, (T, width)."""
-    rows, width = sums.shape
-    grouped = len(channels) // GROUP * GROUP
-    for i in range(0, grouped, GROUP):
-        for j in range(i + GROUP, min(i + 2 * GROUP, grouped)):
-            for line in range(PREFETCHED_LINES):
-                prefetch(weight, channels[j] * stride + first + line * _per_line(weight))
-        w0 = _strip(weight, channels[i] * stride + first, width)
-        w1 = _strip(weight, channels[i + 1] * stride + first, width)
-        w2 = _strip(weight, channels[i + 2] * stride + first, width)
-        w3 = _strip(weight, channels[i + 3] * stride + first, width)
-        w4 = _strip(weight, channels[i + 4] * stride + first, width)
-        w5 = _strip(weight, channels[i + 5] * stride + first, width)
-        w6 = _strip(weight, channels[i + 6] * stride + first, width)
-        w7 = _strip(weight, channels[i + 7] * stride + first, width)
-        for row in range(rows):
-            total = sums[row]
-            v0, v1, v2, v3 = _four(values, i, row)
-            v4, v5, v6, v7 = _four(values, i + 4, row)
-            for c in range(width):
-                total[c] += (
-                    v0 * widen(w0[c])
-                    + v1 * widen(w1[c])
-                    + v2 * widen(w2[c])
-                    + v3 * widen(w3[c])
-                    + v4 * widen(w4[c])
-                    + v5 * widen(w5[c])
-                    + v6 * widen(w6[c])
-                    + v7 * widen(w7[c])
-                )
-    for i in range(grouped, len(channels)):
+    """Add `Σ_i values[i] · W[channels[i], first : first + width]` to `sums`, (T, width).
+
+    `entries` are channels and values, of which those from `low` to `high` count. While strips are
+    added, those of the next entries are asked for, line by line: only the list tells where they
+    are.
+    """
+    channels, values = entries
+    width, line = sums.shape[1], _per_line(weight)
+    lines = width // line * line
+    grouped = low + (high - low) // GROUP * GROUP
+    for i in range(low, grouped, GROUP):
+        starts = _starts(channels, i, stride, first)
+        following = _starts(channels, i + GROUP, stride, first)
+        for column in range(0, lines, line):
+            ask_lines(weight, following, column)
+            for row in range(len(sums)):
+                add_line(sums[row], column, weight, starts, _factors(values, i, row))
+        for row in range(len(sums)):
+            for column in range(lines, width):
+                sums[row, column] += _add_up(values[i : i + GROUP, row], weight, starts, column)
+    for i in range(grouped, high):
         strip = _strip(weight, channels[i] * stride + first, width)
-        for row in range(rows):
+        for row in range(len(sums)):
             total = sums[row]
             value = values[i, row]
             for c in range(width):
                 total[c] += value * widen(strip[c])
+
+
+@compiled(fuse=True)
+def _add_up(values: Array, weight: Array, starts: tuple[int, ...], column: int) -> np.float32:
+    """Return `Σ_k values[k] · weight[starts[k] + column]`, as `add_line` does."""
+    total = np.float32(0)
+    for k in range(GROUP):
+        total += values[k] * widen(weight[starts[k] + column])
+    return total
+
+
+@compiled()
+def _starts(channels: Array, i: int, stride: int, first: int) -> tuple[int, ...]:
+    """Return where the strips of GROUP channels begin; behind the last one it is again."""
+    last = len(channels) - 1
+    return (
+        channels[min(i, last)] * stride + first,
+        channels[min(i + 1, last)] * stride + first,
+        channels[min(i + 2, last)] * stride + first,
+        channels[min(i + 3, last)] * stride + first,
+        channels[min(i + 4, last)] * stride + first,
+        channels[min(i + 5, last)] * stride + first,
+        channels[min(i + 6, last)] * stride + first,
+        channels[min(i + 7, last)] * stride + first,
+    )
+
+
+@compiled()
+def _factors(values: Array, i: int, row: int) -> tuple[Any, ...]:
+    return (
+        values[i, row],
+        values[i + 1, row],
+        values[i + 2, row],
+        values[i + 3, row],
+        values[i + 4, row],
+        values[i + 5, row],
+        values[i + 6, row],
+        values[i + 7, row],
+    )
 
 
 @compiled()
@@ -322,11 +369,6 @@ def write(
 @compiled()
 def _strip(weight: Array, start: int, width: int) -> Array:
     return weight[start : start + width]
-
-
-@compiled()
-def _four(values: Array, i: int, row: int) -> tuple[Any, Any, Any, Any]:
-    return values[i, row], values[i + 1, row], values[i + 2, row], values[i + 3, row]
 
 
 @compiled()

@@ -109,14 +109,33 @@ def widen(context: object, value: types.Type) -> Intrinsic:
     """Return `value`, the bits of a bfloat16 or float16 or a float32, as a float32, exactly."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        if value == types.float32:
-            return args[0]
-        if value == types.int16:
-            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-        bits = builder.zext(args[0], ir.IntType(32))
-        return builder.bitcast(builder.shl(bits, ir.IntType(32)(16)), ir.FloatType())
+        return widened(builder, value, args[0])
 
     return types.float32(value), emit
+
+
+def widened(
+    builder: ir.IRBuilder, element: types.Type, bits: ir.Value, size: int | None = None
+) -> ir.Value:
+    """Emit what `widen` does.
+
+    Args:
+        builder: Where to.
+        element: Of what type one number is.
+        bits: It, or a vector of them.
+        size: Of the vector.
+    """
+
+    def one_or_more(number: ir.Type) -> ir.Type:
+        return number if size is None else ir.VectorType(number, size)
+
+    if element == types.float32:
+        return bits
+    single, word = one_or_more(ir.FloatType()), one_or_more(ir.IntType(32))
+    if element == types.int16:
+        return builder.fpext(builder.bitcast(bits, one_or_more(ir.HalfType())), single)
+    sixteen = ir.Constant(word, 16 if size is None else [16] * size)
+    return builder.bitcast(builder.shl(builder.zext(bits, word), sixteen), single)
 
 
 @intrinsic
@@ -144,16 +163,20 @@ def prefetch(context: object, array: types.Type, index: types.Type) -> Intrinsic
     """Ask for the cache line of `array[index]`; harmless behind the end."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        pointer, word = cgutils.voidptr_t, ir.IntType(32)
-        form = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
         data = context.make_array(array)(context, builder, args[0]).data
-        address = builder.bitcast(builder.gep(data, [args[1]]), pointer)
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], form)
-        # For reading, into the second-level cache, as data.
-        builder.call(prefetch, [address, word(0), word(2), word(1)])
+        ask_for(builder, builder.gep(data, [args[1]]))
         return context.get_dummy_value()
 
     return types.void(array, index), emit
+
+
+def ask_for(builder: ir.IRBuilder, place: ir.Value) -> None:
+    """Emit what `prefetch` does, for a pointer."""
+    pointer, word = cgutils.voidptr_t, ir.IntType(32)
+    form = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
+    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], form)
+    # For reading, into the second-level cache, as data.
+    builder.call(prefetch, [builder.bitcast(place, pointer), word(0), word(2), word(1)])
 
 
 @intrinsic

@@ -13,11 +13,11 @@ from teal.kernels.cpu_codes import FP8_FACTOR, HIGH_FACTOR, NIBBLE_BASE
 from teal.kernels.cpu_compiled import (
     BESIDE,
     GELU,
-    LINE_BYTES,
     border,
     gate,
     write,
 )
+from teal.kernels.cpu_lines import LINE_BYTES
 from teal.kernels.cpu_lists import Lists, make_lists
 from teal.kernels.cpu_numbers import Array, array, widen
 from teal.kernels.cpu_quantized_strips import add_nibbles, add_strips

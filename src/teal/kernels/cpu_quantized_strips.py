@@ -6,7 +6,8 @@ As with cpu_numbers, numba's cache on disk does not see a change here.
 import numpy as np
 
 from teal.kernels.cpu_codes import code_value, high_nibble, low_nibble
-from teal.kernels.cpu_compiled import GROUP, LINE_BYTES
+from teal.kernels.cpu_compiled import GROUP
+from teal.kernels.cpu_lines import LINE_BYTES
 from teal.kernels.cpu_numbers import Array, prefetch
 from teal.kernels.cpu_threads import compiled
 
