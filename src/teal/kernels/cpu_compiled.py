@@ -3,6 +3,7 @@
 Legend: `T` rows, `K` in_features, `N` out_features. docs/kernels.md explains the scheme.
 """
 
+import math
 from typing import Any
 
 import numba
@@ -16,10 +17,11 @@ from teal.kernels.cpu_threads import compiled
 # Strips read side by side: more streams keep more of the memory busy, and their 8 factors still
 # fit the registers of AVX2.
 GROUP = 8
-# Of strips shorter than this, parts for each thread would keep the memory waiting between them:
-# threads share the channels then, in as many shares whatever their number.
-SHORT_STRIP_BYTES = 32768
-SHARES = 8
+# Parts of short strips for each thread would keep the memory waiting between them: threads share
+# the channels then, in as many shares whatever their number. To add up few shares of longer
+# strips takes no longer than many of short ones.
+SHORT_STRIP_BYTES, SHARES_OF_SHORT = 8192, 8
+LONG_STRIP_BYTES, SHARES = 32768, 2
 
 # How the sums of two parts become one result.
 BESIDE, SILU, GELU = 0, 1, 2
@@ -60,8 +62,8 @@ def product(
     _, in_features, out_features = sizes
     weight = array(element, weights[0], max(0, in_features - 1) * weights[1] + out_features)
     lists = make_lists(element, inputs, sizes, parts[0], thresholds, epsilon)
-    has_shares = out_features * weight.itemsize < SHORT_STRIP_BYTES
-    partial = np.empty((SHARES * has_shares, sizes[0], out_features), np.float32)
+    shares = _shares_of(out_features * weight.itemsize)
+    partial = np.empty((shares, sizes[0], out_features), np.float32)
 
     def run(thread: int) -> None:
         place = (thread, threads)
@@ -76,8 +78,16 @@ def product(
         for thread in numba.prange(threads):
             index: int = np.int64(thread)  # type: ignore[assignment]
             run(index)
-    if has_shares:
+    if shares:
         _finish_shares(element, partial, outputs, out_features, form)
+
+
+@compiled()
+def _shares_of(strip_bytes: int) -> int:
+    """Return in how many shares threads take the channels; none if they take columns instead."""
+    if strip_bytes < SHORT_STRIP_BYTES:
+        return SHARES_OF_SHORT
+    return SHARES if strip_bytes < LONG_STRIP_BYTES else 0
 
 
 @compiled()
@@ -99,19 +109,12 @@ def _work(
         _slab(element, weight, stride, outputs, sizes, parts, form, lists, thread, threads)
         return
     # More threads than shares divide the columns too.
-    slabs = (threads + SHARES - 1) // SHARES
-    tasks = SHARES * slabs
+    shares = len(partial)
+    slabs = 1 if threads <= shares else threads // math.gcd(threads, shares)
+    tasks = shares * slabs
     # One behind the other: a share asks for the first strips of the next.
     for task in range(tasks * thread // threads, tasks * (thread + 1) // threads):
-        _share(
-            partial[task // slabs],
-            weight,
-            stride,
-            parts,
-            lists,
-            task // slabs,
-            (task % slabs, slabs),
-        )
+        _share(partial, weight, stride, parts, lists, task // slabs, (task % slabs, slabs))
 
 
 @compiled()
@@ -126,7 +129,7 @@ def _share(
 ) -> None:
     """Write the product with a share of the kept channels, for the columns of one slab."""
     channels, values, kept = lists
-    rows, out_features = partial.shape
+    shares, rows, out_features = partial.shape
     slab, slabs = place
     begin, end = out_features * slab // slabs, out_features * (slab + 1) // slabs
     part_begin = 0
@@ -135,12 +138,12 @@ def _share(
         first, last = max(begin, part_begin), min(end, part_end)
         if last > first:
             groups = kept[i] // GROUP
-            low = groups * share // SHARES * GROUP
-            high = kept[i] if share == SHARES - 1 else groups * (share + 1) // SHARES * GROUP
+            low = groups * share // shares * GROUP
+            high = kept[i] if share == shares - 1 else groups * (share + 1) // shares * GROUP
             sums = np.zeros((rows, last - first), np.float32)
             entries = channels[i, : kept[i]], values[i, : kept[i]]
             _add_strips(sums, weight, stride, first, entries, low, high)
-            partial[:, first:last] = sums
+            partial[share, :, first:last] = sums
         part_begin = part_end
 
 
@@ -154,7 +157,7 @@ def _finish_shares(
 ) -> None:
     """Add up the shares in their order, and the bias, and write the result."""
     sums = partial[0]
-    for share in range(1, SHARES):
+    for share in range(1, len(partial)):
         for row in range(len(sums)):
             total, addends = sums[row], partial[share, row]
             for c in range(out_features):

@@ -38,7 +38,13 @@ def compiled(
         A decorator. The function releases the interpreter lock while it runs.
     """
     freedom = {"contract", "reassoc"} if reorder else {"contract"} if fuse else False
-    options = {"parallel": parallel, "fastmath": freedom, "nogil": True}
+    # A division by zero is infinite, as in torch: to look out for it, loops would go one by one.
+    options = {
+        "parallel": parallel,
+        "fastmath": freedom,
+        "nogil": True,
+        "error_model": "numpy",
+    }
 
     def decorate(function: Function) -> Function:
         try:
