@@ -49,6 +49,8 @@ def add_line(
         size = LINE_BYTES * 8 // weight.dtype.bitwidth
         target = context.make_array(sums)(context, builder, args[0]).data
         data = context.make_array(weight)(context, builder, args[2]).data
+        of_weight = ir.VectorType(context.get_value_type(weight.dtype), size)
+        of_sums = ir.VectorType(ir.FloatType(), size)
         flags = ("contract",)
         total = None
         for start, factor in zip(
@@ -57,31 +59,23 @@ def add_line(
             strict=True,
         ):
             place = builder.gep(data, [builder.add(start, args[1])])
-            numbers = widened(builder, weight.dtype, _load(builder, place, size), size)
-            product = builder.fmul(numbers, _repeated(builder, factor, size), flags=flags)
+            # Aligned as single numbers are: strips may begin anywhere.
+            bits = builder.load(builder.bitcast(place, of_weight.as_pointer()))
+            bits.align = weight.dtype.bitwidth // 8
+            numbers = widened(builder, weight.dtype, bits, size)
+            product = builder.fmul(numbers, _repeated(builder, factor, of_sums), flags=flags)
             total = product if total is None else builder.fadd(total, product, flags=flags)
-        place = builder.gep(target, [args[1]])
-        total = builder.fadd(_load(builder, place, size), total, flags=flags)
-        store = builder.store(total, _as_vector(builder, place, size))
-        store.align = 4
+        place = builder.bitcast(builder.gep(target, [args[1]]), of_sums.as_pointer())
+        before = builder.load(place)
+        stored = builder.store(builder.fadd(before, total, flags=flags), place)
+        before.align = stored.align = sums.dtype.bitwidth // 8
         return context.get_dummy_value()
 
     return types.void(sums, column, weight, starts, factors), emit
 
 
-def _as_vector(builder: ir.IRBuilder, place: ir.Value, size: int) -> ir.Value:
-    return builder.bitcast(place, ir.VectorType(place.type.pointee, size).as_pointer())
-
-
-def _load(builder: ir.IRBuilder, place: ir.Value, size: int) -> ir.Value:
-    vector = builder.load(_as_vector(builder, place, size))
-    # As single numbers are: strips may begin anywhere.
-    vector.align = 4 if isinstance(place.type.pointee, ir.FloatType) else 2
-    return vector
-
-
-def _repeated(builder: ir.IRBuilder, value: ir.Value, size: int) -> ir.Value:
-    vector = ir.VectorType(value.type, size)
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.IntType(32)(0))
-    everywhere = ir.Constant(ir.VectorType(ir.IntType(32), size), None)
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), everywhere)
+def _repeated(builder: ir.IRBuilder, value: ir.Value, vector: ir.VectorType) -> ir.Value:
+    nothing = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(nothing, value, ir.IntType(32)(0))
+    everywhere = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None)
+    return builder.shuffle_vector(first, nothing, everywhere)
