@@ -24,6 +24,8 @@ from teal.kernels.ops import sparse_gated, sparse_gemv, sparse_parts
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 INF, NAN = math.inf, math.nan
+# Of 16-bit numbers: threads share the channels in eight shares, in two, and not at all.
+WIDTHS = [(700, 500), (3000, 2004), (9000, 8004)]
 
 
 @pytest.fixture
@@ -100,10 +102,11 @@ def test_product_is_as_precise_as_torch(
 
 
 @dtypes
+@pytest.mark.parametrize("size", [(4096, 321), (700, 5003), (300, 17001)], ids=str)
 def test_product_of_two_threads_is_as_precise_as_torch(
-    dtype: torch.dtype, two_threads: None
+    dtype: torch.dtype, size: tuple[int, int], two_threads: None
 ) -> None:
-    x, weight = draw(4096, dtype=dtype), draw(4096, 321, dtype=dtype, seed=1)
+    x, weight = draw(size[0], dtype=dtype), draw(*size, dtype=dtype, seed=1)
     expected = exact(x, weight, 0.6)
     assert_as_precise_as_torch(
         sparse_gemv(x, weight, 0.6), reference.sparse_gemv(x, weight, 0.6), expected
@@ -271,7 +274,7 @@ def test_parts_have_masks_of_their_own_and_are_as_precise_as_torch(
 @dtypes
 @pytest.mark.parametrize("rows", [1, 2, 8])
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
-@pytest.mark.parametrize("half", [64, 333])
+@pytest.mark.parametrize("half", [64, 333, sum(WIDTHS[2]) // 2])
 @pytest.mark.parametrize("lists", [1, 2])
 def test_gate_and_up_are_as_precise_as_torch(
     dtype: torch.dtype, rows: int, activation: str, half: int, lists: int, two_threads: None
@@ -297,16 +300,17 @@ def test_activations_of_large_and_unusual_numbers_are_those_of_torch(activation:
 
 
 @pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
 def test_fused_forms_have_the_same_bits_for_any_number_of_threads(
-    rows: int, two_threads: None
+    rows: int, widths: tuple[int, int], two_threads: None
 ) -> None:
     # Parts keep different numbers of channels, so borders between threads are not in the middle.
-    operands = _fused(torch.bfloat16, rows, (700, 500))
+    operands = _fused(torch.bfloat16, rows, widths)
     arguments = {**operands, "thresholds": [0.0, 5.0]}
 
     def results() -> list[Tensor]:
         return [
-            sparse_parts(**arguments, widths=(700, 500)),
+            sparse_parts(**arguments, widths=widths),
             sparse_gated(**arguments, activation="silu"),
         ]
 
