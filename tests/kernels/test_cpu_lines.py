@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-numba = pytest.importorskip("numba")
+pytest.importorskip("numba")
 
-from teal.kernels.cpu_gemv import ELEMENTS  # noqa: E402
-from teal.kernels.cpu_lines import LINE_BYTES, add_line, ask_lines  # noqa: E402
-from teal.kernels.cpu_threads import compiled  # noqa: E402
-
-Arrays = tuple[np.ndarray, np.ndarray]
+from teal.kernels.cpu_gemv import ELEMENTS
+from teal.kernels.cpu_lines import LINE_BYTES, add_line, ask_lines
+from teal.kernels.cpu_threads import compiled
 
 
 @compiled(fuse=True)

@@ -9,7 +9,7 @@ import torch
 
 Call = Callable[[int], object]
 
-# On a CPU other programs are noticed: more of them.
+# A CPU runs other programs too, so that it takes more of them.
 _REPEATS = {"cuda": 15, "cpu": 25}
 _REPLAY_SECONDS = 2e-3
 _MOST_CALLS = 200

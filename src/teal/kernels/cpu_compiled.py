@@ -128,7 +128,7 @@ def _share(
     place: tuple[int, int],
 ) -> None:
     """Write the product with a share of the kept channels, for the columns of one slab."""
-    channels, values, kept = lists
+    kept = lists[2]
     shares, rows, out_features = partial.shape
     slab, slabs = place
     begin, end = out_features * slab // slabs, out_features * (slab + 1) // slabs
@@ -141,8 +141,7 @@ def _share(
             low = groups * share // shares * GROUP
             high = kept[i] if share == shares - 1 else groups * (share + 1) // shares * GROUP
             sums = np.zeros((rows, last - first), np.float32)
-            entries = channels[i, : kept[i]], values[i, : kept[i]]
-            _add_strips(sums, weight, stride, first, entries, low, high)
+            _add_strips(sums, weight, stride, first, _entries(lists, i), low, high)
             partial[share, :, first:last] = sums
         part_begin = part_end
 
@@ -228,10 +227,15 @@ def _add_list(
     i: int,
 ) -> None:
     """Add the product with the channels of one list, and the bias, to sums, (T, width)."""
-    channels, values, kept = lists
-    entries = channels[i, : kept[i]], values[i, : kept[i]]
-    _add_strips(sums, weight, stride, first, entries, 0, kept[i])
+    _add_strips(sums, weight, stride, first, _entries(lists, i), 0, lists[2][i])
     _add_bias(element, sums, bias, out_features, first)
+
+
+@compiled()
+def _entries(lists: Lists, i: int) -> tuple[Array, Array]:
+    """Return the kept channels of one list, and their values."""
+    channels, values, kept = lists
+    return channels[i, : kept[i]], values[i, : kept[i]]
 
 
 @compiled()
