@@ -22,6 +22,8 @@ TOLERANCES: Mapping[str, float] = {
     "sparsity": 1e-3,
     # Perplexity against figures that somebody else measured on the same text and models.
     "perplexity": 0.02,
+    # ... plus this much per nat of KL divergence from dense.
+    "perplexity_per_kl": 0.01,
     # Logits of float32 models whose attention sums in another order, such as with padding.
     "logits": 1e-5,
     # A product may err this many times as much as torch's in the same dtype ...

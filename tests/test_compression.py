@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from teal import compression
+from teal.checkpoints.quantized import QuantizedCheckpoint
 from teal.cli.stdlib_text import calibration_text, held_out_text
 from teal.compression import quantize_head, quantize_model, save_quantized
 from teal.data import token_windows
@@ -16,7 +17,6 @@ from teal.models.families import FAMILIES, projections_of
 from teal.models.loading import load_model, load_tokenizer
 from teal.models.weight_format import weight_format_of
 from teal.quantization import (
-    QuantizedCheckpoint,
     Scheme,
     SecondMoments,
     quantize_by_moments,

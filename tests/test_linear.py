@@ -1,12 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TOLERANCES, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from teal.kernels.reference import keep_mask, sparse_activation
+from teal.kernels.reference.matmul import keep_mask, sparse_activation
 from teal.linear import (
     DECODE_ROWS,
     SparseLinear,
@@ -15,6 +14,7 @@ from teal.linear import (
     first_sparse,
 )
 from teal.methods import MaskRule
+from tests.helpers import TOLERANCES, relative_error
 
 IN_FEATURES, OUT_FEATURES = 24, 10
 RULE = MaskRule(threshold=0.6)

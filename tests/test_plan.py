@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import plan_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from teal.foundation.identity import ModelIdentity
 from teal.methods import MaskRule
 from teal.methods.rule_path import RulePath
 from teal.plan import PlannedProjection, SparsityPlan
+from tests.helpers import plan_of
 
 IDENTITY = ModelIdentity(
     model_type="llama",

@@ -2,7 +2,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TOLERANCES, logits_of, padding_of, plan_for, plan_of, tiny_model, tiny_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -13,6 +12,15 @@ from teal.methods import MaskRule
 from teal.models.families import FAMILIES, identity_of, projections_of
 from teal.plan import PlannedProjection
 from teal.sparsification import densify, measure_sparsity, sparse_linears, sparse_tokens, sparsify
+from tests.helpers import (
+    TOLERANCES,
+    logits_of,
+    padding_of,
+    plan_for,
+    plan_of,
+    tiny_model,
+    tiny_tokens,
+)
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 LENGTH = 24

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from teal.checkpoints.compressed_tensors import compressed_config, compressed_tensors
 from teal.data import TokenWindows
 from teal.foundation.artifact import read_json, replace_folder
 from teal.foundation.errors import UserError
@@ -27,7 +28,6 @@ from teal.quantization import (
     quantize_by_moments,
     round_to_nearest,
 )
-from teal.quantization.compressed_layout import compressed_config, compressed_tensors
 
 SCHEMA_VERSION = 1
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teal.kernels.reference import keep_mask, sparse_activation
+from teal.kernels.reference.matmul import keep_mask, sparse_activation
 from teal.methods import MaskRule
 
 # Up to this many token rows are a decode step, whatever shape they come in: a packed batch of

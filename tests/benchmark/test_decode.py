@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from teal.benchmark.decode import DecodeResult, measure
-from teal.benchmark.decode_subject import Subject, Workload
-from teal.engine.opening import open_model
+from teal.benchmark.model import Subject, Workload
+from teal.engine.weights.loader import open_model
 from tests.helpers import tiny_model
 
 

@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
+from teal.benchmark.bytes_read import WeightsRead
 from teal.benchmark.decode import DecodeResult, Start
 from teal.benchmark.gemv import GemvResult
 from teal.benchmark.plot import save_decode_plot, save_plot
-from teal.benchmark.reading import WeightsRead
 from teal.benchmark.shapes import Shape
-from teal.benchmark.timer import Timing
+from teal.benchmark.timing import Timing
 
 
 def test_every_product_has_a_panel(tmp_path: Path) -> None:

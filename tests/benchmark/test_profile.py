@@ -2,7 +2,7 @@ import torch
 
 from teal.benchmark.profile import profile_step
 from teal.engine.decoder import Decoder
-from teal.engine.opening import open_model
+from teal.engine.weights.loader import open_model
 from tests.helpers import tiny_model
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from teal.calibration.stats import CalibrationStats
+from teal.calibration.artifact import CalibrationStats
 from teal.calibration.teal_import import import_teal
 from teal.foundation.errors import UserError
 

@@ -1,7 +1,7 @@
 import weakref
 
 from teal.benchmark.decode import measure
-from teal.benchmark.decode_subject import Workload
+from teal.benchmark.model import Workload
 from teal.cli.bench_sources import Sources
 from teal.quantization import Scheme
 from tests.cli.conftest import MODEL

@@ -1,7 +1,7 @@
 import pytest
 from transformers import AutoModelForCausalLM
 
-from teal.quantization import QuantizedCheckpoint
+from teal.checkpoints.quantized import QuantizedCheckpoint
 from tests.cli.conftest import MODEL
 
 

@@ -4,17 +4,17 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from helpers import TOLERANCES, plan_of
 from torch import Tensor
 
-from teal.engine.cache import KeyValueCache
 from teal.engine.decoder import Decoder
-from teal.engine.sharing import from_model
-from teal.engine.weights import DecoderWeights
+from teal.engine.kv_cache import KeyValueCache
+from teal.engine.weights.decoder_weights import DecoderWeights
+from teal.engine.weights.transformers import from_model
 from teal.methods import MaskRule
 from teal.models.architectures import architecture_of
 from teal.plan import PlannedProjection, SparsityPlan
 from teal.sparsification import densify, sparsify
+from tests.helpers import TOLERANCES, plan_of
 
 LENGTH = 24
 # More than a decode step has rows, so that transformers computes the prompt dense too.

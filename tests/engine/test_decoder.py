@@ -3,7 +3,11 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import (
+from torch import Tensor
+
+from teal.foundation.errors import UserError
+from teal.methods import MaskRule
+from tests.engine.decoding import (
     LENGTH,
     PROMPT,
     assert_close,
@@ -13,7 +17,7 @@ from decoding import (
     decoder_of,
     rules_of,
 )
-from helpers import (
+from tests.helpers import (
     ENGINE_FAMILIES,
     TOLERANCES,
     assert_as_precise_as_torch,
@@ -21,10 +25,6 @@ from helpers import (
     tiny_model,
     tiny_tokens,
 )
-from torch import Tensor
-
-from teal.foundation.errors import UserError
-from teal.methods import MaskRule
 
 every_family = pytest.mark.parametrize("family", ENGINE_FAMILIES)
 GRANITE = {

@@ -2,8 +2,27 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import LENGTH, assert_close, by_transformers, cache_for, decoded, decoder_of
-from helpers import (
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from teal.engine.layers import KEEP_ALL, LayerCalls, run_layer
+from teal.engine.weights.transformers import from_model
+from teal.foundation.errors import UserError
+from teal.kernels.ops import attend
+from teal.kernels.reference.matmul import keep_mask
+from teal.methods import MaskRule
+from teal.models.architectures import architecture_of
+from teal.models.families import blocks_of
+from tests.engine.decoding import (
+    LENGTH,
+    assert_close,
+    by_transformers,
+    cache_for,
+    decoded,
+    decoder_of,
+)
+from tests.helpers import (
     ENGINE_FAMILIES,
     TOLERANCES,
     VOCABULARY,
@@ -12,18 +31,6 @@ from helpers import (
     tiny_model,
     tiny_tokens,
 )
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from teal.engine.layers import KEEP_ALL, LayerCalls, run_layer
-from teal.engine.sharing import from_model
-from teal.foundation.errors import UserError
-from teal.kernels.ops import attend
-from teal.kernels.reference import keep_mask
-from teal.methods import MaskRule
-from teal.models.architectures import architecture_of
-from teal.models.families import blocks_of
 
 every_family = pytest.mark.parametrize("family", ENGINE_FAMILIES)
 

@@ -3,12 +3,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from decoding import by_transformers, cache_for, decoded, decoder_of, plan_at
-from helpers import TOLERANCES
 from torch import Tensor
 
 from teal.models.loading import load_model, load_tokenizer
 from teal.sparsification import sparsify
+from tests.engine.decoding import by_transformers, cache_for, decoded, decoder_of, plan_at
+from tests.helpers import TOLERANCES
 
 TRAINED = Path(__file__).parents[2] / "models/py-16m"
 # The trained model continues this with confidence.

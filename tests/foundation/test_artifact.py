@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import kill_before_file_event
 
 from teal.foundation.artifact import (
     check_destination,
@@ -20,6 +19,7 @@ from teal.foundation.artifact import (
     write_text,
 )
 from teal.foundation.errors import UserError
+from tests.helpers import kill_before_file_event
 
 TENSORS = {
     "half": torch.tensor([1.5, float("nan"), -0.0], dtype=torch.bfloat16),

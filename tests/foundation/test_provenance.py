@@ -2,11 +2,11 @@ import json
 
 import pytest
 import torch
-from helpers import tiny_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teal.foundation.provenance import TextProvenance, fingerprint, shared_windows
+from tests.helpers import tiny_tokens
 
 TEXT = torch.randint(0, 32_000, (4096,), generator=torch.Generator().manual_seed(0))
 OTHER = torch.randint(0, 32_000, (4096,), generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from teal.kernels.cuda_strips import Cut, bits_of
+from teal.kernels.cuda.tile_config import Cut, bits_of
 
 
 def told(cubin: Path, option: str) -> str:

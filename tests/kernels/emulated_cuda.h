@@ -1,4 +1,4 @@
-// A GPU on the host, for tests: what the CUDA kernels use of CUDA C++, and cuda_ptx.cuh.
+// A GPU on the host, for tests: what the CUDA kernels use of CUDA C++, and ptx.cuh.
 //
 // A block is a thread of the host and its threads are contexts, which take turns: one runs until it
 // has to wait for others. So code that leaves out a barrier reads what is not there yet. Copies in
@@ -184,7 +184,7 @@ inline u32 max(u32 a, int b) { return max(a, (u32)b); }
 template <typename T> T __ldcg(const T* pointer) { return *pointer; }
 inline u64 atomicAdd(u64* sum, u64 value) { return __atomic_fetch_add(sum, value, __ATOMIC_RELAXED); }
 
-// cuda_ptx.cuh.
+// ptx.cuh.
 
 inline float from_float16(u16 bits) { _Float16 value; memcpy(&value, &bits, 2); return (float)value; }
 inline float from_bfloat16(u16 bits) { return float_of((u32)bits << 16); }

@@ -14,15 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from teal.kernels import cuda_attention, cuda_ends, cuda_gemv, cuda_step
-from teal.kernels.cuda_compile import Argument, Definitions, Kernel
+from teal.kernels.cuda import attention as cuda_attention
+from teal.kernels.cuda import decode_step, embed_argmax
+from teal.kernels.cuda import gemv as cuda_gemv
+from teal.kernels.cuda.nvrtc import Argument, Definitions, Kernel
 
 # Where the tensors of tests are that run on a GPU, or on one that is emulated.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-SOURCES = Path(cuda_step.__file__).parent
+SOURCES = Path(decode_step.__file__).parent / "csrc"
 HEADER = Path(__file__).parent / "emulated_cuda.h"
-MODULES: tuple[ModuleType, ...] = (cuda_attention, cuda_ends, cuda_gemv, cuda_step)
+MODULES: tuple[ModuleType, ...] = (cuda_attention, embed_argmax, cuda_gemv, decode_step)
 
 # Memory that a block shares comes from the launch.
 DECLARED, GIVEN = (
@@ -61,7 +63,7 @@ def _sources() -> tempfile.TemporaryDirectory[str]:
     folder = Path(temporary.name)
     for path in (*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")):
         (folder / path.name).write_text(path.read_text().replace(DECLARED, GIVEN))
-    shutil.copy(HEADER, folder / "cuda_ptx.cuh")
+    shutil.copy(HEADER, folder / "ptx.cuh")
     return temporary
 
 

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import draw
-from emulation import DEVICE
-from helpers import TOLERANCES, assert_as_precise_as_torch, relative_error
 from torch import Tensor
 
-from teal.kernels import reference
-from teal.kernels.cuda_gemv import compute
-from teal.kernels.cuda_strips import Cut
+from teal.kernels.cuda.gemv import compute
+from teal.kernels.cuda.tile_config import Cut
 from teal.kernels.operands import Grid, Operands
+from teal.kernels.reference import matmul as reference
 from teal.quantization import QuantizedWeight, Scheme, round_to_nearest
+from tests.helpers import TOLERANCES, assert_as_precise_as_torch, relative_error
+from tests.kernels.cases import draw
+from tests.kernels.emulation import DEVICE
 
 SCHEMES = {
     "floats": None,

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from products import SCHEMES as SCHEMES
 from torch import Tensor
 
-from teal.kernels.cuda_compile import has_clusters
-from teal.kernels.cuda_step import UNIT, Input, Projections, StepMemory
+from teal.kernels.cuda.decode_step import UNIT, Input, Projections, StepMemory
+from teal.kernels.cuda.nvrtc import has_clusters
 from teal.kernels.operands import Grid
-from teal.kernels.reference_quantized import dequantized
+from teal.kernels.reference.quantized import dequantized
 from teal.quantization import Scheme, round_to_nearest
 from teal.quantization.weight import FORMATS
+from tests.kernels.products import SCHEMES as SCHEMES
 
 EPSILON = 1e-5
 MULTIPLIER = 0.5

@@ -3,12 +3,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ATTENTION_CASES, AttentionCase, attended
-from helpers import relative_error
 from torch import Tensor
 
 from teal.foundation.errors import UserError
-from teal.kernels import dispatch, ops, reference
+from teal.kernels import dispatch, ops
+from teal.kernels.reference import matmul as reference
+from tests.helpers import relative_error
+from tests.kernels.cases import ATTENTION_CASES, AttentionCase, attended
 
 TINY = 2e-6
 

@@ -3,13 +3,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import draw
-from helpers import relative_error
 from torch import Tensor
 
 from teal.foundation.errors import UserError
-from teal.kernels import dispatch_quantized, ops, ops_quantized, reference_quantized
+from teal.kernels import dispatch_quantized, ops, ops_quantized
+from teal.kernels.reference import quantized as reference_quantized
 from teal.quantization import Scheme, round_to_nearest
+from tests.helpers import relative_error
+from tests.kernels.cases import draw
 
 TINY = 2e-6
 SCHEMES = {
@@ -117,7 +118,7 @@ def test_operations_are_captured_in_a_cuda_graph(name: str, scheme: Scheme) -> N
 
 @pytest.mark.gpu
 def test_one_row_of_16_bits_is_computed_by_the_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda_gemv = pytest.importorskip("teal.kernels.cuda_gemv")
+    cuda_gemv = pytest.importorskip("teal.kernels.cuda.gemv")
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs clusters of blocks")
     calls, compute = [], cuda_gemv.compute

@@ -12,9 +12,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from teal.kernels.triton_gemv import sparse_gemv_kernel
-from teal.kernels.triton_launch import groups
-from teal.kernels.triton_tiles import read_table
+from teal.kernels.triton.gemv import groups
+from teal.kernels.triton.gemv_kernel import sparse_gemv_kernel
+from teal.kernels.triton.tile_config import read_table
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TOLERANCES, plan_of
 from torch import Tensor
 
-from teal.calibration.statistics import InputStatistics
+from teal.calibration.input_statistics import InputStatistics
 from teal.foundation.errors import UserError
 from teal.foundation.identity import ModelIdentity
-from teal.kernels.reference import keep_mask
+from teal.kernels.reference.matmul import keep_mask
 from teal.methods import METHODS, MaskRule, method_named, register_method
 from teal.plan import PlannedProjection, SparsityPlan
+from tests.helpers import TOLERANCES, plan_of
 
 NAME = "model.layers.0.self_attn.q_proj"
 IN_FEATURES = 64

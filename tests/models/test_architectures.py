@@ -2,12 +2,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from helpers import ENGINE_FAMILIES, plan_for, tiny_model
 from transformers import AutoConfig
 
 from teal.foundation.errors import UserError
 from teal.models.architectures import architecture_of
 from teal.models.families import FAMILIES, identity_of
+from tests.helpers import ENGINE_FAMILIES, plan_for, tiny_model
 
 every_family = pytest.mark.parametrize("family", ENGINE_FAMILIES)
 

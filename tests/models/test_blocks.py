@@ -2,11 +2,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import logits_of, padding_of, tiny_model, tiny_tokens
 from torch import Tensor, nn
 
 from teal.models.blocks import Batch, first_batches, resident, run_block
 from teal.models.families import FAMILIES, blocks_of
+from tests.helpers import logits_of, padding_of, tiny_model, tiny_tokens
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 # More than the sliding window of every tiny model.

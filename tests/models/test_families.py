@@ -1,6 +1,5 @@
 import pytest
 import torch
-from helpers import logits_of, tiny_model, tiny_tokens
 from torch import nn
 
 from teal.foundation.errors import UserError
@@ -12,6 +11,7 @@ from teal.models.families import (
     model_type_of,
     projections_of,
 )
+from tests.helpers import logits_of, tiny_model, tiny_tokens
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_model
 from safetensors.torch import load_file, save_file
 
 from teal.foundation.errors import UserError
@@ -17,6 +16,7 @@ from teal.models.loading import (
     resolve_device,
     resolve_dtype,
 )
+from tests.helpers import tiny_model
 
 TRAINED = Path(__file__).parents[2] / "models/py-16m"
 

@@ -2,11 +2,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ENGINE_FAMILIES, tiny_model
 from torch import Tensor
 
 from teal.foundation.errors import UserError
 from teal.models.rope import ROPE_TYPES, ropes_of
+from tests.helpers import ENGINE_FAMILIES, tiny_model
 
 LENGTH = 100
 FULL = ("full_attention",) * 2

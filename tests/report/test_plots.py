@@ -3,13 +3,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 import torch
-from helpers import plan_of
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from teal.calibration import CalibrationStats
-from teal.calibration.statistics import InputStatistics
+from teal.calibration.input_statistics import InputStatistics
 from teal.foundation.identity import ModelIdentity
 from teal.methods import MaskRule
 from teal.models.families import FUSED_PROJECTIONS, SEVEN_PROJECTIONS
@@ -22,6 +21,7 @@ from teal.report import (
     perplexity_figure,
     sparsity_figure,
 )
+from tests.helpers import plan_of
 
 CHANNELS = 8
 DENSE = DenseRow(perplexity=8.0, perplexity_error=0.125)

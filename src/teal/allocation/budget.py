@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-from teal.calibration.stats import CalibrationStats
+from teal.calibration.artifact import CalibrationStats
 from teal.foundation.errors import UserError
 from teal.foundation.version import __version__
 from teal.methods import method_named

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from teal.allocation.block_error import BlockError
 from teal.allocation.budget import target_projections
-from teal.calibration.path import AllocationPath
-from teal.calibration.stats import CalibrationStats
+from teal.calibration.allocation_path import AllocationPath
+from teal.calibration.artifact import CalibrationStats
 from teal.data import TokenWindows
 from teal.foundation.errors import UserError, check_sparsity
 from teal.foundation.progress import Progress, silent

@@ -8,8 +8,8 @@ from torch import nn
 
 from teal.allocation.budget import plan_from_sparsities, target_projections
 from teal.allocation.greedy import GreedySettings, greedy_path, path_key, sparsities_at
-from teal.calibration.path import AllocationPath
-from teal.calibration.stats import CalibrationStats
+from teal.calibration.allocation_path import AllocationPath
+from teal.calibration.artifact import CalibrationStats
 from teal.data import TokenWindows
 from teal.foundation.errors import UserError, check_sparsity, unknown_name
 from teal.methods import method_named

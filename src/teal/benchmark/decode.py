@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from teal.benchmark.decode_peers import Peer
-from teal.benchmark.decode_subject import Subject
+from teal.benchmark.baselines import Peer
+from teal.benchmark.bytes_read import WeightsRead
 from teal.benchmark.memory import MemoryTaken
-from teal.benchmark.reading import WeightsRead
-from teal.benchmark.timer import Timing, summary_of
+from teal.benchmark.model import Subject
+from teal.benchmark.timing import Timing, summary_of
 from teal.engine.engine import Engine
 from teal.foundation.progress import Progress, silent
 

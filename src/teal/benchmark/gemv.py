@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal.benchmark.shapes import Shape
-from teal.benchmark.timer import Call, Timing, time_call
+from teal.benchmark.timing import Call, Timing, time_call
 from teal.foundation.errors import UserError
-from teal.kernels import ops, reference
+from teal.kernels import ops
 from teal.kernels.operands import Grid, Operands
+from teal.kernels.reference import matmul as reference
 
 ACTIVATION = "silu"
 

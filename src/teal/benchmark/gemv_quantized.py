@@ -5,7 +5,7 @@ from torch import Tensor
 
 from teal.benchmark.gemv import ACTIVATION, Product, copies_of
 from teal.benchmark.shapes import Shape
-from teal.benchmark.timer import Timing
+from teal.benchmark.timing import Timing
 from teal.kernels import ops_quantized
 from teal.kernels.operands import Grid, Operands
 from teal.quantization import QuantizedWeight, Scheme, round_to_nearest

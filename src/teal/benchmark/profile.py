@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from teal.engine.cache import KeyValueCache
 from teal.engine.decoder import Decoder
-from teal.engine.fused import stepper_of
+from teal.engine.fused_step import stepper_of
+from teal.engine.kv_cache import KeyValueCache
 
 _WARM_UP = 3
 _STEPS = 5

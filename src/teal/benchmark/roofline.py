@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from teal.benchmark.timer import time_call
+from teal.benchmark.timing import time_call
 
 _BYTES = {"cuda": 1 << 31, "cpu": 1 << 28}
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from teal.benchmark.configs import CONFIGS
+from teal.benchmark.model_configs import CONFIGS
 from teal.foundation.errors import UserError, unknown_name
 
 # One part, or q, k and v beside each other; gate and up.

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teal.calibration.statistics import InputStatistics
-from teal.calibration.stats import CalibrationStats
+from teal.calibration.artifact import CalibrationStats
+from teal.calibration.input_statistics import InputStatistics
 from teal.data import TokenWindows
 from teal.foundation.errors import UserError
 from teal.foundation.identity import ModelIdentity

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teal.calibration.artifact import CalibrationStats
 from teal.calibration.histogram import Histogram
-from teal.calibration.statistics import InputStatistics
-from teal.calibration.stats import CalibrationStats
+from teal.calibration.input_statistics import InputStatistics
 from teal.foundation.artifact import read_json
 from teal.foundation.errors import UserError
 from teal.foundation.identity import ModelIdentity

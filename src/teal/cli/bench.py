@@ -10,7 +10,7 @@ from teal.cli.console import print_json, print_table, progress_bar, say
 from teal.cli.options import GroupSizeOption, JsonOption, TablesOption, scheme_of
 from teal.foundation.errors import UserError
 from teal.foundation.formatting import percent
-from teal.kernels.measured import use_tables
+from teal.kernels.tuning import use_tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,10 +98,10 @@ def gemv(
     json: JsonOption = False,
 ) -> None:
     """Time sparse products beside dense ones, on weights that no cache holds."""
+    from teal.benchmark.environment import describe_machine
     from teal.benchmark.gemv import measure
-    from teal.benchmark.machine import describe_machine
-    from teal.benchmark.peer import Peer
     from teal.benchmark.roofline import read_bandwidth
+    from teal.benchmark.teal_release import Peer
 
     place, number = _device(device), _dtype(dtype)
     scheme = scheme_of(quantize, group_size)
@@ -177,9 +177,10 @@ def _print(results: "list[GemvResult]", bandwidth: float) -> None:
 def _write_tables(
     folder: Path, shapes: "list[Shape]", product_of: "Callable[[Shape], Product]"
 ) -> None:
-    from teal.benchmark import tune_product, tune_tiles
-    from teal.benchmark.machine import describe_machine
-    from teal.benchmark.tuned import write_cuts, write_tiles
+    from teal.benchmark.environment import describe_machine
+    from teal.benchmark.tuning import gemv as tune_product
+    from teal.benchmark.tuning import triton as tune_tiles
+    from teal.benchmark.tuning.table import write_cuts, write_tiles
 
     for shape in progress_bar(shapes, "Products"):
         product = product_of(shape)

@@ -18,11 +18,11 @@ from teal.cli.options import (
     formats_of,
 )
 from teal.foundation.formatting import format_name, percent
-from teal.kernels.measured import use_tables
+from teal.kernels.tuning import use_tables
 
 if TYPE_CHECKING:
     from teal.benchmark.decode import DecodeResult
-    from teal.benchmark.decode_subject import Subject
+    from teal.benchmark.model import Subject
     from teal.benchmark.profile import KernelTime
 
 EXAMPLES = """Examples:
@@ -118,10 +118,10 @@ def decode(
     is that of the time to read all kept weights, the head and the cache at the speed that a plain
     sum reads memory in the same run.
     """
+    from teal.benchmark.baselines import check_peers, make_peers
     from teal.benchmark.decode import measure
-    from teal.benchmark.decode_peers import check_peers, make_peers
-    from teal.benchmark.decode_subject import Workload
-    from teal.benchmark.machine import describe_machine
+    from teal.benchmark.environment import describe_machine
+    from teal.benchmark.model import Workload
     from teal.benchmark.roofline import read_bandwidth
     from teal.cli.bench import fractions_of
     from teal.cli.bench_sources import Sources
@@ -198,9 +198,9 @@ def _row(result: "DecodeResult") -> list[str]:
 
 
 def _write_table(folder: Path, subject: "Subject") -> None:
-    from teal.benchmark.machine import describe_machine
-    from teal.benchmark.tune_step import tune
-    from teal.benchmark.tuned import write_cuts
+    from teal.benchmark.environment import describe_machine
+    from teal.benchmark.tuning.decode_step import tune
+    from teal.benchmark.tuning.table import write_cuts
 
     name = describe_machine(subject.device)["device"]
     for task, found in tune(subject, progress_bar):

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from teal.benchmark.configs import config_of
-from teal.benchmark.decode_peers import LLAMA_CPP
-from teal.benchmark.decode_subject import Subject, Workload
+from teal.benchmark.baselines import LLAMA_CPP
+from teal.benchmark.model import Subject, Workload
+from teal.benchmark.model_configs import config_of
 from teal.cli.console import progress_bar
-from teal.engine.drawing import random_weights
-from teal.engine.opening import OpenedModel, open_model
-from teal.engine.quantizing import quantized_head
+from teal.engine.weights.loader import OpenedModel, open_model
+from teal.engine.weights.quantized import quantized_head
+from teal.engine.weights.random import random_weights
 from teal.foundation.errors import UserError
 from teal.models.architectures import architecture_of
 from teal.models.loading import load_model, resolve_device, resolve_dtype

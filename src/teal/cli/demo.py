@@ -18,7 +18,7 @@ from teal.cli.options import DeviceOption, DtypeOption, resolve_sequence_length
 from teal.cli.stdlib_text import calibration_text, held_out_text
 from teal.data import Text, check_no_overlap, token_windows
 from teal.engine.engine import Engine
-from teal.engine.generation import Generation
+from teal.engine.request import Generation
 from teal.evaluation import Evaluation, compare
 from teal.foundation.artifact import check_destination, write_text
 from teal.foundation.formatting import percent, with_error

@@ -18,11 +18,11 @@ from teal.cli.options import (
     TablesOption,
     scheme_of,
 )
-from teal.kernels.measured import use_tables
+from teal.kernels.tuning import use_tables
 
 if TYPE_CHECKING:
     from teal.engine.engine import Engine
-    from teal.engine.generation import Generation, GenerationOptions
+    from teal.engine.request import Generation, GenerationOptions
 
 app = typer.Typer(add_completion=False)
 
@@ -81,7 +81,7 @@ def command(
 ) -> None:
     """Continue a prompt, the prompt itself dense and every new token sparse with a plan."""
     from teal.engine.engine import Engine
-    from teal.engine.generation import GenerationOptions
+    from teal.engine.request import GenerationOptions
     from teal.models.loading import load_tokenizer
     from teal.plan import SparsityPlan
 
@@ -157,7 +157,7 @@ def encode_prompt(prompt: str, tokenizer: Any, *, is_chat: bool = False) -> list
 def _streamed(
     engine: "Engine", prompts: Sequence[Sequence[int]], options: "GenerationOptions"
 ) -> "Generation":
-    from teal.engine.generation import Recorder
+    from teal.engine.request import Recorder
 
     tokens = engine.stream(prompts, **options)
     recorder = Recorder(len(prompts))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from teal.calibration import CalibrationStats
-from teal.calibration.statistics import InputStatistics
+from teal.calibration.input_statistics import InputStatistics
 from teal.cli.console import print_json, print_table, say
 from teal.cli.options import JsonOption
 from teal.foundation.errors import UserError

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal.engine.attention import attend_many
-from teal.engine.cache import KeyValueCache
+from teal.engine.kv_cache import KeyValueCache
 from teal.engine.layers import Attention, LayerCalls, Observer, Rules, run_layer
-from teal.engine.products import head_product
-from teal.engine.weights import DecoderWeights
+from teal.engine.prefill_attention import attend_many
+from teal.engine.weights.decoder_weights import DecoderWeights
+from teal.engine.weights.matrix import head_product
 from teal.foundation.errors import UserError, unknown_name
 from teal.kernels.ops import attend
-from teal.kernels.reference import rms_norm
+from teal.kernels.reference.matmul import rms_norm
 from teal.methods import MaskRule
 from teal.models.architectures import Architecture
 

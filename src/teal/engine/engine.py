@@ -10,8 +10,11 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
+from teal.engine.cuda_graph import Row
 from teal.engine.decoder import Decoder
-from teal.engine.generation import (
+from teal.engine.detokenizer import Tokenizer
+from teal.engine.layers import Rules
+from teal.engine.request import (
     Generation,
     GenerationOptions,
     GenerationSettings,
@@ -20,12 +23,9 @@ from teal.engine.generation import (
     Token,
     follow,
 )
-from teal.engine.graph import Row
-from teal.engine.layers import Rules
-from teal.engine.opening import OpenedModel, open_model
-from teal.engine.sampling import BROKEN
-from teal.engine.session import Session
-from teal.engine.stopping import Tokenizer
+from teal.engine.runner import Session
+from teal.engine.sampler import BROKEN
+from teal.engine.weights.loader import OpenedModel, open_model
 from teal.foundation.errors import UserError
 from teal.linear import DECODE_ROWS
 from teal.models.weight_format import warn_of_format

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teal.engine.products import KEEP_ALL, Matrix, fold_shift, gated, parts, strips
-from teal.engine.weights import LayerWeights
+from teal.engine.weights.decoder_weights import LayerWeights
+from teal.engine.weights.matrix import KEEP_ALL, Matrix, fold_shift, gated, parts, strips
 from teal.foundation.errors import UserError
-from teal.kernels.reference import rms_norm
+from teal.kernels.reference.matmul import rms_norm
 from teal.methods import MaskRule
 from teal.models.architectures import Architecture, ProjectionInput
 

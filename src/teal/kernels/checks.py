@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from teal.foundation.errors import UserError, unknown_name
-from teal.kernels import reference
 from teal.kernels.operands import Grid, Operands
-from teal.kernels.reference_quantized import FP8, INT4, INT8
+from teal.kernels.reference import matmul as reference
+from teal.kernels.reference.quantized import FP8, INT4, INT8
 
 _CODES = (FP8, INT4, INT8)
 

@@ -9,20 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal.kernels import reference, reference_attention
 from teal.kernels.checks import check_attend, check_product, check_rows, gated_widths
 from teal.kernels.operands import Operands
+from teal.kernels.reference import attention as reference_attention
+from teal.kernels.reference import matmul as reference
 
 try:
-    from teal.kernels import triton_attention_launch, triton_launch
+    from teal.kernels.triton import attention as triton_attention
+    from teal.kernels.triton import gemv as triton_gemv
 except ImportError:
-    triton_launch = None  # type: ignore[assignment]
+    triton_gemv = None  # type: ignore[assignment]
 try:
-    from teal.kernels import cuda_gemv
+    from teal.kernels.cuda import gemv as cuda_gemv
 except ImportError:
     cuda_gemv = None  # type: ignore[assignment]
 try:
-    from teal.kernels import cpu_attention, cpu_gemv, cpu_rows
+    from teal.kernels.cpu import attention as cpu_attention
+    from teal.kernels.cpu import gemv as cpu_gemv
+    from teal.kernels.cpu import lm_head
 except ImportError:
     cpu_gemv = None  # type: ignore[assignment]
 
@@ -127,19 +131,19 @@ def _on_cuda(operands: Operands) -> Tensor:
         for operand in operands._replace(x=x.reshape(-1, x.shape[-1]))
     )
     with torch.cuda.device(x.device):
-        result = triton_launch.launch(Operands(*contiguous))
+        result = triton_gemv.launch(Operands(*contiguous))
     return result.view(*x.shape[:-1], result.shape[-1])
 
 
 def _has_triton_kernel(operands: Operands) -> bool:
-    if triton_launch is None:
+    if triton_gemv is None:
         _say_once("Triton is not installed: some products skip nothing. Try: pip install triton")
         return False
     return (
         not reference.keeps_everything(operands.thresholds)
-        and 1 <= operands.rows <= triton_launch.MAX_ROWS
-        and len(operands.widths) <= triton_launch.MAX_PARTS
-        and operands.x.dtype in triton_launch.DTYPES
+        and 1 <= operands.rows <= triton_gemv.MAX_ROWS
+        and len(operands.widths) <= triton_gemv.MAX_PARTS
+        and operands.x.dtype in triton_gemv.DTYPES
     )
 
 
@@ -176,12 +180,10 @@ def _attend_on_cpu(qkv: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
 def _attend_on_cuda(qkv: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
     check_attend(qkv, *tensors)
     keys, cosines = tensors[0], tensors[3]
-    if triton_launch is None or not triton_attention_launch.fits(
-        keys.shape[-1], cosines, qkv.dtype
-    ):
+    if triton_gemv is None or not triton_attention.fits(keys.shape[-1], cosines, qkv.dtype):
         return reference_attention.attend(qkv.contiguous(), *tensors, **options)
     with torch.cuda.device(qkv.device):
-        return triton_attention_launch.attend(qkv.contiguous(), *tensors, **options)
+        return triton_attention.attend(qkv.contiguous(), *tensors, **options)
 
 
 def _dense_rows(x: Tensor, weight: Tensor) -> Tensor:
@@ -191,8 +193,8 @@ def _dense_rows(x: Tensor, weight: Tensor) -> Tensor:
 
 def _dense_rows_on_cpu(x: Tensor, weight: Tensor) -> Tensor:
     check_rows(x, weight)
-    if has_numba() and cpu_rows.can_compute(x, weight):
-        return cpu_rows.dense_rows(x, weight)
+    if has_numba() and lm_head.can_compute(x, weight):
+        return lm_head.dense_rows(x, weight)
     return F.linear(x, weight)
 
 

@@ -10,17 +10,17 @@ from torch import Tensor
 from teal.kernels.checks import check_quantized
 from teal.kernels.dispatch import by_reference, finished, gated_operands, has_numba, normed
 from teal.kernels.operands import Grid, Operands
-from teal.kernels.reference import sparse_gemv
-from teal.kernels.reference_quantized import INT4, dequantized
+from teal.kernels.reference.matmul import sparse_gemv
+from teal.kernels.reference.quantized import INT4, dequantized
 
 try:
-    from teal.kernels import cuda_gemv
+    from teal.kernels.cuda import gemv as cuda_gemv
 except ImportError:
     cuda_gemv = None  # type: ignore[assignment]
 try:
-    from teal.kernels import cpu_quantized
+    from teal.kernels.cpu import quantized_gemv
 except ImportError:
-    cpu_quantized = None  # type: ignore[assignment]
+    quantized_gemv = None  # type: ignore[assignment]
 
 Compute = Callable[[Operands, Grid], Tensor]
 
@@ -99,10 +99,10 @@ def _on_cuda(operands: Operands, grid: Grid) -> Tensor:
 
 
 def _on_cpu(operands: Operands, grid: Grid) -> Tensor:
-    if has_numba() and cpu_quantized.can_compute(operands, grid):
-        return cpu_quantized.compute(operands, grid)
-    if has_numba() and cpu_quantized.can_dequantize(operands, grid):
-        return by_reference(operands._replace(weight=cpu_quantized.dequantized(operands, grid)))
+    if has_numba() and quantized_gemv.can_compute(operands, grid):
+        return quantized_gemv.compute(operands, grid)
+    if has_numba() and quantized_gemv.can_dequantize(operands, grid):
+        return by_reference(operands._replace(weight=quantized_gemv.dequantized(operands, grid)))
     return _by_reference(operands, grid)
 
 

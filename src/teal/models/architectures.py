@@ -6,7 +6,7 @@ from typing import Any
 
 from teal.foundation.errors import UserError
 from teal.foundation.identity import ModelIdentity
-from teal.kernels.reference import GATES
+from teal.kernels.reference.matmul import GATES
 from teal.models.families import Family, LayerForm, family_named
 from teal.models.loading import context_length
 from teal.models.rope import Rope, ropes_of

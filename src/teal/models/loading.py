@@ -9,9 +9,10 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from teal.checkpoints.dequantized import open_dequantized
 from teal.foundation.errors import UserError
-from teal.models.dequantizing import open_dequantized
 from teal.models.families import family_named
+from teal.models.weight_format import mark_weight_format
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -43,7 +44,9 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Any
     try:
         if getattr(config, "quantization_config", None) is not None:
             number = weights if isinstance(weights, torch.dtype) else None
-            model, missing = open_dequantized(folder_of(source), config, number)
+            opened = open_dequantized(folder_of(source), config, number)
+            model, missing = opened.model, opened.missing
+            mark_weight_format(model, opened.weight_format)
         else:
             model, report = AutoModelForCausalLM.from_pretrained(
                 source, dtype=weights, output_loading_info=True

@@ -1,6 +1,5 @@
 """Weights of few bits: int8, int4 and fp8, channel-major; making, packing and loading them."""
 
-from teal.quantization.checkpoint import QuantizedCheckpoint
 from teal.quantization.gptq import SecondMoments, quantize_by_moments
 from teal.quantization.rounding import Scheme, round_to_nearest
 from teal.quantization.weight import FLOAT, GROUP_SIZES, QuantizedWeight, side_by_side
@@ -8,7 +7,6 @@ from teal.quantization.weight import FLOAT, GROUP_SIZES, QuantizedWeight, side_b
 __all__ = [
     "FLOAT",
     "GROUP_SIZES",
-    "QuantizedCheckpoint",
     "QuantizedWeight",
     "Scheme",
     "SecondMoments",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from teal.foundation.errors import UserError, unknown_name
-from teal.kernels.reference_quantized import FP8, INT4_MIDDLE
+from teal.kernels.reference.quantized import FP8, INT4_MIDDLE
 from teal.quantization.weight import FORMATS, GROUP_SIZES, QuantizedWeight
 
 _DEFAULT_GROUP_SIZE = 128

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from teal.foundation.errors import UserError
-from teal.kernels.reference_quantized import (
+from teal.kernels.reference.quantized import (
     FP8,
     INT4,
     INT4_MIDDLE,

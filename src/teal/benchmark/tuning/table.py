@@ -1,0 +1,55 @@
+"""Writes what was found to be fastest into a table, beside what was measured before."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from teal.foundation.artifact import write_text
+from teal.kernels.triton import tile_config as triton_tile_config
+from teal.kernels.triton.tile_config import TileRow
+
+if TYPE_CHECKING:
+    from teal.kernels.cuda.tile_config import Cut
+    from teal.kernels.cuda.tuned_configs import Task
+
+try:
+    from teal.kernels.cuda import tuned_configs
+except ImportError:
+    tuned_configs = None  # type: ignore[assignment]
+
+
+def write_tiles(folder: Path, rows: Sequence[TileRow], measured_on: str) -> Path:
+    """Add rows to the table of tiles in a folder, or to the one in use where there is none.
+
+    Args:
+        folder: Where the table is written, under the name that the package's has.
+        rows: What was found.
+        measured_on: Name of the device.
+
+    Returns:
+        The file.
+    """
+    path = folder / triton_tile_config.TABLE.file
+    known = triton_tile_config.read_table(
+        path if path.exists() else triton_tile_config.TABLE.path_in_use()
+    )
+    sizes = {(row.form, row.in_features, row.out_features): row for row in (*known, *rows)}
+    write_text(path, triton_tile_config.table_text(list(sizes.values()), measured_on))
+    return path
+
+
+def write_cuts(folder: Path, cuts: "Mapping[Task, Cut]", measured_on: str) -> Path:
+    """Add cuts to the table in a folder, or to the one in use where there is none.
+
+    Args:
+        folder: Where the table is written, under the name that the package's has.
+        cuts: What was found.
+        measured_on: Name of the device.
+
+    Returns:
+        The file.
+    """
+    path = folder / tuned_configs.TABLE.file
+    known = tuned_configs.read_table(path if path.exists() else tuned_configs.TABLE.path_in_use())
+    write_text(path, tuned_configs.table_text(known | dict(cuts), measured_on))
+    return path

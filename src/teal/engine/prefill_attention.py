@@ -1,0 +1,82 @@
+"""Attention of many tokens of one stream at once, for prefill."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teal.kernels.reference.attention import covered, placed
+
+
+def attend_many(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    q_gain: Tensor | None = None,
+    k_gain: Tensor | None = None,
+    epsilon: float = 0.0,
+) -> Tensor:
+    """Append tokens to the cache of one stream, in place, and attend from each to all before it.
+
+    The same as `kernels.ops.attend` token by token.
+
+    Args:
+        qkv: Queries, keys and values beside each other,
+            (tokens, (heads + 2 · kv_heads) · head_dim).
+        keys: Cache of the stream up to its newest token, (kv_heads, length, head_dim), in the
+            dtype of `qkv`. The last `tokens` entries are written.
+        values: As `keys`.
+        positions: Index of each new token, (tokens,), int64: length - tokens, …, length - 1.
+        cosines: Rotary embedding, (≥ length, rotary_dim / 2), float32.
+        sines: As `cosines`.
+        scale: Factor of the scores.
+        window: How many tokens attention covers at most, the new one included; 0 for all.
+        softcap: Where positive, a score becomes `softcap · tanh(score / softcap)`.
+        q_gain: Weight of an RMSNorm per head before RoPE, (head_dim,).
+        k_gain: The same for keys.
+        epsilon: Of these norms.
+
+    Returns:
+        (tokens, heads · head_dim), in the dtype of `qkv`.
+    """
+    tokens, (kv_heads, length, head_dim) = len(qkv), keys.shape
+    heads = qkv.view(tokens, -1, head_dim).transpose(0, 1)
+    q, k, v = heads.tensor_split([-2 * kv_heads, -kv_heads])
+    cosine, sine = cosines[positions], sines[positions]
+    q = placed(q, q_gain, epsilon, cosine, sine)
+    k = placed(k, k_gain, epsilon, cosine, sine)
+    keys[:, length - tokens :] = k
+    values[:, length - tokens :] = v
+
+    if softcap > 0:
+        attended = _capped(q, keys, values, covered(positions, length, window), scale, softcap)
+    else:
+        # Without a mask torch takes its fastest kernels.
+        causal = length == tokens and (window == 0 or length <= window)
+        attended = F.scaled_dot_product_attention(
+            q[None],
+            keys[None],
+            values[None],
+            attn_mask=None if causal else covered(positions, length, window),
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=True,
+        )[0]
+    return attended.transpose(0, 1).reshape(tokens, -1)
+
+
+def _capped(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float
+) -> Tensor:
+    """Attend with softly capped scores, which torch's attention does not know."""
+    grouped = q.reshape(len(keys), -1, *q.shape[1:])
+    scores = (grouped @ keys[:, None].mT).float() * scale
+    scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return (weights.to(values.dtype) @ values[:, None]).view_as(q)

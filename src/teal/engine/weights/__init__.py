@@ -1,0 +1,1 @@
+"""Decoder weights, fused and channel-major: where they come from and how they are held."""

@@ -1,0 +1,285 @@
+"""The weights of a decoder, fused and channel-major, wherever they come from."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from teal.engine.weights.matrix import Matrix, format_of
+from teal.foundation.errors import UserError
+from teal.foundation.progress import Progress, silent
+from teal.models.architectures import Architecture, ProjectionInput
+
+# Old checkpoints hold what every model computes for itself.
+_COMPUTED = "rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerWeights:
+    """What one decoder layer multiplies with and adds.
+
+    Matrices are channel-major, (in_features, out_features), contiguous, of floats or quantized.
+    Gains of norms hold the norm's offset; they are float32, on the CPU in the dtype of the others
+    where that is exact. They and the biases are `None` where the layer has none.
+
+    Attributes:
+        qkv: q, k and v beside each other, (hidden_size, (heads + 2 · kv_heads) · head_dim).
+        qkv_bias: Their biases, (out_features,).
+        o: Output projection of attention, (heads · head_dim, hidden_size).
+        o_bias: Its bias, (hidden_size,).
+        gate_up: Gate and up beside each other, (hidden_size, 2 · intermediate_size).
+        gate_up_bias: Their biases, (2 · intermediate_size,).
+        down: (intermediate_size, hidden_size).
+        down_bias: Its bias, (hidden_size,).
+        attention_norm: Gain of the norm before attention, (hidden_size,).
+        mlp_norm: Gain of the norm before the MLP, (hidden_size,).
+        attention_post_norm: Gain of the norm after attention, (hidden_size,).
+        mlp_post_norm: Gain of the norm after the MLP, (hidden_size,).
+        q_norm: Gain of the norm of q, (head_dim,) or (heads · head_dim,).
+        k_norm: Gain of the norm of k, (head_dim,) or (kv_heads · head_dim,).
+    """
+
+    qkv: Matrix
+    qkv_bias: Tensor | None
+    o: Matrix
+    o_bias: Tensor | None
+    gate_up: Matrix
+    gate_up_bias: Tensor | None
+    down: Matrix
+    down_bias: Tensor | None
+    attention_norm: Tensor | None
+    mlp_norm: Tensor | None
+    attention_post_norm: Tensor | None
+    mlp_post_norm: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+    @property
+    def matrices(self) -> tuple[Matrix, Matrix, Matrix, Matrix]:
+        """The matrices in the order of `Architecture.inputs`."""
+        return self.qkv, self.o, self.gate_up, self.down
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecoderWeights:
+    """All weights of a decoder.
+
+    Attributes:
+        embedding: A row per token id, (vocab_size, hidden_size).
+        layers: One entry per decoder layer.
+        final_norm: Gain of the norm before the logits, (hidden_size,).
+        head: A row per token id, (vocab_size, hidden_size): logits are `F.linear(h, head)`. The
+            embedding itself where the model ties them. Where it is quantized, it is channel-major
+            as the other matrices are, (hidden_size, vocab_size).
+    """
+
+    embedding: Tensor
+    layers: tuple[LayerWeights, ...]
+    final_norm: Tensor
+    head: Matrix
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the embedding, of matrices that are not quantized, and of the hidden states."""
+        return self.embedding.dtype
+
+    @property
+    def format(self) -> str:
+        """Of the projections: "float", "int8", "int4" or "fp8"; "fp8+int4" where they differ."""
+        formats = {format_of(matrix) for layer in self.layers for matrix in layer.matrices}
+        return "+".join(sorted(formats))
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.embedding.device
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights, those of a tied head once."""
+        tensors = {tensor.data_ptr(): tensor.nbytes for tensor in self._tensors()}
+        return sum(tensors.values())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from (self.embedding, self.final_norm, *_tensors_of(self.head))
+        for layer in self.layers:
+            for field in fields(layer):
+                yield from _tensors_of(getattr(layer, field.name))
+
+
+class Source(Protocol):
+    """Where weights come from: a model, a folder, or nowhere."""
+
+    def matrix(self, widths: Mapping[str, int], in_features: int) -> Matrix:
+        """Return projections beside each other, channel-major.
+
+        Args:
+            widths: out_features by full parameter name.
+            in_features: Of all of them.
+
+        Returns:
+            (in_features, sum of the widths), contiguous.
+        """
+        ...
+
+    def vector(self, widths: Mapping[str, int]) -> Tensor:
+        """Return vectors one after the other, (sum of the widths,).
+
+        Args:
+            widths: Length by full parameter name.
+        """
+        ...
+
+    def rows(self, name: str, shape: tuple[int, int]) -> Matrix:
+        """Return a matrix as it is, in the shape `shape`; channel-major where it is quantized."""
+        ...
+
+
+def assemble(
+    architecture: Architecture, source: Source, *, tied_head: bool, progress: Progress = silent
+) -> DecoderWeights:
+    """Collect the weights of `architecture` from a source, one after the other.
+
+    Args:
+        architecture: What weights there are.
+        source: Where they come from.
+        tied_head: Whether the head is the embedding.
+        progress: Shows the layers going by.
+
+    Raises:
+        UserError: The embedding is quantized.
+    """
+    shape = (architecture.vocab_size, architecture.hidden_size)
+    base = architecture.family.blocks.rpartition(".")[0]
+    embedding = source.rows(f"{base}.embed_tokens.weight", shape)
+    if not isinstance(embedding, Tensor):
+        raise UserError(
+            "The embedding is quantized, and the engine looks up floats. Use a checkpoint that "
+            "leaves its embedding as it was."
+        )
+    layers = progress(range(architecture.num_layers), "Weights")
+    return DecoderWeights(
+        embedding=embedding,
+        layers=tuple(_layer(architecture, source, layer) for layer in layers),
+        final_norm=_gain(architecture, source, f"{base}.norm", architecture.hidden_size),
+        head=embedding if tied_head else source.rows("lm_head.weight", shape),
+    )
+
+
+def transposed_parts(fused: Tensor, widths: Mapping[str, int]) -> list[Tensor]:
+    """Return the columns of each projection as `nn.Linear` has them.
+
+    Args:
+        fused: Projections beside each other, (in_features, sum of the widths).
+        widths: out_features by full parameter name.
+
+    Returns:
+        Views, (out_features, in_features).
+    """
+    return [part.t() for part in torch.split(fused, list(widths.values()), dim=1)]
+
+
+def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Check that a parameter is as large as the architecture says.
+
+    Raises:
+        UserError: It is not.
+    """
+    if tuple(tensor.shape) != shape:
+        raise UserError(
+            f"{name} has shape {tuple(tensor.shape)}, the configuration says {shape}. "
+            "Use the config.json that belongs to the weights."
+        )
+
+
+def require_all_read(
+    architecture: Architecture, names: set[str], read: set[str], what: str
+) -> None:
+    """Check that no layer has a parameter that nobody asked for.
+
+    Args:
+        architecture: Whose layers.
+        names: All parameters that there are.
+        read: Those that `assemble` read.
+        what: What holds them, for the message.
+
+    Raises:
+        UserError: A layer has one, so it computes something else than the engine.
+    """
+    layers = tuple(f"{architecture.layer_name(i)}." for i in range(architecture.num_layers))
+    unread = [
+        name
+        for name in sorted(names - read)
+        if name.startswith(layers) and not name.endswith(_COMPUTED)
+    ]
+    if unread:
+        raise UserError(
+            f"{what} holds {unread[0]}, which the engine does not know. "
+            "Run the model with transformers."
+        )
+
+
+def _tensors_of(value: Matrix | None) -> Iterable[Tensor]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, Tensor) else value.tensors().values()
+
+
+def _layer(architecture: Architecture, source: Source, layer: int) -> LayerWeights:
+    attention, o, mlp, down = architecture.inputs(layer)
+    form = architecture.form
+
+    def norm(name: str | None) -> Tensor | None:
+        if name is None:
+            return None
+        full_name = f"{architecture.layer_name(layer)}.{name}"
+        return _gain(architecture, source, full_name, architecture.hidden_size)
+
+    return LayerWeights(
+        qkv=_matrix(source, attention),
+        qkv_bias=_bias(source, attention, architecture.qkv_bias),
+        o=_matrix(source, o),
+        o_bias=_bias(source, o, architecture.o_bias),
+        gate_up=_matrix(source, mlp),
+        gate_up_bias=_bias(source, mlp, architecture.mlp_bias),
+        down=_matrix(source, down),
+        down_bias=_bias(source, down, architecture.mlp_bias),
+        attention_norm=norm(form.attention_norm),
+        mlp_norm=norm(form.mlp_norm),
+        attention_post_norm=norm(form.attention_post_norm),
+        mlp_post_norm=norm(form.mlp_post_norm),
+        q_norm=_head_gain(architecture, source, layer, "q_norm", architecture.q_size),
+        k_norm=_head_gain(architecture, source, layer, "k_norm", architecture.kv_size),
+    )
+
+
+def _matrix(source: Source, entry: ProjectionInput) -> Matrix:
+    widths = {f"{name}.weight": width for name, width in entry.widths.items()}
+    return source.matrix(widths, entry.in_features)
+
+
+def _bias(source: Source, entry: ProjectionInput, present: bool) -> Tensor | None:
+    widths = {f"{name}.bias": width for name, width in entry.widths.items()}
+    return source.vector(widths) if present else None
+
+
+def _gain(architecture: Architecture, source: Source, name: str, size: int) -> Tensor:
+    gain = source.vector({f"{name}.weight": size})
+    if gain.device.type == "cpu" and architecture.form.norm_offset == 0:
+        # A product on the CPU applies a norm itself whose gain has the dtype of the activations.
+        return gain
+    return gain.float() + architecture.form.norm_offset
+
+
+def _head_gain(
+    architecture: Architecture, source: Source, layer: int, name: str, size: int
+) -> Tensor | None:
+    if architecture.form.qk_norm == "none":
+        return None
+    per_head = architecture.form.qk_norm == "head"
+    attention = f"{architecture.layer_name(layer)}.{architecture.family.attention}"
+    return _gain(
+        architecture, source, f"{attention}.{name}", architecture.head_dim if per_head else size
+    )

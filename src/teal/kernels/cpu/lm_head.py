@@ -1,0 +1,122 @@
+"""The dense product on the CPU with a weight that lies as rows, such as a tied head."""
+
+import math
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from teal.kernels.cpu.gemv import ELEMENTS, MAX_ROWS
+from teal.kernels.cpu.numerics import Array, array, narrow, widen
+from teal.kernels.cpu.threads import compiled, run_threaded, thread_count
+
+# Rows read side by side, to keep more of the memory busy.
+_GROUP = 4
+
+
+def can_compute(x: Tensor, weight: Tensor) -> bool:
+    """Say whether the kernel computes this, or torch has to."""
+    return x.dtype in ELEMENTS and weight.stride(1) == 1 and math.prod(x.shape[:-1]) <= MAX_ROWS
+
+
+def dense_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """Return `x @ weight.T`, accumulating in float32.
+
+    The result has the same bits whatever the number of threads.
+
+    Args:
+        x: Activations, (..., in_features).
+        weight: (out_features, in_features), in the dtype of `x`.
+
+    Returns:
+        (..., out_features), in the dtype of `x`.
+    """
+    out_features, in_features = weight.shape
+    x = x.contiguous()
+    result = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    threads = thread_count(in_features, out_features)
+    run_threaded(
+        threads,
+        product,
+        ELEMENTS[x.dtype],
+        (x.data_ptr(), weight.data_ptr(), result.data_ptr()),
+        (math.prod(x.shape[:-1]), in_features, out_features, weight.stride(0)),
+        threads,
+    )
+    return result
+
+
+@compiled(parallel=True)
+def product(
+    element: np.generic,
+    tensors: tuple[int, int, int],
+    sizes: tuple[int, int, int, int],
+    threads: int,
+) -> None:
+    """Write `x @ weight.T`.
+
+    Args:
+        element: Any uint16 where the tensors are bfloat16, int16 for float16, float32 for float32.
+        tensors: Addresses of x (T, K), the weight (N, K) and the result (T, N).
+        sizes: T, K, N, and the distance between rows of the weight, in elements.
+        threads: How many shares of N there are, one for each of numba's threads.
+    """
+    rows, in_features, out_features, stride = sizes
+    x = _widened(array(element, tensors[0], rows * in_features)).reshape(rows, in_features)
+    weight = array(element, tensors[1], max(0, out_features - 1) * stride + in_features)
+    result = array(element, tensors[2], rows * out_features)
+    # As in cpu_compiled: a small body, and one type of index.
+    if threads == 1:
+        for thread in range(threads):
+            _multiply(x, weight, stride, result, thread, threads)
+    else:
+        for thread in numba.prange(threads):
+            index: int = np.int64(thread)  # type: ignore[assignment]
+            _multiply(x, weight, stride, result, index, threads)
+
+
+@compiled()
+def _widened(bits: Array) -> Array:
+    result = np.empty(len(bits), np.float32)
+    for i in range(len(bits)):
+        result[i] = widen(bits[i])
+    return result
+
+
+@compiled(reorder=True)
+def _multiply(
+    x: Array, weight: Array, stride: int, result: Array, thread: int, threads: int
+) -> None:
+    """Multiply the rows of the weight that one thread has with every row of x."""
+    rows, width = x.shape
+    columns = len(result) // max(1, rows)
+    share = (columns + _GROUP * threads - 1) // (_GROUP * threads) * _GROUP
+    first, last = thread * share, min(columns, (thread + 1) * share)
+    grouped = first + max(0, last - first) // _GROUP * _GROUP
+    for n in range(first, grouped, _GROUP):
+        w0 = weight[n * stride : n * stride + width]
+        w1 = weight[(n + 1) * stride : (n + 1) * stride + width]
+        w2 = weight[(n + 2) * stride : (n + 2) * stride + width]
+        w3 = weight[(n + 3) * stride : (n + 3) * stride + width]
+        for row in range(rows):
+            values = x[row]
+            s0 = s1 = s2 = s3 = np.float32(0)
+            for k in range(width):
+                s0 += values[k] * widen(w0[k])
+                s1 += values[k] * widen(w1[k])
+                s2 += values[k] * widen(w2[k])
+                s3 += values[k] * widen(w3[k])
+            start = row * columns + n
+            result[start] = narrow(result[start], s0)
+            result[start + 1] = narrow(result[start], s1)
+            result[start + 2] = narrow(result[start], s2)
+            result[start + 3] = narrow(result[start], s3)
+    for n in range(grouped, last):
+        w0 = weight[n * stride : n * stride + width]
+        for row in range(rows):
+            values = x[row]
+            s0 = np.float32(0)
+            for k in range(width):
+                s0 += values[k] * widen(w0[k])
+            result[row * columns + n] = narrow(w0[0], s0)

@@ -1,0 +1,275 @@
+"""Launches the CUDA C++ kernel of one product on its own; see gemv.cu."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from teal.kernels.cuda.gemv_config import Product, cut_for, tiles
+from teal.kernels.cuda.nvrtc import (
+    FLOAT,
+    Definitions,
+    Kernel,
+    can_compile,
+    function,
+    has_clusters,
+    launch,
+)
+from teal.kernels.cuda.tile_config import Cut, can_load, strip_definitions
+from teal.kernels.operands import Grid, Operands
+from teal.kernels.reference import matmul as reference
+from teal.kernels.reference.quantized import INT4
+
+SOURCE = "gemv.cu"
+MAX_PARTS = 3
+# Those of floats are multiplied at once, those of codes in launches of their own.
+MAX_ROWS = 8
+
+_ACTIVATIONS = (None, "silu", "gelu_pytorch_tanh")
+# Channels of the longest weight of floats for which this was measured to be the fastest.
+_LONGEST = 1 << 15
+# Of addresses, in bytes.
+_ALIGNMENT = 16
+# A norm reads so many activations at once.
+_NORM_PIECE = 8
+# Strips of a chunk that a dense part asks for before its input is known.
+_PREFETCH = 16
+
+
+class _Signature(NamedTuple):
+    """What a kernel is compiled for, beside the device."""
+
+    dtype: torch.dtype
+    weight: tuple[torch.Size, torch.dtype]
+    widths: tuple[int, ...]
+    activation: str | None
+    has_one_list: bool
+    has_scale: bool = False
+    has_shift: bool = False
+    has_norm: bool = False
+    scales: tuple[torch.Size, torch.dtype] | None = None
+    has_zeros: bool = False
+    group_size: int = 0
+    rows: int = 1
+
+
+class _Prepared(NamedTuple):
+    """What a launch needs beside its arguments."""
+
+    kernel: Kernel
+    blocks: tuple[int, int]
+    threads: int
+    dependent: bool
+
+
+def can_compute(operands: Operands, grid: Grid | None) -> bool:
+    """Tell whether the kernel computes a product, and is the fastest that does.
+
+    Args:
+        operands: Checked, on one CUDA device; codes as the weight where there is a grid.
+        grid: What the codes stand for; `None` for floats.
+    """
+    weight, rows = operands.weight, operands.rows
+    capability = torch.cuda.get_device_capability(operands.x.device)
+    return (
+        (grid is not None or _is_wanted_of_floats(operands))
+        and 1 <= rows <= MAX_ROWS
+        and len(weight) > 0
+        and len(operands.widths) <= MAX_PARTS
+        and can_load(weight, grid, operands.widths, operands.x.dtype)
+        and (operands.gain is None or len(weight) % _NORM_PIECE == 0)
+        and can_compile(capability)
+    )
+
+
+def _is_wanted_of_floats(operands: Operands) -> bool:
+    if not has_clusters(operands.x.device):
+        # Triton's kernel has more blocks.
+        return False
+    # Dense products are cuBLAS's, unless an activation follows.
+    is_dense = reference.keeps_everything(operands.thresholds)
+    is_wanted = operands.activation is not None or not is_dense
+    return is_wanted and (operands.rows > 1 or len(operands.weight) <= _LONGEST)
+
+
+def compute(operands: Operands, grid: Grid | None = None, cut: Cut | None = None) -> Tensor:
+    """Multiply the kept activations with a weight, rows of floats at once, of codes one by one.
+
+    Sums are in float32 and in one fixed order, so the same input gives the same bits. The result is
+    rounded once, after bias, activation and residual.
+
+    Args:
+        operands: Such that `can_compute`.
+        grid: What codes stand for; `None` for floats.
+        cut: How to cut the product; by default what is fast for its size and format.
+
+    Returns:
+        (..., out_features), or (..., out_features / 2) with an activation, in the dtype of `x`.
+
+    Raises:
+        UserError: The kernel is not loaded yet, and the stream is being captured.
+    """
+    x, weight, residual = operands.x, operands.weight, operands.residual
+    columns = sum(operands.widths) // (2 if operands.activation else 1)
+    with torch.cuda.device(x.device):
+        prepared = _prepared(_signature(operands, grid), cut, x.device.index)
+        rows = _readable(x.reshape(-1, x.shape[-1]))
+        result = torch.empty(len(rows), columns, dtype=x.dtype, device=x.device)
+        common = (
+            weight,
+            *((None, None) if grid is None else grid[:2]),
+            *map(_as_floats, (operands.gain, operands.scale, operands.shift)),
+            None if operands.bias is None else operands.bias.contiguous(),
+        )
+        thresholds = (*operands.thresholds, 0.0, 0.0)[:MAX_PARTS]
+        numbers = [(number, FLOAT) for number in (*thresholds, operands.epsilon)]
+        added = None if residual is None else residual.reshape(-1, columns).contiguous()
+        for row in range(0, len(rows), _rows_at_once(operands, grid)):
+            launch(
+                prepared.kernel,
+                prepared.blocks,
+                prepared.threads,
+                [
+                    rows[row:],
+                    *common,
+                    None if added is None else added[row:],
+                    result[row:],
+                    *numbers,
+                ],
+                dependent=prepared.dependent,
+            )
+    return result.view(*x.shape[:-1], columns)
+
+
+def product_of(operands: Operands, grid: Grid | None) -> Product:
+    """Return what the cut of a product depends on.
+
+    Args:
+        operands: As `compute`; only shapes and dtypes are read.
+        grid: As `compute`.
+    """
+    is_grouped = grid is not None and len(grid.scales) > 1
+    return Product(
+        in_features=len(operands.weight),
+        widths=tuple(operands.widths),
+        dtype=operands.weight.dtype,
+        is_gated=operands.activation is not None,
+        group_size=grid.group_size if grid is not None and is_grouped else 0,
+        group_bytes=0 if grid is None else grid.scales.itemsize + (grid.zeros is not None),
+        rows=_rows_at_once(operands, grid),
+    )
+
+
+def definitions_of(operands: Operands, grid: Grid | None, cut: Cut) -> Definitions:
+    """Return what the kernel is compiled with.
+
+    Args:
+        operands: As `compute`; only shapes and dtypes are read, and whether thresholds differ.
+        grid: As `compute`.
+        cut: How the product is cut.
+    """
+    widths, columns = operands.widths, sum(operands.widths)
+    starts = [*(sum(widths[:part]) for part in range(1, len(widths))), columns, columns]
+    given = {
+        "ACTIVATION": _ACTIVATIONS.index(operands.activation),
+        "HAS_NORM": int(operands.gain is not None),
+        "HAS_ONE_LIST": int(_has_one_list(operands)),
+        "HAS_SCALE": int(operands.scale is not None),
+        "HAS_SHIFT": int(operands.shift is not None),
+        "PREFETCH": _PREFETCH,
+        "START_1": starts[0],
+        "START_2": starts[1],
+    }
+    rows = _rows_at_once(operands, grid)
+    strips = strip_definitions(operands.weight, grid, columns, operands.x.dtype, cut, rows)
+    return (*strips, *sorted(given.items()))
+
+
+def kernel_of(operands: Operands, grid: Grid | None, cut: Cut, device: int) -> Kernel:
+    """Return the kernel that `compute` launches, compiled at the first call.
+
+    Args:
+        operands: As `definitions_of`, and so the rest.
+        grid: What the codes stand for.
+        cut: How the product is cut.
+        device: Index of the CUDA device.
+    """
+    return function(SOURCE, "multiply", definitions_of(operands, grid, cut), device)
+
+
+@functools.cache
+def _prepared(signature: _Signature, cut: Cut | None, device: int) -> _Prepared:
+    operands, grid = _shapes_of(signature)
+    product = product_of(operands, grid)
+    clusters = has_clusters(device)
+    cut = cut or cut_for(product, clusters=clusters)
+    kernel = kernel_of(operands, grid, cut, device)
+    return _Prepared(kernel, (tiles(product, cut), cut.cluster), cut.threads, clusters)
+
+
+def _signature(operands: Operands, grid: Grid | None) -> _Signature:
+    weight = operands.weight
+    signature = _Signature(
+        operands.x.dtype,
+        (weight.shape, weight.dtype),
+        tuple(operands.widths),
+        operands.activation,
+        _has_one_list(operands),
+        operands.scale is not None,
+        operands.shift is not None,
+        operands.gain is not None,
+        rows=_rows_at_once(operands, grid),
+    )
+    if grid is None:
+        return signature
+    scales, zeros, group_size = grid
+    return signature._replace(
+        scales=(scales.shape, scales.dtype), has_zeros=zeros is not None, group_size=group_size
+    )
+
+
+def _shapes_of(signature: _Signature) -> tuple[Operands, Grid | None]:
+    """Return operands without numbers, but for thresholds that differ."""
+
+    def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weight = empty(*signature.weight)
+    vector = empty([len(weight)], torch.float32)
+    x = empty([signature.rows, len(weight)], signature.dtype)
+    operands = Operands(
+        x,
+        weight,
+        [0.0] if signature.has_one_list else [0.0, 1.0],
+        signature.widths,
+        scale=vector if signature.has_scale else None,
+        shift=vector if signature.has_shift else None,
+        gain=vector if signature.has_norm else None,
+        activation=signature.activation,
+    )
+    if signature.scales is None:
+        return operands, None
+    scales = empty(*signature.scales)
+    zeros = empty(scales.shape, INT4) if signature.has_zeros else None
+    return operands, Grid(scales, zeros, signature.group_size)
+
+
+def _has_one_list(operands: Operands) -> bool:
+    """Tell whether gate and up keep the same channels; other parts are in blocks of their own."""
+    keeps_alike = operands.scale is None and len(set(operands.thresholds)) == 1
+    return operands.activation is None or keeps_alike
+
+
+def _readable(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
+
+
+def _as_floats(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.float().contiguous()
+
+
+def _rows_at_once(operands: Operands, grid: Grid | None) -> int:
+    return operands.rows if grid is None else 1

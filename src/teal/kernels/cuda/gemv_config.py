@@ -1,0 +1,178 @@
+"""How one product on its own is cut into blocks, chosen by its size and format."""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from teal.kernels.cuda.tile_config import WARP, Cut, bits_of
+from teal.kernels.cuda.tuned_configs import Task, measured_cut, nearest
+
+# A thread has so many activations of a chunk at most: they take registers.
+_INPUTS_OF_ONE_ROW, _INPUTS_OF_ROWS = 8, 40
+# Of weights or codes of so many bits.
+_LEAST_PER_LANE = {16: 4, 8: 8, 4: 8}
+_INT4_BITS = 4
+_WARPS_WITHOUT_CLUSTERS = 16
+# Where a warp adds up groups of int4 one after the other, it has sums of each beside those of all.
+_UNROLL_OF_GROUPS = 8
+# Of a block.
+_MOST_THREADS = 1024
+# What every GPU that the kernels know lets a block have.
+_SHARED_BYTES = 96 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """What a cut depends on.
+
+    Attributes:
+        in_features: Channels.
+        widths: Columns of each part; of gate and of up.
+        dtype: Of weights or codes.
+        is_gated: Gate and up share a block.
+        group_size: Channels that share a scale; 0 where all of them do.
+        group_bytes: Of scale and zero of one group and column.
+        rows: Multiplied at once.
+    """
+
+    in_features: int
+    widths: tuple[int, ...]
+    dtype: torch.dtype
+    is_gated: bool = False
+    group_size: int = 0
+    group_bytes: int = 0
+    rows: int = 1
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Columns of the result, in parts."""
+        return self.widths[:1] if self.is_gated else self.widths
+
+    @property
+    def bits(self) -> int:
+        """Of a weight or code."""
+        return bits_of(self.dtype)
+
+
+@functools.cache
+def cut_for(product: Product, *, clusters: bool) -> Cut:
+    """Return how a product is cut: as was measured to be fast for the nearest size.
+
+    Args:
+        product: Its size and format.
+        clusters: Whether the device has clusters of blocks.
+    """
+    task = task_of(product)
+    cut, known = measured_cut(task), nearest(task)
+    if known.rows == 1 < product.rows:
+        cut = _for_rows(cut)
+    # A thread has columns of one part.
+    cut = replace(cut, chunk=WARP, per_lane=math.gcd(cut.per_lane, *product.widths))
+    if not clusters:
+        # More channels for a block take more registers.
+        warps_k = min(cut.warps_k, _WARPS_WITHOUT_CLUSTERS // cut.warps_n)
+        cut = replace(cut, cluster=1, blocks=1, warps_k=warps_k)
+    whole = chunked(product, cut)
+    if tile_columns(product, whole) > whole.threads * whole.cluster:
+        # A thread finishes one column.
+        least = min(cut.per_lane, _LEAST_PER_LANE[product.bits])
+        return chunked(product, replace(cut, per_lane=least))
+    return whole
+
+
+def task_of(product: Product) -> Task:
+    """Return what the cut of a product depends on."""
+    return Task(
+        kernel="product",
+        form="gated" if product.is_gated else "plain",
+        bits=product.bits,
+        is_dense=False,
+        in_features=product.in_features,
+        out_features=sum(product.widths),
+        rows=product.rows,
+    )
+
+
+def tiles(product: Product, cut: Cut) -> int:
+    """Return how many blocks lie beside each other."""
+    return sum(math.ceil(width / tile_columns(product, cut)) for width in product.outputs)
+
+
+def tile_columns(product: Product, cut: Cut) -> int:
+    """Return how many columns of the result a block computes."""
+    return cut.columns // 2 if product.is_gated else cut.columns
+
+
+def chunked(product: Product, cut: Cut) -> Cut:
+    """Return `cut` with chunks that every block of a cluster has one of, and that fit into it."""
+    inputs = _INPUTS_OF_ONE_ROW if product.rows == 1 else _INPUTS_OF_ROWS
+    longest = cut.threads * (inputs // product.rows)
+    passes = math.ceil(product.in_features / (longest * cut.cluster))
+    while True:
+        unit = _unit(product, cut)
+        chunk = math.ceil(product.in_features / (cut.cluster * passes * unit)) * unit
+        if cut.cluster > 1 and (cut.cluster - 1) * chunk >= product.in_features:
+            cut = replace(cut, cluster=cut.cluster // 2)
+            continue
+        even = _with_even_shares(product, replace(cut, chunk=chunk))
+        if chunk == unit or shared_bytes(product, even) <= _SHARED_BYTES:
+            return even
+        passes += 1
+
+
+def shared_bytes(product: Product, cut: Cut) -> int:
+    """Return about how much shared memory a block takes."""
+    halves = 2 if product.is_gated else 1
+    columns = halves * tile_columns(product, cut)
+    lists = halves * (9 if product.rows == 1 else 5 + 2 * product.rows) * cut.chunk
+    # Every warp has those of its own groups; one for a column is shared.
+    turns = cut.turns(product.group_size or cut.chunk)
+    groups = turns * cut.warps_k if product.bits == _INT4_BITS else 1
+    return lists + columns * (groups * product.group_bytes + _bytes_of_sums(product, cut))
+
+
+def _bytes_of_sums(product: Product, cut: Cut) -> int:
+    """Return the bytes of a column's sums, of each warp and of each block of the cluster."""
+    if product.rows == 1:
+        # Those of threads lie apart; see accumulate.cuh.
+        return 4 * (cut.warps_k * (cut.per_lane + 4) // cut.per_lane + 1)
+    return 8 * math.ceil(product.rows / 2) * (cut.warps_k + 1)
+
+
+def _for_rows(cut: Cut) -> Cut:
+    """Return a cut for several rows: it fills operands of tensor cores (multi_row_mma.cuh)."""
+    return replace(cut, per_lane=4, warps_n=4, warps_k=4, unroll=16, blocks=1, depth=1)
+
+
+def _unit(product: Product, cut: Cut) -> int:
+    """Return what a chunk is a multiple of."""
+    # Groups are scaled whole; where all channels are one, warps share a chunk evenly.
+    return product.group_size or WARP * (cut.warps_k if product.bits == _INT4_BITS else 1)
+
+
+def _with_even_shares(product: Product, cut: Cut) -> Cut:
+    """Choose as many warps as can share the groups of a chunk evenly."""
+    group_size = product.group_size
+    if not group_size:
+        return cut
+
+    def waste(warps: int) -> float:
+        shared = replace(cut, warps_k=warps)
+        return shared.turns(group_size) * shared.segment(group_size) * warps / cut.chunk
+
+    # A thread finishes one column at most.
+    least = math.ceil(tile_columns(product, cut) / (cut.cluster * WARP * cut.warps_n))
+    most = min(3 * cut.warps_k // 2, _MOST_THREADS // (WARP * cut.warps_n))
+    around = range(max(least, cut.warps_k // 2), most + 1)
+    if not around:
+        # It is no cut of this product, which the compiler will say.
+        return cut
+    warps = min(around, key=lambda number: (waste(number), abs(number - cut.warps_k)))
+    shared = replace(cut, warps_k=warps)
+    has_one_sum = shared.turns(group_size) == 1 and cut.chunk * cut.cluster >= product.in_features
+    if not has_one_sum:
+        return replace(shared, blocks=1, unroll=min(cut.unroll, _UNROLL_OF_GROUPS))
+    # As many registers for a thread as before.
+    return replace(shared, blocks=max(1, cut.blocks * cut.warps_k // warps))

@@ -1,0 +1,98 @@
+"""How the CUDA kernels cut products into blocks: a small measured table, shipped as JSON."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from teal.kernels.cuda.tile_config import Cut
+from teal.kernels.tuning import Table, distance
+
+TABLE = Table(file="cuda_tile_configs.json", key="cuts", schema_version=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a cut depends on.
+
+    Attributes:
+        kernel: A product on its own (gemv.cu), or one of a fused decode step (decode_step.cu).
+        form: Of a product "plain" or "gated"; in a step what its input is made from: "hidden",
+            "attention" or "gated".
+        bits: Of a weight or code.
+        is_dense: Nothing is dropped; false for products on their own, which are cut one way.
+        in_features: Channels.
+        out_features: Columns of all parts.
+        rows: Of activations, multiplied at once.
+    """
+
+    kernel: Literal["product", "step"]
+    form: str
+    bits: int
+    is_dense: bool
+    in_features: int
+    out_features: int
+    rows: int = 1
+
+
+def read_table(path: Path | None = None) -> dict[Task, Cut]:
+    """Read a table of cuts; by default the one shipped with the package.
+
+    Raises:
+        UserError: It is of a newer schema, or no table at all.
+    """
+    return dict(TABLE.read(path, _from_row))
+
+
+def table_text(cuts: Mapping[Task, Cut], measured_on: str) -> str:
+    """Return the JSON text of a table, one row a line.
+
+    Args:
+        cuts: The fastest of each task.
+        measured_on: Name of the device.
+    """
+    rows = ({**asdict(task), "cut": asdict(cut)} for task, cut in cuts.items())
+    return TABLE.text(rows, measured_on)
+
+
+def measured_cut(task: Task) -> Cut:
+    """Return the cut of the measured task that is nearest.
+
+    It is that of another size: the caller sees to it that it fits.
+    """
+    return _table(TABLE.path_in_use())[nearest(task)]
+
+
+def nearest(task: Task) -> Task:
+    """Return the measured task that is nearest, by ratio of sizes.
+
+    It has as many rows or more, the fewest that were measured; if none has, it is of one row.
+    """
+    return _nearest(task, TABLE.path_in_use())
+
+
+@functools.cache
+def _nearest(task: Task, path: Path | None) -> Task:
+    alike = [other for other in _table(path) if _kind(other) == _kind(task)]
+    rows = min((other.rows for other in alike if other.rows >= task.rows), default=1)
+    of_rows = (other for other in alike if other.rows == rows)
+    return min(of_rows, key=lambda other: distance(_size(other), _size(task)))
+
+
+@functools.cache
+def _table(path: Path | None) -> Mapping[Task, Cut]:
+    return read_table() | read_table(path)
+
+
+def _kind(task: Task) -> tuple[object, ...]:
+    return task.kernel, task.form, task.bits, task.is_dense
+
+
+def _size(task: Task) -> tuple[int, int]:
+    return task.in_features, task.out_features
+
+
+def _from_row(row: dict[str, Any]) -> tuple[Task, Cut]:
+    task = {name: value for name, value in row.items() if name != "cut"}
+    return Task(**task), Cut(**row["cut"])

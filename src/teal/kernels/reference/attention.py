@@ -1,0 +1,114 @@
+"""The definition of attention in a decode step, in plain PyTorch; also the fallback."""
+
+import torch
+from torch import Tensor
+
+from teal.kernels.reference.matmul import rms_norm
+
+
+def attend(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    q_gain: Tensor | None = None,
+    k_gain: Tensor | None = None,
+    epsilon: float = 0.0,
+) -> Tensor:
+    """Append one token per stream to its cache, in place, and attend from it to the cache.
+
+    Queries and keys are rounded to the dtype of `qkv` after the norm and after RoPE; scores,
+    softmax and the sum of values are float32. What the cache holds behind a position is not read.
+
+    Args:
+        qkv: Queries, keys and values of T streams beside each other,
+            (T, (heads + 2 · kv_heads) · head_dim).
+        keys: Cache, (T, kv_heads, capacity, head_dim), in the dtype of `qkv`. Row t gets its new
+            key at `positions[t]`.
+        values: Cache of the values, as `keys`.
+        positions: Index of the new token of each stream, (T,), int64. Attention covers 0 to there.
+        cosines: RoPE, (≥ capacity, rotary_dim / 2), float32. The first rotary_dim entries of a
+            head are rotated in pairs (i, i + rotary_dim / 2).
+        sines: As `cosines`.
+        scale: Factor of the scores.
+        window: How many tokens attention covers at most, the new one included; 0 for all.
+        softcap: Where positive, a score becomes `softcap · tanh(score / softcap)`.
+        q_gain: Weight of an RMSNorm per head before RoPE, (head_dim,).
+        k_gain: The same for keys.
+        epsilon: Of these norms.
+
+    Returns:
+        (T, heads · head_dim), in the dtype of `qkv`.
+    """
+    rows, kv_heads, capacity, head_dim = keys.shape
+    q, k, v = qkv.view(rows, -1, head_dim).tensor_split([-2 * kv_heads, -kv_heads], dim=1)
+    cosine, sine = cosines[positions, None], sines[positions, None]
+    q = placed(q, q_gain, epsilon, cosine, sine)
+    k = placed(k, k_gain, epsilon, cosine, sine)
+    streams = torch.arange(rows, device=qkv.device)
+    keys[streams, :, positions] = k
+    values[streams, :, positions] = v
+
+    scores = q.view(rows, kv_heads, -1, head_dim).float() @ keys.float().mT * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    hidden = ~covered(positions, capacity, window)
+    weights = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1)
+    past = values.float().masked_fill(hidden[:, None, :, None], 0.0)
+    return (weights @ past).to(qkv.dtype).view(rows, -1)
+
+
+def placed(
+    heads: Tensor, gain: Tensor | None, epsilon: float, cosine: Tensor, sine: Tensor
+) -> Tensor:
+    """Norm heads, where there is a gain, and turn them to their positions.
+
+    Args:
+        heads: Queries or keys, (..., head_dim).
+        gain: Weight of an RMSNorm per head, (head_dim,).
+        epsilon: Of that norm.
+        cosine: As `rotate`.
+        sine: As `rotate`.
+
+    Returns:
+        (..., head_dim), in the dtype of `heads`.
+    """
+    return rotate(heads if gain is None else rms_norm(heads, gain, epsilon), cosine, sine)
+
+
+def covered(positions: Tensor, length: int, window: int) -> Tensor:
+    """Return which of `length` tokens attention from each position covers.
+
+    Args:
+        positions: Where attention comes from, (T,), int64.
+        length: Tokens in the cache.
+        window: How many it covers at most, the newest; 0 for all.
+
+    Returns:
+        (T, length), bool.
+    """
+    age = positions[:, None] - torch.arange(length, device=positions.device)
+    return (age >= 0) & (age < window) if window > 0 else age >= 0
+
+
+def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Apply RoPE to the first entries of each head, in float32.
+
+    Args:
+        heads: (..., head_dim).
+        cosine: (..., rotary_dim / 2), float32.
+        sine: As `cosine`.
+
+    Returns:
+        (..., head_dim), in the dtype of `heads`.
+    """
+    half = cosine.shape[-1]
+    low, high = heads[..., :half].float(), heads[..., half : 2 * half].float()
+    rotated = torch.cat([low * cosine - high * sine, high * cosine + low * sine], dim=-1)
+    return torch.cat([rotated.to(heads.dtype), heads[..., 2 * half :]], dim=-1)

@@ -1,0 +1,1 @@
+"""Kernels in Triton, for GPUs of any vendor that it compiles for."""

@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from teal.benchmark import gemv
+from teal.benchmark.gemv import Product
+from teal.benchmark.gemv_quantized import QuantizedProduct
+from teal.benchmark.shapes import Shape
+from teal.benchmark.tuning.gemv import is_cut, tune
+from teal.quantization import Scheme
+
+SHAPES = [
+    Shape(form="parts", in_features=256, widths=(256, 64, 64)),
+    Shape(form="gated", in_features=256, widths=(256, 256)),
+]
+
+
+@pytest.fixture(autouse=True)
+def _small_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemv, "_ROTATION_BYTES", {"cpu": 1 << 16, "cuda": 1 << 20})
+
+
+def test_nothing_is_cut_for_a_cpu() -> None:
+    assert not is_cut(Product(SHAPES[0], torch.bfloat16, torch.device("cpu"), 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.form)
+def test_the_cut_that_is_found_is_of_the_product(
+    shape: Shape, format: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teal.benchmark.tuning.search._DRAWN", 6)
+    monkeypatch.setattr("teal.benchmark.tuning.search._NEIGHBOURS", 3)
+    device, arguments = torch.device("cuda"), (shape, torch.bfloat16)
+    product = (
+        QuantizedProduct(*arguments, device, 1, Scheme(format=format))
+        if format
+        else Product(*arguments, device, 1)
+    )
+    if not is_cut(product):
+        pytest.skip("Triton's kernel computes floats on this GPU")
+    task, found = tune(product)
+    assert (task.kernel, task.in_features, task.out_features) == ("product", 256, sum(shape.widths))
+    assert found.cut.threads <= 1024

@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from teal.benchmark import gemv
+from teal.benchmark.gemv import Product
+from teal.benchmark.shapes import MODELS, Shape
+from teal.benchmark.tuning.triton import candidates, tune
+from teal.foundation.errors import UserError
+from teal.kernels.triton.tile_config import TileRow, read_table, table_text, tile_for
+
+EVERY_SHAPE = [shape for geometry in MODELS.values() for shape in geometry.shapes()]
+
+
+@pytest.mark.parametrize("shape", EVERY_SHAPE, ids=lambda shape: f"{shape.form} {shape.name}")
+def test_every_shape_of_a_known_model_has_a_few_candidates(shape: Shape) -> None:
+    assert 10 <= len(list(candidates(shape))) <= 80
+
+
+def test_a_table_survives_being_written(tmp_path: Path) -> None:
+    path = tmp_path / "tiles.json"
+    path.write_text(table_text(read_table(), "some GPU"))
+    assert read_table(path) == read_table()
+
+
+def test_a_shape_of_the_table_gets_its_own_tile() -> None:
+    for row in read_table():
+        assert tile_for(row.form, row.in_features, row.out_features) == row.tile
+
+
+def test_another_shape_gets_the_tile_of_the_nearest() -> None:
+    rows = {(row.form, row.in_features): row for row in read_table()}
+    nearest: TileRow = rows["plain", 14336]
+    assert tile_for("plain", 11008, 4096) == nearest.tile
+
+
+def test_tuning_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemv, "_ROTATION_BYTES", {"cpu": 1 << 16})
+    shape = Shape(form="plain", in_features=64, widths=(48,))
+    product = Product(shape, torch.float32, torch.device("cpu"), 1)
+    with pytest.raises(UserError, match="on a GPU"):
+        tune(product)

@@ -1,0 +1,150 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from teal.checkpoints.quantized import QuantizedCheckpoint
+from teal.foundation.errors import UserError
+from tests.quantization.packers import (
+    awq_config,
+    awq_tensors,
+    compressed_config,
+    gptq_config,
+    gptq_tensors,
+    int_weights,
+    packed_tensors,
+    random_codes,
+    symmetric,
+    write_checkpoint,
+)
+
+NAMES = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+
+METHODS = {
+    "awq": (awq_config(), awq_tensors),
+    "compressed-tensors": (compressed_config(int_weights(), "pack-quantized"), packed_tensors),
+    "gptq": (gptq_config(), gptq_tensors),
+}
+
+
+def drawn(seed):
+    return symmetric(random_codes(seed=seed))
+
+
+def written(folder, method="awq", **changes):
+    config, tensors_of = METHODS[method]
+    projections = {name: tensors_of(drawn(seed)) for seed, name in enumerate(NAMES)}
+    return write_checkpoint(folder, {**config, **changes}, projections)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_projection_is_read_by_its_name(method, tmp_path):
+    checkpoint = QuantizedCheckpoint(written(tmp_path, method))
+    assert (checkpoint.method, checkpoint.names) == (method, NAMES)
+    for seed, (name, weight) in enumerate(checkpoint):
+        assert name == NAMES[seed]
+        assert torch.equal(weight.dequantize(torch.float64), drawn(seed).weight)
+
+
+def test_a_checkpoint_in_several_files_is_read(tmp_path):
+    projections = {name: awq_tensors(drawn(seed)) for seed, name in enumerate(NAMES)}
+    write_checkpoint(tmp_path, awq_config(), projections)
+    (tmp_path / "model.safetensors").unlink()
+    weight_map = {}
+    for seed, name in enumerate(NAMES):
+        tensors = {f"{name}.{suffix}": t for suffix, t in awq_tensors(drawn(seed)).items()}
+        save_file(tensors, tmp_path / f"part-{seed}.safetensors")
+        weight_map |= dict.fromkeys(tensors, f"part-{seed}.safetensors")
+    index = {"weight_map": weight_map}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    weights = dict(QuantizedCheckpoint(tmp_path))
+    assert list(weights) == NAMES
+    assert torch.equal(weights[NAMES[1]].dequantize(torch.float64), drawn(1).weight)
+
+
+def test_a_bias_beside_a_projection_does_no_harm(tmp_path):
+    tensors = {**awq_tensors(drawn(0)), "bias": torch.zeros(48)}
+    write_checkpoint(tmp_path, awq_config(), {NAMES[0]: tensors})
+    assert QuantizedCheckpoint(tmp_path).read(NAMES[0]).shape == (64, 48)
+
+
+def test_a_dense_model_is_refused(tmp_path):
+    write_checkpoint(tmp_path, None, {})
+    with pytest.raises(UserError, match="is not quantized"):
+        QuantizedCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        pytest.param({"quant_method": "bitsandbytes"}, "'bitsandbytes'.*awq.*gptq", id="method"),
+        pytest.param({"quant_method": None}, "not supported", id="no method"),
+        pytest.param({"bits": 2}, "2 bits", id="bits"),
+        pytest.param({"group_size": None}, "is damaged", id="group size"),
+    ],
+)
+def test_an_unsupported_configuration_is_refused_before_any_tensor_is_read(
+    changes, words, tmp_path
+):
+    with pytest.raises(UserError, match=words):
+        QuantizedCheckpoint(written(tmp_path, **changes))
+
+
+def test_a_configuration_that_is_no_object_is_refused(tmp_path):
+    written(tmp_path)
+    (tmp_path / "config.json").write_text('{"quantization_config": 4}')
+    with pytest.raises(UserError, match="no JSON object"):
+        QuantizedCheckpoint(tmp_path)
+
+
+def test_a_folder_without_quantized_tensors_is_refused(tmp_path):
+    write_checkpoint(tmp_path, awq_config(), {})
+    with pytest.raises(UserError, match="holds no qweight"):
+        QuantizedCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["qzeros", "scales"])
+def test_an_error_names_projection_and_missing_tensor(suffix, tmp_path):
+    tensors = awq_tensors(drawn(0))
+    del tensors[suffix]
+    write_checkpoint(tmp_path, awq_config(), {NAMES[0]: tensors})
+    with pytest.raises(UserError, match=rf"Cannot read {NAMES[0]}.*lacks {suffix}"):
+        QuantizedCheckpoint(tmp_path).read(NAMES[0])
+
+
+def test_a_tensor_of_an_absurd_form_is_one_sentence_too(tmp_path):
+    config, tensors_of = METHODS["compressed-tensors"]
+    tensors = {**tensors_of(drawn(0)), "weight_shape": torch.tensor([48])}
+    write_checkpoint(tmp_path, config, {NAMES[0]: tensors})
+    with pytest.raises(UserError, match=rf"Cannot read {NAMES[0]}.*is damaged"):
+        QuantizedCheckpoint(tmp_path).read(NAMES[0])
+
+
+def test_a_name_that_is_not_quantized_is_refused(tmp_path):
+    checkpoint = QuantizedCheckpoint(written(tmp_path))
+    with pytest.raises(UserError, match="no quantized lm_head"):
+        checkpoint.read("lm_head")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -200])
+def test_a_truncated_file_is_refused(kept, tmp_path):
+    path = written(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match="missing or damaged"):
+        QuantizedCheckpoint(tmp_path)
+
+
+def test_a_missing_part_is_refused_when_it_is_needed(tmp_path):
+    written(tmp_path)
+    index = {"weight_map": {f"{NAMES[0]}.qweight": "part-9.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"part-9.safetensors is missing"):
+        QuantizedCheckpoint(tmp_path).read(NAMES[0])
+
+
+def test_an_index_without_a_map_is_refused(tmp_path):
+    written(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="is damaged"):
+        QuantizedCheckpoint(tmp_path)

@@ -1,0 +1,58 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from teal.engine.weights.loader import open_model
+from teal.foundation.errors import UserError
+from tests.helpers import tiny_model
+
+MODEL = Path(__file__).parents[2] / "models/py-16m"
+
+
+def test_a_folder_brings_its_tokenizer_and_end_tokens():
+    opened = open_model(MODEL)
+    assert opened.tokenizer is not None
+    assert opened.end_tokens == {0}
+    assert opened.weights.embedding.dtype == torch.bfloat16
+
+
+def test_a_folder_is_opened_in_the_dtype_asked_for():
+    assert open_model(MODEL, dtype="float32").weights.embedding.dtype == torch.float32
+
+
+def test_end_tokens_come_from_the_generation_configuration(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    assert open_model(tmp_path / "model").end_tokens == {5, 7}
+
+
+def test_a_folder_without_a_tokenizer_is_opened_without_one(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "model")
+    (tmp_path / "model/tokenizer.json").unlink()
+    assert open_model(tmp_path / "model").tokenizer is None
+
+
+def test_a_model_in_memory_shares_its_weights():
+    model = tiny_model("llama")
+    opened = open_model(model)
+    assert opened.weights.embedding.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    assert opened.end_tokens == {2}
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        pytest.param("no-such-folder", {}, "not a model folder", id="missing"),
+        pytest.param(MODEL, {"device": "tpu"}, "Unknown device", id="device"),
+        pytest.param(MODEL, {"dtype": "int8"}, "Unknown dtype", id="dtype"),
+        pytest.param(MODEL, {"quantize": "int3"}, "Unknown format 'int3'", id="format"),
+        pytest.param(tiny_model("llama"), {"dtype": "float32"}, "stays as it is", id="in memory"),
+        pytest.param(torch.nn.Linear(2, 2), {}, "not a Hugging Face", id="no model"),
+    ],
+)
+def test_what_cannot_be_opened_is_refused(source, options, message):
+    with pytest.raises(UserError, match=message):
+        open_model(source, **options)

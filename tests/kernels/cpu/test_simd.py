@@ -1,0 +1,60 @@
+"""Lines of strips as vectors: what they add, in every type, wherever strips begin."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("numba")
+
+from teal.kernels.cpu.gemv import ELEMENTS
+from teal.kernels.cpu.simd import LINE_BYTES, add_line, ask_lines
+from teal.kernels.cpu.threads import compiled
+
+
+@compiled(fuse=True)
+def _add(sums, column, weight, starts, factors):
+    add_line(sums, column, weight, starts, factors)
+
+
+@compiled()
+def _ask(weight, starts, column):
+    ask_lines(weight, starts, column)
+
+
+def _weight(dtype: torch.dtype) -> tuple[np.ndarray, torch.Tensor]:
+    """Return a weight as kernels see it, and in float64."""
+    weight = torch.randn(300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bits = weight if dtype == torch.float32 else weight.view(torch.int16)
+    return bits.numpy().view(ELEMENTS[dtype].dtype), weight.double()
+
+
+@pytest.mark.parametrize("dtype", list(ELEMENTS), ids=str)
+@pytest.mark.parametrize("starts", [(0, 64, 128), (1, 77, 203)])
+def test_a_line_of_sums_is_added_and_nothing_else(
+    dtype: torch.dtype, starts: tuple[int, ...]
+) -> None:
+    weight, exact = _weight(dtype)
+    size, column = LINE_BYTES // dtype.itemsize, 3
+    factors = np.float32(0.5), np.float32(-3), np.float32(0.1)
+    sums = np.arange(50, dtype=np.float32)
+    _add(sums, column, weight, starts, factors)
+    expected = np.arange(50, dtype=np.float64)
+    for start, factor in zip(starts, factors, strict=True):
+        begin = start + column
+        expected[column : column + size] += float(factor) * exact[begin : begin + size].numpy()
+    np.testing.assert_allclose(sums, expected, rtol=1e-6, atol=1e-6)
+    outside = np.r_[0:column, column + size : 50]
+    assert (sums[outside] == expected[outside]).all()
+
+
+def test_what_is_not_a_number_stays_visible() -> None:
+    weight, _ = _weight(torch.float32)
+    weight[5] = np.inf
+    sums = np.zeros(16, np.float32)
+    _add(sums, 0, weight, (0, 100), (np.float32(0), np.float32(1)))
+    assert np.isnan(sums[5]) and np.isfinite(np.delete(sums, 5)).all()
+
+
+def test_lines_behind_the_end_may_be_asked_for() -> None:
+    weight, _ = _weight(torch.bfloat16)
+    _ask(weight, (0, 299, 1 << 40), 64)

@@ -1,0 +1,106 @@
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("numba")
+
+import numba
+
+from teal.kernels.cpu import threads
+
+TWO_THREADS_AT_ONCE = """
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from teal.kernels.ops import sparse_gemv
+
+logging.basicConfig()
+torch.set_num_threads(2)
+x, weight = torch.randn(512), torch.randn(512, 1024)
+expected = sparse_gemv(x, weight, 0.5)
+with ThreadPoolExecutor(4) as pool:
+    products = list(pool.map(lambda _: sparse_gemv(x, weight, 0.5), range(100)))
+assert all(torch.equal(product, expected) for product in products)
+"""
+
+
+ONE_THREAD = """
+import torch
+
+from teal.kernels.ops import sparse_gemv
+
+torch.set_num_threads(1)
+sparse_gemv(torch.randn(8), torch.randn(8, 16), 0.5)
+assert torch.get_num_threads() == 1
+"""
+
+
+@pytest.fixture
+def eight_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 6)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "in_features, out_features, expected",
+    [(4096, 11008, 6), (4096, 512, 4), (1024, 256, 2), (64, 64, 1), (0, 0, 1)],
+)
+def test_threads_follow_torch_up_to_what_numba_has_and_the_weight_can_use(
+    eight_threads: None, in_features: int, out_features: int, expected: int
+) -> None:
+    assert threads.thread_count(in_features, out_features) == expected
+
+
+def test_a_call_leaves_the_thread_setting_of_numba_as_it_was() -> None:
+    threads = numba.config.NUMBA_NUM_THREADS
+    if threads == 1:
+        pytest.skip("needs more than one thread")
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        assert threads.run_threaded(threads, numba.get_num_threads) == threads
+        assert numba.get_num_threads() == 1
+    finally:
+        numba.set_num_threads(before)
+
+
+def test_one_thread_calls_without_touching_the_setting() -> None:
+    before = numba.get_num_threads()
+    assert threads.run_threaded(1, numba.get_num_threads) == before
+
+
+def test_a_function_that_cannot_be_cached_is_compiled_all_the_same_with_one_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    threads._warn_about_cache.cache_clear()
+    # Code that stands in no file has no folder for its cache either.
+    code = compile("lambda a: a + 1", "<nowhere>", "eval")
+    for _ in range(2):
+        increment = types.FunctionType(code.co_consts[0], {})
+        assert threads.compiled()(increment)(1) == 2
+    assert caplog.text.count("NUMBA_CACHE_DIR") == 1
+
+
+def test_torch_keeps_its_number_of_threads_when_those_of_numba_start() -> None:
+    subprocess.run([sys.executable, "-c", ONE_THREAD], check=True)
+
+
+def test_without_openmp_two_python_threads_wait_for_each_other_and_a_warning_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NUMBA_THREADING_LAYER", "workqueue")
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
+    run = subprocess.run(
+        [sys.executable, "-c", TWO_THREADS_AT_ONCE], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("found no OpenMP") == 1

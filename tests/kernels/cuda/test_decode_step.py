@@ -1,0 +1,286 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from teal.kernels.reference import matmul as reference
+
+pytest.importorskip("cuda.bindings")
+
+from teal.kernels.cuda.decode_step import (
+    ALIGNMENT,
+    SOURCE,
+    UNIT,
+    Input,
+    Projections,
+    cut_for,
+    definitions_of,
+    project,
+)
+from teal.kernels.cuda.embed_argmax import finish
+from teal.kernels.cuda.nvrtc import compiled
+from teal.kernels.cuda.tile_config import DTYPES, Cut
+from tests.kernels.compiling import assert_no_spills, assert_strips_load_whole
+from tests.kernels.emulation import emulate
+from tests.kernels.stepping import (
+    EPSILON,
+    HEAD_DIM,
+    HEADS,
+    MULTIPLIER,
+    SCHEMES,
+    SIZES,
+    SPLITS,
+    Wanted,
+    exact_product,
+    fixed,
+    hopper,
+    magnitude,
+    memory_of,
+    normed,
+    outlined,
+    projections_of,
+    thresholds_at,
+)
+
+# K and the widths of each input, odd in every way that is allowed for weights of 16 bits.
+SHAPES: dict[Input, tuple[int, list[int]]] = {
+    "hidden": (584, [264, 24, 8]),
+    "attention": (HEADS * HEAD_DIM, [584]),
+    "silu": (1048, [584]),
+    "gelu_pytorch_tanh": (200, [264]),
+}
+# The same for every format.
+ALIGNED: dict[Input, tuple[int, list[int]]] = {
+    "hidden": (584, [288, 32, 32]),
+    "attention": (HEADS * HEAD_DIM, [608]),
+    "silu": (1048, [1056]),
+    "gelu_pytorch_tanh": (200, [288]),
+}
+
+# Unlike each other in every respect.
+CUTS = [
+    Cut(chunk=256, per_lane=8, warps_n=2, warps_k=4, unroll=4, blocks=2, cluster=8, depth=2),
+    Cut(chunk=608, per_lane=16, warps_n=1, warps_k=8, unroll=2, blocks=2, cluster=4, depth=2),
+    Cut(chunk=128, per_lane=32, warps_n=1, warps_k=4, unroll=4, blocks=2, cluster=8, early=32),
+    Cut(chunk=96, per_lane=16, warps_n=4, warps_k=2, unroll=8, blocks=1, cluster=8, early=3),
+    Cut(chunk=160, per_lane=4, warps_n=1, warps_k=8, unroll=8, blocks=1, cluster=8),
+]
+
+inputs = pytest.mark.parametrize("kind", SHAPES)
+cuts = pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut.chunk} × {cut.columns}")
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+
+
+def wanted(kind: Input, scheme: str = "floats", **changes: object) -> Wanted:
+    in_features, widths = (SHAPES if scheme == "floats" else ALIGNED)[kind]
+    return replace(Wanted(kind, in_features, widths, SCHEMES[scheme]), **changes)  # type: ignore[arg-type]
+
+
+def _for(scheme: str, cut: Cut) -> Cut:
+    """Return a cut whose threads have as many columns as they can have of a format."""
+    least, most = {"floats": (4, 8), "int8": (8, 16), "fp8": (8, 16)}.get(scheme, (8, 32))
+    return replace(cut, per_lane=min(max(cut.per_lane, least), most))
+
+
+def _source(kind: Input, dtype: torch.dtype, device: str = "cuda") -> tuple[Tensor, Tensor]:
+    """Return what an input is made from, and the activations that it makes, (K,)."""
+    in_features, _ = SHAPES[kind]
+    generator = torch.Generator().manual_seed(2)
+    if kind == "attention":
+        parts = torch.randn(1, HEADS, SPLITS, HEAD_DIM + 2, generator=generator)
+        parts[..., -1] = parts[..., -1].exp()
+        parts[:, 0, 3:, HEAD_DIM], parts[:, 0, 3:, HEAD_DIM + 1] = -1e30, 0.0
+        factor = torch.exp(parts[..., -2:-1] - parts[..., -2:-1].amax(2, keepdim=True))
+        weights = (factor * parts[..., -1:]).sum(2)
+        x = ((factor * parts[..., :HEAD_DIM]).sum(2) / weights).flatten()
+        return parts.to(device), x.to(device, dtype)
+    if kind == "hidden":
+        hidden = 3 * torch.randn(in_features, generator=generator)
+        return fixed(hidden).to(device), hidden.to(device)
+    both = torch.randn(2 * in_features, generator=generator)
+    gate, up = both.chunk(2)
+    return fixed(both).to(device), (reference.GATES[kind](gate) * up).to(device, dtype)
+
+
+def _assert_right(
+    projections: Projections,
+    sparsity: float | None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+) -> None:
+    source, x = _source(projections.input, dtype, device)
+    memory = memory_of(dtype, device)
+    if projections.gain is not None:
+        x = normed(x, projections, dtype)
+    if sparsity is not None:
+        projections.thresholds.copy_(torch.tensor(thresholds_at(x, sparsity, 3)))
+    exact = exact_product(projections, x)
+    sums = fixed(torch.ones(len(exact))).to(device)
+    project(projections, source, sums, None, memory, dependent=device == "cuda" and hopper())
+    error = (sums.double() * UNIT - 1.0 - exact * MULTIPLIER).abs().max()
+    assert error <= torch.finfo(dtype).eps / 8 * magnitude(projections, x)
+    assert not memory.overflow
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@inputs
+@schemes
+def test_products_compile_to_wide_loads_without_spills(
+    kind: Input, scheme: str, architecture: str, tmp_path: Path
+) -> None:
+    clusters = architecture != "sm_80"
+    projections = projections_of(wanted(kind, scheme), device="cpu")
+    cut = cut_for(projections, clusters=clusters)
+    memory = memory_of(torch.bfloat16, "cpu")
+    definitions = definitions_of(projections, cut, memory)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled(SOURCE, definitions, architecture))
+    assert_no_spills(cubin)
+    assert_strips_load_whole(cubin, cut, projections.weight.dtype)
+
+
+@pytest.mark.parametrize("is_dense", [False, True], ids=["sparse", "dense"])
+@pytest.mark.parametrize("sizes", [(4096, 14336), (8192, 28672)], ids=["8B", "70B"])
+@pytest.mark.parametrize("scheme", ["floats", "int8", "fp8", "int4 in 128"])
+def test_models_compile_without_spills(
+    scheme: str, sizes: tuple[int, int], is_dense: bool, tmp_path: Path
+) -> None:
+    hidden, intermediate = sizes
+    products = (
+        Wanted("hidden", hidden, [hidden, 1024, 1024], SCHEMES[scheme]),
+        Wanted("attention", hidden, [hidden], SCHEMES[scheme]),
+        Wanted("hidden", hidden, [intermediate] * 2, SCHEMES[scheme]),
+        Wanted("silu", intermediate, [hidden], SCHEMES[scheme]),
+    )
+    for product in products:
+        projections = replace(outlined(product), is_dense=is_dense)
+        cut = cut_for(projections, clusters=True)
+        memory = memory_of(torch.bfloat16, "meta")
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(compiled(SOURCE, definitions_of(projections, cut, memory), "sm_90"))
+        assert_no_spills(cubin)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("sparsity", [None, 0.5, 0.9, 1.0], ids=str)
+@schemes
+@inputs
+@dtypes
+def test_products_are_those_of_the_kept_channels(
+    kind: Input, dtype: torch.dtype, scheme: str, sparsity: float | None, bias: bool
+) -> None:
+    projections = projections_of(wanted(kind, scheme, dtype=dtype, bias=bias))
+    _assert_right(projections, sparsity, dtype)
+
+
+@pytest.mark.parametrize("clusters", [True, False], ids=["clusters", ""])
+@inputs
+@schemes
+def test_products_are_right_where_a_gpu_is_emulated(
+    kind: Input, scheme: str, clusters: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, clusters=clusters)
+    for sparsity in (0.5, 1.0):
+        projections = projections_of(wanted(kind, scheme), device="cpu")
+        _assert_right(replace(projections, is_dense=False), sparsity, device="cpu")
+
+
+@cuts
+@schemes
+def test_every_cut_compiles_without_spills(scheme: str, cut: Cut, tmp_path: Path) -> None:
+    projections = replace(
+        projections_of(wanted("silu", scheme), device="cpu"), cut=_for(scheme, cut)
+    )
+    cut = cut_for(projections, clusters=True)
+    cubin = tmp_path / "kernel.cubin"
+    definitions = definitions_of(projections, cut, memory_of(torch.bfloat16, "cpu"))
+    cubin.write_bytes(compiled(SOURCE, definitions, "sm_90"))
+    assert_no_spills(cubin)
+    assert_strips_load_whole(cubin, cut, projections.weight.dtype)
+
+
+@pytest.mark.parametrize("warps", [1, 4, 8])
+@pytest.mark.parametrize("chunk", [32, 96, 608])
+def test_warps_share_the_only_group_of_int4_evenly(chunk: int, warps: int) -> None:
+    projections = projections_of(wanted("attention", "int4 in 128"), device="cpu")
+    assert projections.grid is not None and len(projections.grid.scales) == 1
+    cut = Cut(chunk=chunk, per_lane=8, warps_n=1, warps_k=warps, unroll=2, blocks=1)
+    assert cut_for(replace(projections, cut=cut), clusters=True).chunk % (32 * warps) == 0
+
+
+@pytest.mark.parametrize("warps", [1, 2, 4, 8])
+@pytest.mark.parametrize("chunk", [32, 64, 96, 160, 608])
+def test_chunks_are_of_whole_groups_or_of_parts_that_warps_share_evenly(
+    chunk: int, warps: int
+) -> None:
+    projections = projections_of(wanted("hidden", "int4 in 128"), device="cpu")
+    assert projections.grid is not None and len(projections.grid.scales) > 1
+    cut = Cut(chunk=chunk, per_lane=8, warps_n=1, warps_k=warps, unroll=2, blocks=2)
+    fitted = cut_for(replace(projections, cut=cut), clusters=True)
+    is_part = 128 % fitted.chunk == 0 and fitted.chunk % (32 * warps) == 0
+    assert is_part or fitted.chunk % 128 == 0
+    assert fitted.blocks == (1 if fitted.chunk > 128 * warps else 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sparsity", [None, 0.5, 0.95], ids=str)
+@cuts
+@schemes
+@pytest.mark.parametrize("kind", ["hidden", "silu"])
+def test_products_are_right_however_they_are_cut(
+    kind: Input, scheme: str, cut: Cut, sparsity: float | None
+) -> None:
+    projections = replace(projections_of(wanted(kind, scheme)), cut=_for(scheme, cut))
+    _assert_right(projections, sparsity)
+
+
+@cuts
+@schemes
+def test_every_cut_is_right_where_a_gpu_is_emulated(
+    scheme: str, cut: Cut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, clusters=True)
+    for kind, sparsity in (("hidden", None), ("silu", 0.95)):
+        projections = projections_of(wanted(kind, scheme), device="cpu")
+        _assert_right(replace(projections, cut=_for(scheme, cut)), sparsity, device="cpu")
+
+
+@pytest.mark.gpu
+@schemes
+def test_a_product_is_the_same_bits_twice_and_clears_sums_for_later(scheme: str) -> None:
+    source, _ = _source("hidden", torch.bfloat16)
+    memory = memory_of(torch.bfloat16)
+    projections = projections_of(wanted("hidden", scheme), [0.3, 0.5, 0.7])
+    results = []
+    for _ in range(3):
+        sums = torch.zeros(sum(projections.widths), dtype=torch.int64, device="cuda")
+        clear = torch.full((2097,), 7, device="cuda")
+        project(projections, source, sums, clear, memory, dependent=hopper())
+        assert not clear.any()
+        results.append(sums)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("visible", [float("nan"), float("inf"), 3e38])
+def test_what_does_not_fit_into_sums_sets_the_flag_and_makes_the_output_nan(visible: float) -> None:
+    memory = memory_of(torch.bfloat16)
+    source, _ = _source("attention", torch.bfloat16)
+    source[0, 1, 0, 5] = visible
+    projections = projections_of(wanted("attention"), [0.2])
+    project(projections, source, memory.hidden, None, memory, dependent=hopper())
+    assert memory.overflow.item() == 1
+    position = torch.zeros(1, dtype=torch.int64, device="cuda")
+    finish(torch.ones(SIZES[0], device="cuda"), EPSILON, memory, position, dependent=hopper())
+    assert memory.normed.isnan().all()
+
+
+def test_shapes_of_these_tests_are_aligned_and_not_multiples_of_blocks() -> None:
+    for in_features, widths in SHAPES.values():
+        assert in_features % ALIGNMENT == 0
+        assert all(width % ALIGNMENT == 0 and width % 256 for width in widths)
