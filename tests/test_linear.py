@@ -99,13 +99,13 @@ def test_rule_may_be_exchanged() -> None:
 
 def test_dropped_entries_take_the_shift_and_scores_the_scale() -> None:
     generator = torch.Generator().manual_seed(3)
-    scale, shift = torch.rand((2, IN_FEATURES), generator=generator)
+    score_scale, shift = torch.rand((2, IN_FEATURES), generator=generator)
     linear, x = (
-        sparse_linear(rule=MaskRule(threshold=0.3, scale=scale, shift=shift)),
+        sparse_linear(rule=MaskRule(threshold=0.3, score_scale=score_scale, shift=shift)),
         activations(9),
     )
     exact = F.linear(
-        torch.where((x - shift).abs() * scale <= 0.3, shift, x).double(),
+        torch.where((x - shift).abs() * score_scale <= 0.3, shift, x).double(),
         linear.weight.double(),
         linear.bias.double(),
     )

@@ -34,9 +34,9 @@ def planned(sparsity: float = 0.5, **rule: Any) -> PlannedProjection:
 
 
 def plan_with_vectors() -> SparsityPlan:
-    scale, shift = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.5, -0.5, 0.0, -0.0])
+    score_scale, shift = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.5, -0.5, 0.0, -0.0])
     projections = {
-        Q: planned(threshold=0.1, scale=scale, shift=shift.bfloat16()),
+        Q: planned(threshold=0.1, score_scale=score_scale, shift=shift.bfloat16()),
         K: planned(threshold=0.25),
         DOWN: planned(0.0),
     }
@@ -44,7 +44,7 @@ def plan_with_vectors() -> SparsityPlan:
 
 
 def plan_with_path() -> SparsityPlan:
-    """A plan at 0.5, where `DOWN` has no rule yet; the path gives it one, with a scale, at 0.8."""
+    """A plan at 0.5, where `DOWN` has no rule yet; the path gives it a scaled one at 0.8."""
     plan = plan_with_vectors()
     at_target = {name: (p.target_sparsity, p.rule) for name, p in plan.projections.items()}
     down = MaskRule(threshold=0.75, shift=torch.arange(16.0))
@@ -94,15 +94,17 @@ def test_loaded_plan_says_the_same_as_the_saved(tmp_path: Path) -> None:
     assert list(loaded.projections) == list(plan.projections)
 
 
-@given(threshold=st.floats(0), target=fractions, whole=fractions, scale=vectors, shift=vectors)
+@given(
+    threshold=st.floats(0), target=fractions, whole=fractions, score_scale=vectors, shift=vectors
+)
 def test_round_trip_keeps_every_bit_of_any_number(
     threshold: float,
     target: float,
     whole: float,
-    scale: torch.Tensor | None,
+    score_scale: torch.Tensor | None,
     shift: torch.Tensor | None,
 ) -> None:
-    rule = MaskRule(threshold=threshold, scale=scale, shift=shift)
+    rule = MaskRule(threshold=threshold, score_scale=score_scale, shift=shift)
     plan = plan_of(
         IDENTITY, {Q: PlannedProjection(target_sparsity=target, rule=rule)}, target_sparsity=whole
     )
@@ -124,7 +126,7 @@ def test_plan_can_be_read_by_eye(tmp_path: Path) -> None:
     assert content["projections"][Q] == {
         "target_sparsity": 0.5,
         "threshold": torch.tensor(0.1).item(),
-        "vectors": ["scale", "shift"],
+        "vectors": ["score_scale", "shift"],
         "weight_size": 32,
     }
     assert content["projections"][DOWN]["threshold"] is None
@@ -144,7 +146,7 @@ def test_plan_at_sparsity_zero_has_no_rules(plan: SparsityPlan) -> None:
 def test_plan_at_a_point_of_the_path_has_the_rules_of_the_point() -> None:
     plan = plan_with_path()
     assert rules_of(plan.at(0.8)) == {
-        Q: (0.8, plan.projections[Q].rule.threshold, ["scale", "shift"]),
+        Q: (0.8, plan.projections[Q].rule.threshold, ["score_scale", "shift"]),
         K: (0.8, 0.25, []),
         DOWN: (0.8, 0.75, ["shift"]),
     }
@@ -210,7 +212,7 @@ def test_projection_that_the_model_lacks_is_refused() -> None:
         plan_of(IDENTITY, {Q: planned(), "layers.9.q_proj": planned()})
 
 
-@pytest.mark.parametrize("kind", ["scale", "shift"])
+@pytest.mark.parametrize("kind", ["score_scale", "shift"])
 @pytest.mark.parametrize("shape", [(8,), (4, 1), ()], ids=str)
 def test_vector_of_another_shape_than_the_input_is_refused(
     kind: str, shape: tuple[int, ...]
@@ -261,7 +263,7 @@ def test_part_of_another_form_is_refused_with_a_cure(key: str, tmp_path: Path) -
     [
         lambda content: content["projections"][Q].pop("threshold"),
         lambda content: content["projections"][Q].update(vectors=["weight"]),
-        lambda content: content["projections"][K].update(vectors=["scale"]),
+        lambda content: content["projections"][K].update(vectors=["score_scale"]),
         lambda content: content["model"]["shapes"].update({K: [4]}),
         lambda content: content["calibration"].update(num_tokens=1e999),
         lambda content: content.update(path={"points": 3, "end": 0.8}),

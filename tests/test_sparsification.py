@@ -192,8 +192,8 @@ def test_sparse_model_runs_on_every_device_in_every_dtype(
 ) -> None:
     model, tokens = tiny_model("llama").to(device, dtype), tiny_tokens(1, LENGTH).to(device)
     dense = logits_of(model, tokens)
-    scale = torch.ones(identity_of(model).shapes["model.layers.0.mlp.down_proj"][0])
-    rule = MaskRule(threshold=THRESHOLD / 8, scale=scale)
+    score_scale = torch.ones(identity_of(model).shapes["model.layers.0.mlp.down_proj"][0])
+    rule = MaskRule(threshold=THRESHOLD / 8, score_scale=score_scale)
     planned = {"model.layers.0.mlp.down_proj": PlannedProjection(target_sparsity=0.5, rule=rule)}
     sparsify(model, plan_of(identity_of(model), planned), sparse_from=0.5)
     sparse = logits_of(model, tokens)

@@ -94,7 +94,7 @@ def token_windows(
     max_tokens: int | None = None,
     offset: int = 0,
 ) -> TokenWindows:
-    """Cut a text into windows that do not overlap.
+    """TileConfig a text into windows that do not overlap.
 
     Documents are separated by the tokenizer's end-of-text token where it has one; no other special
     token is added. Tokens after the last whole window are left out.

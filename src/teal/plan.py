@@ -15,12 +15,14 @@ from teal.methods import MaskRule
 from teal.methods.rule_path import Planned, RulePath
 from teal.quantization import FLOAT
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 # Plans before this version have no path.
 _FIRST_WITH_PATH = 2
-# Those before this one were all calibrated with weights of floats.
+# Plans before this version were all calibrated with float weights.
 _FIRST_WITH_FORMAT = 3
+# Plans before this version call the score scale of a rule "scale".
+_FIRST_WITH_SCORE_SCALE = 4
 _PATH = "path"
 _FINGERPRINTS = "calibration.fingerprints"
 
@@ -155,7 +157,10 @@ class SparsityPlan:
         payload, tensors = load_artifact(Path(folder), "plan", SCHEMA_VERSION)
         with well_formed(Path(folder)):
             vectors = {
-                name: {kind: tensors[f"{name}.{kind}"] for kind in content["vectors"]}
+                name: {
+                    _vector_name(kind, payload): tensors[f"{name}.{kind}"]
+                    for kind in content["vectors"]
+                }
                 for name, content in payload["projections"].items()
             }
             return cls(
@@ -177,7 +182,7 @@ class SparsityPlan:
             )
 
     def _vectors_of(self, name: str) -> Mapping[str, Tensor]:
-        """Return scale and shift also of a projection that only the path gives a rule."""
+        """Return score_scale and shift also of a projection that only the path gives a rule."""
         rule = self.projections[name].rule
         if rule:
             return rule.vectors
@@ -223,6 +228,11 @@ def _planned_from_dict(
     if content["threshold"] is not None:
         rule = MaskRule(threshold=float(content["threshold"]), **vectors)
     return PlannedProjection(target_sparsity=float(content["target_sparsity"]), rule=rule)
+
+
+def _vector_name(kind: str, payload: Mapping[str, Any]) -> str:
+    is_old = payload["schema_version"] < _FIRST_WITH_SCORE_SCALE
+    return "score_scale" if is_old and kind == "scale" else kind
 
 
 def _format_from_dict(payload: Mapping[str, Any]) -> str:

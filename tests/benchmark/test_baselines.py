@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from teal.benchmark.baselines import CompiledStep, Generate, LlamaCpp, make_peers
+from teal.benchmark.baselines import CompiledStep, Generate, LlamaCpp, make_baselines
 from teal.foundation.errors import UserError
 from tests.helpers import tiny_model
 
@@ -20,9 +20,9 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_generate_is_timed_per_token() -> None:
-    peer = Generate(tiny_model("llama"), is_compiled=False)
-    assert peer.name == "transformers"
-    assert 0.0 < peer.time(PROMPT, 5) < 1e6
+    baseline = Generate(tiny_model("llama"), is_compiled=False)
+    assert baseline.name == "transformers"
+    assert 0.0 < baseline.time(PROMPT, 5) < 1e6
 
 
 def test_compiled_generate_is_given_a_static_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,18 +45,18 @@ def test_the_loop_around_a_compiled_step_decodes_as_transformers(
     eager: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama")
-    peer = CompiledStep(model)
+    baseline = CompiledStep(model)
     tokens: list[int] = []
-    step = peer._step
+    step = baseline._step
 
     def recorded(token: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         tokens.append(int(token))
         return step(token, positions)
 
-    monkeypatch.setattr(peer, "_step", recorded)
+    monkeypatch.setattr(baseline, "_step", recorded)
     for _ in range(2):
         tokens.clear()
-        assert peer.time(PROMPT, 6) > 0.0
+        assert baseline.time(PROMPT, 6) > 0.0
     ids = torch.tensor([PROMPT])
     expected = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert tokens == expected[0, 4:-1].tolist()
@@ -82,23 +82,23 @@ class Llama:
 def test_llama_cpp_is_fed_its_own_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama))
     (tmp_path / "model.gguf").touch()
-    (peer,) = make_peers(["llama-cpp"], None, tmp_path / "model.gguf")
-    assert isinstance(peer, LlamaCpp)
-    assert peer.time(PROMPT, 4) > 0.0
-    assert peer._model.fed == [*PROMPT, 4, 5, 6]
+    (baseline,) = make_baselines(["llama-cpp"], None, tmp_path / "model.gguf")
+    assert isinstance(baseline, LlamaCpp)
+    assert baseline.time(PROMPT, 4) > 0.0
+    assert baseline._model.fed == [*PROMPT, 4, 5, 6]
 
 
 def test_peers_are_made_by_name(eager: None) -> None:
     names = ["transformers", "transformers-compiled", "torch-compile"]
-    assert [peer.name for peer in make_peers(names, tiny_model("llama"), None)] == names
+    assert [baseline.name for baseline in make_baselines(names, tiny_model("llama"), None)] == names
 
 
 def test_what_a_peer_lacks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="Unknown peer 'gpt-fast'"):
-        make_peers(["gpt-fast"], None, None)
+    with pytest.raises(UserError, match="Unknown baseline 'gpt-fast'"):
+        make_baselines(["gpt-fast"], None, None)
     with pytest.raises(UserError, match="Give --gguf FILE"):
-        make_peers(["llama-cpp"], None, None)
+        make_baselines(["llama-cpp"], None, None)
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     (tmp_path / "model.gguf").touch()
     with pytest.raises(UserError, match="pip install llama-cpp-python"):
-        make_peers(["llama-cpp"], None, tmp_path / "model.gguf")
+        make_baselines(["llama-cpp"], None, tmp_path / "model.gguf")

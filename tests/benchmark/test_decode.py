@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from teal.benchmark.decode import DecodeResult, measure
-from teal.benchmark.model import Subject, Workload
+from teal.benchmark.model import BenchmarkModel, Workload
 from teal.engine.weights.loader import open_model
 from tests.helpers import tiny_model
 
 
 class Slow:
-    """A peer that takes half a second for every token."""
+    """A baseline that takes half a second for every token."""
 
     name = "slow"
 
@@ -25,9 +25,9 @@ class Slow:
 @pytest.fixture
 def results(device: torch.device) -> tuple[list[DecodeResult], Slow]:
     workload = Workload(prompt_tokens=8, new_tokens=12, repeats=2)
-    subject = Subject("tiny", open_model(tiny_model("llama").to(device)), workload)
-    peer = Slow()
-    return measure(subject, [0.5], [peer], bandwidth=1e9), peer
+    subject = BenchmarkModel("tiny", open_model(tiny_model("llama").to(device)), workload)
+    baseline = Slow()
+    return measure(subject, [0.5], [baseline], bandwidth=1e9), baseline
 
 
 def test_dense_sparse_and_peers_are_measured(results: tuple[list[DecodeResult], Slow]) -> None:
@@ -41,11 +41,11 @@ def test_dense_sparse_and_peers_are_measured(results: tuple[list[DecodeResult], 
 def test_records_say_of_what_the_weights_are() -> None:
     workload = Workload(prompt_tokens=8, new_tokens=4, repeats=1)
     opened = open_model(tiny_model("llama"), quantize="int8", quantize_head=True)
-    ours, peer = measure(Subject("tiny", opened, workload), [], [Slow()], bandwidth=1e9)
+    ours, baseline = measure(BenchmarkModel("tiny", opened, workload), [], [Slow()], bandwidth=1e9)
     quantized = {"format": "int8", "group_size": None, "head_format": "int8"}
     floats = {"format": "float", "group_size": None, "head_format": "float"}
-    assert (ours.to_dict()["weights"], peer.to_dict()["weights"]) == (quantized, floats)
-    assert peer.read > 3 * ours.read
+    assert (ours.to_dict()["weights"], baseline.to_dict()["weights"]) == (quantized, floats)
+    assert baseline.read > 3 * ours.read
 
 
 def test_the_first_round_is_not_counted(results: tuple[list[DecodeResult], Slow]) -> None:

@@ -11,9 +11,9 @@ from teal.foundation.errors import UserError
 from teal.kernels import ops
 
 SHAPES = [
-    Shape(form="plain", in_features=64, widths=(48,)),
-    Shape(form="parts", in_features=64, widths=(32, 16, 16)),
-    Shape(form="gated", in_features=64, widths=(48, 48)),
+    Shape(form="plain", in_features=64, output_sizes=(48,)),
+    Shape(form="parts", in_features=64, output_sizes=(32, 16, 16)),
+    Shape(form="gated", in_features=64, output_sizes=(48, 48)),
 ]
 
 

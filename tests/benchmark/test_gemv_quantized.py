@@ -12,9 +12,9 @@ from teal.kernels import ops_quantized
 from teal.quantization import Scheme
 
 SHAPES = [
-    Shape(form="plain", in_features=64, widths=(48,)),
-    Shape(form="parts", in_features=64, widths=(32, 16, 16)),
-    Shape(form="gated", in_features=64, widths=(48, 48)),
+    Shape(form="plain", in_features=64, output_sizes=(48,)),
+    Shape(form="parts", in_features=64, output_sizes=(32, 16, 16)),
+    Shape(form="gated", in_features=64, output_sizes=(48, 48)),
 ]
 SCHEMES = [
     Scheme(format="int8"),
@@ -48,8 +48,8 @@ def test_the_limit_counts_kept_codes_and_all_scales_and_zeros(
 
 
 def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ops_quantized.quantized_parts
-    monkeypatch.setattr(ops_quantized, "quantized_parts", lambda *given: 1.01 * right(*given))
+    right = ops_quantized.quantized_linear
+    monkeypatch.setattr(ops_quantized, "quantized_linear", lambda *given: 1.01 * right(*given))
     product = QuantizedProduct(SHAPES[0], torch.float32, torch.device("cpu"), 1, SCHEMES[0])
     with pytest.raises(UserError, match="wrong product"):
         next(measure(product, [0.5], bandwidth=1e9))

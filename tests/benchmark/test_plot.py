@@ -15,7 +15,7 @@ def test_every_product_has_a_panel(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     timing = Timing(median=2.0, low=1.0, high=3.0)
     first = GemvResult(
-        shape=Shape(form="plain", in_features=64, widths=(48,)),
+        shape=Shape(form="plain", in_features=64, output_sizes=(48,)),
         dtype="bfloat16",
         rows=1,
         sparsity=0.5,
@@ -23,11 +23,11 @@ def test_every_product_has_a_panel(tmp_path: Path) -> None:
         error=0.0,
         dense=timing,
         sparse=timing,
-        peer=None,
+        baseline=None,
         limit=1.0,
         bandwidth=1e9,
     )
-    second = replace(first, shape=Shape(form="gated", in_features=64, widths=(48, 48)))
+    second = replace(first, shape=Shape(form="gated", in_features=64, output_sizes=(48, 48)))
     save_plot([first, replace(first, sparsity=0.8), second], tmp_path / "plot.svg")
     drawing = (tmp_path / "plot.svg").read_text()
     assert drawing.count('id="axes_') == 2
@@ -50,9 +50,9 @@ def test_every_model_has_a_panel_with_its_formats_and_peers(tmp_path: Path) -> N
         speed_up=1.0,
         start=Start(seconds=0.5, bytes=None),
     )
-    peer = replace(ours, runner="transformers", sparsity=0.0, effective_sparsity=0.0)
+    baseline = replace(ours, runner="transformers", sparsity=0.0, effective_sparsity=0.0)
     floats = replace(ours, weights=WeightsRead())
-    save_decode_plot([ours, floats, peer, replace(ours, model="second")], tmp_path / "plot.svg")
+    save_decode_plot([ours, floats, baseline, replace(ours, model="second")], tmp_path / "plot.svg")
     drawing = (tmp_path / "plot.svg").read_text()
     assert drawing.count('id="axes_') == 2
     for line in ("transformers", "teal, int8", "teal, float", "limit of memory"):

@@ -15,5 +15,5 @@ def test_the_kernels_of_a_step_are_counted_and_sorted(device: torch.device) -> N
     assert min(times) > 0.0
     if device.type == "cpu":
         calls = {kernel.name: kernel.calls for kernel in kernels}
-        assert calls["teal::sparse_parts"] == 6
+        assert calls["teal::sparse_linear"] == 6
         assert calls["teal::attend"] == 2

@@ -17,13 +17,13 @@ def test_a_model_name_stands_for_the_four_products_of_its_layer() -> None:
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_the_products_of_a_layer_fit_together(name: str) -> None:
     qkv, o, gate_up, down = shapes_of(name)
-    assert o.in_features == qkv.widths[0]
+    assert o.in_features == qkv.output_sizes[0]
     assert qkv.in_features == gate_up.in_features == o.out_features == down.out_features
-    assert set(gate_up.widths) == {down.in_features}
+    assert set(gate_up.output_sizes) == {down.in_features}
 
 
 @pytest.mark.parametrize(
-    ("name", "form", "widths", "shown"),
+    ("name", "form", "output_sizes", "shown"),
     [
         ("63x129", "plain", (129,), "63 → 129"),
         ("63x2x129", "gated", (129, 129), "63 → 2×129"),
@@ -31,10 +31,10 @@ def test_the_products_of_a_layer_fit_together(name: str) -> None:
     ],
 )
 def test_a_size_stands_for_one_product(
-    name: str, form: str, widths: tuple[int, ...], shown: str
+    name: str, form: str, output_sizes: tuple[int, ...], shown: str
 ) -> None:
     (shape,) = shapes_of(name)
-    assert (shape.form, shape.in_features, shape.widths) == (form, 63, widths)
+    assert (shape.form, shape.in_features, shape.output_sizes) == (form, 63, output_sizes)
     assert shape.name == shown
 
 

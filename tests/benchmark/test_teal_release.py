@@ -6,7 +6,7 @@ import torch
 from teal.benchmark import gemv
 from teal.benchmark.gemv import Product
 from teal.benchmark.shapes import Shape
-from teal.benchmark.teal_release import Peer
+from teal.benchmark.teal_release import Baseline
 from teal.foundation.errors import UserError
 
 KERNELS = """
@@ -33,11 +33,11 @@ def test_a_peer_is_timed_in_the_dtype_that_it_knows(
     checkout: Path, dtype: torch.dtype, is_timed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gemv, "_ROTATION_BYTES", {"cpu": 1 << 16})
-    shape = Shape(form="plain", in_features=64, widths=(48,))
+    shape = Shape(form="plain", in_features=64, output_sizes=(48,))
     product = Product(shape, dtype, torch.device("cpu"), 1)
-    assert (Peer(checkout).time(product, 0.6, 0.5) is not None) == is_timed
+    assert (Baseline(checkout).time(product, 0.6, 0.5) is not None) == is_timed
 
 
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Give a checkout of FasterDecoding/TEAL"):
-        Peer(tmp_path)
+        Baseline(tmp_path)

@@ -51,12 +51,12 @@ def activations(layer: int, name: str, in_features: int) -> Tensor:
 
 def write_model(folder: Path, layers: range = range(2)) -> Path:
     for layer in layers:
-        for module, names, widths in (
+        for module, names, output_sizes in (
             ("self_attn", {"h1": "attention_input", "h2": "o_input"}, (8, 8)),
             ("mlp", {"h1": "mlp_input", "h2": "down_input"}, (8, 20)),
         ):
             content = {}
-            for (key, name), width in zip(names.items(), widths, strict=True):
+            for (key, name), width in zip(names.items(), output_sizes, strict=True):
                 content[key], content[f"{key}_centers"] = published(activations(layer, name, width))
             file = folder / "histograms" / f"layer-{layer}" / module / "histograms.pt"
             file.parent.mkdir(parents=True)

@@ -18,7 +18,7 @@ def decode(teal):
 
 
 def test_json_holds_machine_bandwidth_and_a_record_per_runner(decode):
-    content = decode(MODEL, "--sparsity", "0.5", "--peer", "transformers", "--json").json
+    content = decode(MODEL, "--sparsity", "0.5", "--baseline", "transformers", "--json").json
     assert content["bandwidth"] == 1e10
     assert content["machine"]["versions"]["torch"]
     rows = [(row["runner"], row["sparsity"]) for row in content["results"]]
@@ -39,7 +39,7 @@ def test_a_table_names_models_and_sizes(decode, tmp_path):
 def test_a_profile_shows_the_operations_of_a_step(decode):
     out = decode("--config", SIZES, "--sparsity", "0.5", "--profile").out
     assert "50.0 % sparse" in out
-    assert "teal::sparse_parts" in out
+    assert "teal::sparse_linear" in out
 
 
 def test_formats_are_measured_one_after_the_other(decode):
@@ -80,8 +80,10 @@ def test_a_head_alone_can_be_rounded(decode):
         pytest.param([], ["no model to measure"], id="no model"),
         pytest.param(["--config", "llama-9"], ["Unknown configuration"], id="configuration"),
         pytest.param([MODEL, "--sparsity", "half"], ["no list of fractions"], id="sparsity"),
-        pytest.param([MODEL, "--peer", "gpt-fast"], ["Unknown peer 'gpt-fast'"], id="peer"),
-        pytest.param([MODEL, "--peer", "llama-cpp"], ["Give --gguf"], id="no gguf"),
+        pytest.param(
+            [MODEL, "--baseline", "gpt-fast"], ["Unknown baseline 'gpt-fast'"], id="baseline"
+        ),
+        pytest.param([MODEL, "--baseline", "llama-cpp"], ["Give --gguf"], id="no gguf"),
         pytest.param([MODEL, "--dtype", "auto"], ["--dtype", "bfloat16"], id="dtype auto"),
         pytest.param([MODEL, "--dtype", "int8"], ["Unknown dtype"], id="dtype"),
         pytest.param(["no-such-folder"], ["not a model folder"], id="missing"),

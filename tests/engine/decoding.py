@@ -83,7 +83,7 @@ def plan_at(decoder: Decoder, tokens: Tensor, sparsity: float) -> SparsityPlan:
         )
         for layer in range(architecture.num_layers)
         for entry in architecture.inputs(layer)
-        for name in entry.widths
+        for name in entry.output_sizes
     }
     return plan_of(architecture.identity, planned)
 

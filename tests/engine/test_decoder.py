@@ -249,6 +249,6 @@ def test_rule_for_an_unknown_projection_is_refused() -> None:
 
 
 def test_rule_of_another_size_is_refused() -> None:
-    rules = {"model.layers.1.mlp.up_proj": MaskRule(threshold=0.1, scale=torch.ones(5))}
+    rules = {"model.layers.1.mlp.up_proj": MaskRule(threshold=0.1, score_scale=torch.ones(5))}
     with pytest.raises(UserError, match=r"has shape \(5,\), its input \(32,\)\. Use the plan of"):
         decoder_of(tiny_model("llama")).set_rules(rules)

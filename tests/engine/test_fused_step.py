@@ -132,9 +132,9 @@ def test_only_what_the_kernels_compute_is_fused(family: str) -> None:
 def test_rules_with_vectors_take_the_general_path() -> None:
     decoder = _decoder("llama")
     name = "model.layers.0.mlp.down_proj"
-    decoder.set_rules({name: MaskRule(threshold=0.1, scale=torch.ones(176))})
+    decoder.set_rules({name: MaskRule(threshold=0.1, score_scale=torch.ones(176))})
     cache = cache_for(decoder)
-    assert "scale or shift" in (obstacle(decoder, cache) or "")
+    assert "score_scale or shift" in (obstacle(decoder, cache) or "")
     assert stepper_of(decoder, cache) == decoder.step
 
 

@@ -74,21 +74,27 @@ def test_rules_reach_the_products_of_their_projections() -> None:
 
 
 def test_rule_of_a_fused_projection_serves_all_its_parts() -> None:
-    scale = torch.rand(32)
-    rules = {f"{ATTENTION}.qkv_proj": rule(0.5), f"{MLP}.gate_up_proj": rule(0.25, scale=scale)}
+    score_scale = torch.rand(32)
+    rules = {
+        f"{ATTENTION}.qkv_proj": rule(0.5),
+        f"{MLP}.gate_up_proj": rule(0.25, score_scale=score_scale),
+    }
     calls = calls_with(rules, "phi3")
     assert thresholds(calls) == [[0.5] * 3, [KEEP_ALL], [0.25] * 2, [KEEP_ALL]]
     scales = calls.gate_up[3]
     assert scales is not None
-    assert torch.equal(scales, scale.expand(2, -1))
+    assert torch.equal(scales, score_scale.expand(2, -1))
 
 
 def test_projection_without_a_scale_counts_every_channel_alike() -> None:
-    scale = torch.rand(32)
-    rules = {f"{ATTENTION}.q_proj": rule(0.5, scale=scale), f"{ATTENTION}.v_proj": rule(0.5)}
+    score_scale = torch.rand(32)
+    rules = {
+        f"{ATTENTION}.q_proj": rule(0.5, score_scale=score_scale),
+        f"{ATTENTION}.v_proj": rule(0.5),
+    }
     scales = calls_with(rules).qkv[3]
     assert scales is not None
-    assert torch.equal(scales, torch.stack([scale, torch.ones(32), torch.ones(32)]))
+    assert torch.equal(scales, torch.stack([score_scale, torch.ones(32), torch.ones(32)]))
 
 
 def test_shift_is_folded_into_the_bias() -> None:
@@ -123,13 +129,16 @@ def test_dense_calls_are_left_as_they_were() -> None:
     assert dense.down[1] == [KEEP_ALL]
 
 
-@pytest.mark.parametrize("vectors", ["scale", "shift", "both"])
+@pytest.mark.parametrize("vectors", ["score_scale", "shift", "both"])
 def test_rules_with_vectors_mean_the_same_as_in_transformers(vectors: str) -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(1, LENGTH)[0]
     plan = plan_for(model, 0.3)
     for name, planned in plan.projections.items():
         size = plan.model.shapes[name][0]
-        own = {"scale": torch.linspace(0.5, 2, size), "shift": torch.linspace(-0.5, 0.5, size)}
+        own = {
+            "score_scale": torch.linspace(0.5, 2, size),
+            "shift": torch.linspace(-0.5, 0.5, size),
+        }
         if vectors != "both":
             own = {vectors: own[vectors]}
         object.__setattr__(planned, "rule", MaskRule(threshold=0.3, **own))
@@ -198,7 +207,7 @@ def test_step_of_a_layer_with_norms_before_is_five_calls(
     hidden = torch.ones(1, 32)
     with torch.no_grad(), Recorder() as recorder:
         run_layer(hidden, decoder.layers[0], attend, place, None)
-    expected = ["sparse_parts", "attend", "sparse_parts", "sparse_gated", "sparse_parts"]
+    expected = ["sparse_linear", "attend", "sparse_linear", "sparse_glu", "sparse_linear"]
     assert recorder.operations == expected
 
 

@@ -16,7 +16,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "wide_window": {"window": 50},
     "softcap": {"softcap": 0.5},
     "softcap_and_window": {"softcap": 0.5, "window": 3},
-    "norms": {"q_gain": torch.linspace(0.5, 2, 8), "k_gain": torch.linspace(2, 0.5, 8)},
+    "norms": {
+        "q_norm_weight": torch.linspace(0.5, 2, 8),
+        "k_norm_weight": torch.linspace(2, 0.5, 8),
+    },
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -57,7 +60,7 @@ def one_by_one(qkv: Tensor, cache: tuple[Tensor, Tensor], **options: Any) -> Ten
 @pytest.mark.parametrize("split", [0, 1, 4, 11])
 def test_many_tokens_at_once_equal_one_by_one(options: dict[str, Any], split: int) -> None:
     qkv = draw(12, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
-    options = {"scale": 0.4, "epsilon": 1e-5, **options}
+    options = {"scale": 0.4, "eps": 1e-5, **options}
     many, single = caches(), caches()
     parts = [at_once(part, many, start, **options) for start, part in split_at(qkv, split)]
     expected = one_by_one(qkv, single, **options)

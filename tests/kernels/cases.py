@@ -19,7 +19,7 @@ from teal.kernels.reference import matmul as reference
 # What a mask must get right beside ordinary numbers;.
 EDGES = (0.0, -0.0, 0.3, -0.3, 1.0, -1.0, 2.0**-24, 1e-40, -1e-40)
 THRESHOLDS = (-1.0, 0.0, 2.0**-24, 0.3, 0.1 + 0.2, 1.0, math.inf)
-VECTORS = ("plain", "scale", "shift", "scale and shift")
+VECTORS = ("plain", "score_scale", "shift", "score_scale and shift")
 
 
 def assert_right_in_the_interpreter(file: str) -> None:
@@ -69,7 +69,7 @@ class AttentionCase:
     head_dim: int = 16
     rotary_dim: int = 16
     capacity: int = 40
-    with_gains: bool = False
+    with_norm_weights: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def tensors(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -86,15 +86,15 @@ class AttentionCase:
         return draw(rows, width, dtype=dtype), keys, values, positions, angles.cos(), angles.sin()
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Return the options of the call, with gains where the case has them."""
-        gains = {}
-        if self.with_gains:
-            gains = {
+        """Return the options of the call, with norm weights where the case has them."""
+        norm_weights = {}
+        if self.with_norm_weights:
+            norm_weights = {
                 name: 1 + 0.3 * draw(self.head_dim, dtype=dtype, seed=seed)
-                for name, seed in (("q_gain", 3), ("k_gain", 4))
+                for name, seed in (("q_norm_weight", 3), ("k_norm_weight", 4))
             }
-            gains["epsilon"] = 1e-3
-        return {"scale": self.head_dim**-0.5, **gains, **self.options}
+            norm_weights["eps"] = 1e-3
+        return {"scale": self.head_dim**-0.5, **norm_weights, **self.options}
 
 
 ATTENTION_CASES: Mapping[str, AttentionCase] = {
@@ -107,13 +107,13 @@ ATTENTION_CASES: Mapping[str, AttentionCase] = {
     "window": AttentionCase(positions=(4, 5, 6, 30), options={"window": 6}),
     "window of one": AttentionCase(positions=(9,), options={"window": 1}),
     "softcap": AttentionCase(options={"softcap": 2.0, "scale": 1.5}),
-    "norms": AttentionCase(positions=(5, 11), with_gains=True),
+    "norms": AttentionCase(positions=(5, 11), with_norm_weights=True),
     "partial rotary": AttentionCase(head_dim=16, rotary_dim=4),
     "no rotary": AttentionCase(rotary_dim=0),
     "everything": AttentionCase(
         positions=(20, 3, 39),
         rotary_dim=8,
-        with_gains=True,
+        with_norm_weights=True,
         options={"window": 7, "softcap": 3.0},
     ),
 }
@@ -130,9 +130,9 @@ def attended(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-    q_gain: Tensor | None = None,
-    k_gain: Tensor | None = None,
-    epsilon: float = 0.0,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 0.0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `attend` stream by stream with torch's own operations, leaving the caches alone.
@@ -149,9 +149,9 @@ def attended(
         first = max(0, position + 1 - window) if window else 0
         heads = qkv[row].to(dtype).view(-1, head_dim)
         q, k, v = heads.split([len(heads) - 2 * kv_heads, kv_heads, kv_heads])
-        if q_gain is not None and k_gain is not None:
-            q = F.rms_norm(q, (head_dim,), q_gain.to(dtype), epsilon)
-            k = F.rms_norm(k, (head_dim,), k_gain.to(dtype), epsilon)
+        if q_norm_weight is not None and k_norm_weight is not None:
+            q = F.rms_norm(q, (head_dim,), q_norm_weight.to(dtype), eps)
+            k = F.rms_norm(k, (head_dim,), k_norm_weight.to(dtype), eps)
         cosine, sine = cosines[position].to(dtype), sines[position].to(dtype)
         q, k = (_turned(vectors, cosine, sine) for vectors in (q, k))
         k = k.to(keys.dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from teal.kernels.cuda.tile_config import Cut, bits_of
+from teal.kernels.cuda.tile_config import TileConfig, bits_of
 
 
 def told(cubin: Path, option: str) -> str:
@@ -25,11 +25,13 @@ def assert_no_spills(cubin: Path) -> None:
     assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}
 
 
-def assert_strips_load_whole(cubin: Path, cut: Cut, dtype: torch.dtype, rows: int = 1) -> None:
+def assert_strips_load_whole(
+    cubin: Path, config: TileConfig, dtype: torch.dtype, rows: int = 1
+) -> None:
     """Check that a thread asks at once for all its columns, of every strip under way."""
-    bits = cut.per_lane * bits_of(dtype)
+    bits = config.per_lane * bits_of(dtype)
     # Threads share the channels that several rows ask for, and read 16 bytes of each.
-    width, number = (bits, cut.unroll) if rows == 1 else (128, cut.unroll * bits // 128)
+    width, number = (bits, config.unroll) if rows == 1 else (128, config.unroll * bits // 128)
     suffix = "" if width == 32 else rf"\.{width}"
     loads = re.findall(rf"LDG\.E\.NA{suffix}\.CONSTANT", told(cubin, "--dump-sass"))
     assert len(loads) >= number

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from teal.kernels.cuda.gemv import compute
-from teal.kernels.cuda.tile_config import Cut
-from teal.kernels.operands import Grid, Operands
+from teal.kernels.cuda.tile_config import TileConfig
+from teal.kernels.operands import Operands, QuantParams
 from teal.kernels.reference import matmul as reference
 from teal.quantization import QuantizedWeight, Scheme, round_to_nearest
 from tests.helpers import TOLERANCES, assert_as_precise_as_torch, relative_error
@@ -32,22 +32,22 @@ class Weight:
 
     Attributes:
         tensor: Floats or codes, (K, …).
-        grid: What codes stand for.
+        quant: What codes stand for.
         exact: The weight in float64, (K, N).
     """
 
     tensor: Tensor
-    grid: Grid | None
+    quant: QuantParams | None
     exact: Tensor
 
     def operands(self, x: Tensor, thresholds: Sequence[float], **rest: Any) -> Operands:
-        widths = rest.pop("widths", [self.exact.shape[1]])
-        return Operands(x, self.tensor, thresholds, widths, **rest)
+        output_sizes = rest.pop("output_sizes", [self.exact.shape[1]])
+        return Operands(x, self.tensor, thresholds, output_sizes, **rest)
 
     def times(
-        self, x: Tensor, thresholds: Sequence[float], cut: Cut | None = None, **rest: Any
+        self, x: Tensor, thresholds: Sequence[float], config: TileConfig | None = None, **rest: Any
     ) -> Tensor:
-        return compute(self.operands(x, thresholds, **rest), self.grid, cut)
+        return compute(self.operands(x, thresholds, **rest), self.quant, config)
 
 
 def weight_of(
@@ -61,19 +61,31 @@ def weight_of(
 
 
 def of_quantized(weight: QuantizedWeight) -> Weight:
-    grid = Grid(weight.scales, weight.zeros, weight.group_size)
-    return Weight(weight.codes, grid, weight.dequantize(torch.float64))
+    quant = QuantParams(weight.scales, weight.zeros, weight.group_size)
+    return Weight(weight.codes, quant, weight.dequantize(torch.float64))
 
 
 def by_torch(weight: Weight, operands: Operands, dtype: torch.dtype) -> Tensor:
     """Compute the product in float32 (in float64 for `dtype` float64) and round it to `dtype`."""
-    x, _, thresholds, widths, scale, shift, bias, residual, gain, epsilon, activation = operands
+    (
+        x,
+        _,
+        thresholds,
+        output_sizes,
+        score_scale,
+        shift,
+        bias,
+        residual,
+        norm_weight,
+        eps,
+        activation,
+    ) = operands
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    x = x if gain is None else reference.rms_norm(x, gain, epsilon)
+    x = x if norm_weight is None else reference.rms_norm(x, norm_weight, eps)
     centred = x if shift is None else (x.float() - shift.float()).to(x.dtype)
     products = []
-    for part, columns in enumerate(weight.exact.to(wide).split(list(widths), dim=1)):
-        score = None if scale is None else scale[part]
+    for part, columns in enumerate(weight.exact.to(wide).split(list(output_sizes), dim=1)):
+        score = None if score_scale is None else score_scale[part]
         keep = reference.keep_mask(x, thresholds[part], score, shift)
         products.append(torch.where(keep, centred, 0).to(wide) @ columns)
     product = torch.cat(products, dim=-1)
@@ -82,8 +94,8 @@ def by_torch(weight: Weight, operands: Operands, dtype: torch.dtype) -> Tensor:
     return (product if activation is None else reference.gate_and_up(product, activation)).to(dtype)
 
 
-def assert_right(weight: Weight, operands: Operands, cut: Cut | None = None) -> None:
-    result = compute(operands, weight.grid, cut)
+def assert_right(weight: Weight, operands: Operands, config: TileConfig | None = None) -> None:
+    result = compute(operands, weight.quant, config)
     expected = by_torch(weight, operands, torch.float64)
     rounded = by_torch(weight, operands, result.dtype)
     if operands.activation is None:

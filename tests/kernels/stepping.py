@@ -8,13 +8,13 @@ from torch import Tensor
 
 from teal.kernels.cuda.decode_step import UNIT, Input, Projections, StepMemory
 from teal.kernels.cuda.nvrtc import has_clusters
-from teal.kernels.operands import Grid
+from teal.kernels.operands import QuantParams
 from teal.kernels.reference.quantized import dequantized
 from teal.quantization import Scheme, round_to_nearest
 from teal.quantization.weight import FORMATS
 from tests.kernels.products import SCHEMES as SCHEMES
 
-EPSILON = 1e-5
+EPS = 1e-5
 MULTIPLIER = 0.5
 HEADS, SPLITS, HEAD_DIM = 4, 8, 32
 SIZES = (640, 1120, 352)
@@ -27,7 +27,7 @@ class Wanted:
     Attributes:
         input: What their input is made from.
         in_features: Its size.
-        widths: Columns of each.
+        output_sizes: Columns of each.
         scheme: Into what the weight is quantized.
         dtype: Of activations.
         bias: Whether there is one.
@@ -36,7 +36,7 @@ class Wanted:
 
     input: Input
     in_features: int
-    widths: Sequence[int]
+    output_sizes: Sequence[int]
     scheme: Scheme | None = None
     dtype: torch.dtype = torch.bfloat16
     bias: bool = False
@@ -48,62 +48,62 @@ def projections_of(
 ) -> Projections:
     """Draw projections; dense where there are no thresholds."""
     generator = torch.Generator().manual_seed(wanted.seed)
-    thresholds = thresholds or [-1.0] * len(wanted.widths)
+    thresholds = thresholds or [-1.0] * len(wanted.output_sizes)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    weight, grid = 0.1 * draw(wanted.in_features, sum(wanted.widths)).to(wanted.dtype), None
+    weight, quant = 0.1 * draw(wanted.in_features, sum(wanted.output_sizes)).to(wanted.dtype), None
     if wanted.scheme is not None:
         quantized = round_to_nearest(weight, wanted.scheme).to(device)
         weight = quantized.codes
-        grid = Grid(quantized.scales, quantized.zeros, quantized.group_size)
-    gain = 1 + 0.1 * draw(wanted.in_features) if wanted.input == "hidden" else None
+        quant = QuantParams(quantized.scales, quantized.zeros, quantized.group_size)
+    norm_weight = 1 + 0.1 * draw(wanted.in_features) if wanted.input == "hidden" else None
     return Projections(
         weight=weight.to(device),
-        widths=wanted.widths,
+        output_sizes=wanted.output_sizes,
         thresholds=torch.tensor([*thresholds, 0.0, 0.0][:3], device=device),
         input=wanted.input,
         is_dense=max(thresholds) < 0,
-        bias=draw(sum(wanted.widths)).to(device, wanted.dtype) if wanted.bias else None,
-        gain=None if gain is None else gain.to(device),
-        epsilon=EPSILON,
+        bias=draw(sum(wanted.output_sizes)).to(device, wanted.dtype) if wanted.bias else None,
+        norm_weight=None if norm_weight is None else norm_weight.to(device),
+        eps=EPS,
         multiplier=MULTIPLIER,
-        grid=grid,
+        quant=quant,
     )
 
 
 def outlined(wanted: Wanted) -> Projections:
     """Return projections of the right sizes without numbers, to compile for."""
-    (in_features, columns), scheme = (wanted.in_features, sum(wanted.widths)), wanted.scheme
-    weight, grid = torch.empty(in_features, columns, dtype=wanted.dtype, device="meta"), None
+    (in_features, columns), scheme = (wanted.in_features, sum(wanted.output_sizes)), wanted.scheme
+    weight, quant = torch.empty(in_features, columns, dtype=wanted.dtype, device="meta"), None
     if scheme is not None:
         group_size = scheme.group_size or in_features
         scales = weight.new_empty(-(-in_features // group_size), columns)
         zeros = None if scheme.symmetric else scales.to(torch.uint8)
-        grid = Grid(scales, zeros, group_size)
+        quant = QuantParams(scales, zeros, group_size)
         packed = 2 if scheme.format == "int4" else 1
         dtype = next(dtype for dtype, name in FORMATS.items() if name == scheme.format)
         weight = torch.empty(in_features, columns // packed, dtype=dtype, device="meta")
     return Projections(
         weight=weight,
-        widths=wanted.widths,
+        output_sizes=wanted.output_sizes,
         thresholds=torch.zeros(3),
         input=wanted.input,
         is_dense=False,
-        grid=grid,
+        quant=quant,
     )
 
 
 def exact_weight(projections: Projections) -> Tensor:
     """Return the weight in float64."""
-    weight, grid = projections.weight, projections.grid
-    return weight.double() if grid is None else dequantized(weight, *grid, torch.float64)
+    weight, quant = projections.weight, projections.quant
+    return weight.double() if quant is None else dequantized(weight, *quant, torch.float64)
 
 
 def exact_product(projections: Projections, x: Tensor) -> Tensor:
     """Return the product of the kept activations in float64, bias included, no multiplier."""
-    columns = exact_weight(projections).split(list(projections.widths), dim=1)
+    columns = exact_weight(projections).split(list(projections.output_sizes), dim=1)
     parts = []
     for threshold, columns_of_part in zip(projections.thresholds.tolist(), columns, strict=False):
         kept = torch.where(x.float().abs() <= threshold, 0.0, x.double())
@@ -119,9 +119,9 @@ def magnitude(projections: Projections, x: Tensor) -> float:
 
 def normed(hidden: Tensor, projections: Projections, dtype: torch.dtype) -> Tensor:
     """Return what the norm in front of projections makes of the residual stream."""
-    assert projections.gain is not None
-    factor = torch.rsqrt(hidden.float().square().mean() + EPSILON)
-    return ((hidden.float() * factor).to(dtype).float() * projections.gain).to(dtype)
+    assert projections.norm_weight is not None
+    factor = torch.rsqrt(hidden.float().square().mean() + EPS)
+    return ((hidden.float() * factor).to(dtype).float() * projections.norm_weight).to(dtype)
 
 
 def memory_of(dtype: torch.dtype, device: str = "cuda") -> StepMemory:

@@ -20,20 +20,20 @@ def _draw(*shape: int, device: torch.device | str = "cpu", seed: int = 0) -> Ten
 
 def _calls(device: torch.device | str) -> dict[str, tuple[Any, ...]]:
     x, weight = _draw(2, 1, 70, device=device), _draw(70, 96, device=device, seed=1)
-    scale, shift, bias = (
+    score_scale, shift, bias = (
         _draw(70, device=device, seed=2).abs(),
         _draw(70, device=device, seed=3),
         _draw(96, device=device, seed=4),
     )
-    residual, gain = _draw(2, 1, 96, device=device, seed=5), _draw(70, device=device, seed=6)
-    scales = torch.stack([scale, 2 * scale])
+    residual, norm_weight = _draw(2, 1, 96, device=device, seed=5), _draw(70, device=device, seed=6)
+    scales = torch.stack([score_scale, 2 * score_scale])
     return {
-        "sparse_gemv": (x, weight, 0.5, scale, shift, bias),
-        "sparse_parts": (
-            *(x, weight, [0.5, 0.7], [32, 64], scales, shift, bias, residual, gain, 1e-5),
+        "sparse_gemv": (x, weight, 0.5, score_scale, shift, bias),
+        "sparse_linear": (
+            *(x, weight, [0.5, 0.7], [32, 64], scales, shift, bias, residual, norm_weight, 1e-5),
         ),
-        "sparse_gated": (x, weight, [0.5, 0.7], "silu", scales, shift, bias, gain, 1e-5),
-        "dense_rows": (x, weight.t().contiguous()),
+        "sparse_glu": (x, weight, [0.5, 0.7], "silu", scales, shift, bias, norm_weight, 1e-5),
+        "lm_head_gemv": (x, weight.t().contiguous()),
     }
 
 
@@ -125,7 +125,7 @@ def test_operands_of_attention_that_do_not_fit_are_refused(
     tensors = list(_attention("cpu")[0])
     tensors[place] = tensor
     with pytest.raises(UserError, match=message):
-        ops.attend(*tensors, scale=1.0)
+        ops.attend(*tensors, score_scale=1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -134,9 +134,9 @@ def test_without_a_rule_the_product_is_the_dense_one(
 ) -> None:
     x, weight = (_draw(*s, device=device).to(dtype) for s in ((9, 130), (130, 64)))
     assert torch.equal(ops.sparse_gemv(x, weight, -1.0), x @ weight)
-    assert torch.equal(ops.sparse_parts(x, weight, [-1.0, -0.5], [16, 48]), x @ weight)
+    assert torch.equal(ops.sparse_linear(x, weight, [-1.0, -0.5], [16, 48]), x @ weight)
     gate, up = (x @ weight).chunk(2, dim=-1)
-    gated = ops.sparse_gated(x, weight, [-1.0, -1.0], "silu")
+    gated = ops.sparse_glu(x, weight, [-1.0, -1.0], "silu")
     assert torch.equal(gated, torch.nn.functional.silu(gate) * up)
 
 
@@ -193,31 +193,31 @@ def test_a_threshold_of_infinity_leaves_the_bias(device: torch.device) -> None:
         ({"shift": _draw(71)}, r"shift has shape \(71,\)"),
         ({"bias": _draw(95)}, r"bias has shape \(95,\)"),
         ({"thresholds": [0.5]}, "one of each per part"),
-        ({"widths": [32, 32]}, "do not sum to the 96 columns"),
+        ({"output_sizes": [32, 32]}, "do not sum to the 96 columns"),
         ({"residual": _draw(3, 96)}, "residual has shape"),
         ({"bias": _draw(96).half()}, "one dtype"),
         ({"residual": _draw(1, 96).half()}, "one dtype"),
-        ({"scale": _draw(2, 71)}, r"scale has shape \(71,\)"),
-        ({"gain": _draw(96)}, r"gain has shape \(96,\)"),
+        ({"score_scale": _draw(2, 71)}, r"score_scale has shape \(71,\)"),
+        ({"norm_weight": _draw(96)}, r"norm_weight has shape \(96,\)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_operands_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
     fitting = {"x": _draw(1, 70), "weight": _draw(70, 96), "thresholds": [0.5, 0.5]}
     with pytest.raises(UserError, match=message):
-        ops.sparse_parts(**{**fitting, "widths": [32, 64], **change})
+        ops.sparse_linear(**{**fitting, "output_sizes": [32, 64], **change})
 
 
 def test_rows_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match=r"weight \(out_features, in_features\)"):
-        ops.dense_rows(_draw(1, 70), _draw(70, 96))
+        ops.lm_head_gemv(_draw(1, 70), _draw(70, 96))
     with pytest.raises(UserError, match="one dtype"):
-        ops.dense_rows(_draw(1, 70), _draw(96, 70).half())
+        ops.lm_head_gemv(_draw(1, 70), _draw(96, 70).half())
 
 
 def test_an_unknown_activation_names_the_known_ones() -> None:
     with pytest.raises(UserError, match="Known: gelu_pytorch_tanh, silu"):
-        ops.sparse_gated(_draw(1, 70), _draw(70, 96), [0.5, 0.5], "relu")
+        ops.sparse_glu(_draw(1, 70), _draw(70, 96), [0.5, 0.5], "relu")
 
 
 def test_without_numba_a_product_is_right_and_a_warning_says_once_what_is_missing(

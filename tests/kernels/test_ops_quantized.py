@@ -20,7 +20,7 @@ SCHEMES = {
     "int4 with zeros": Scheme(format="int4", group_size=32, symmetric=False),
 }
 schemes = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-operations = pytest.mark.parametrize("name", ["quantized_parts", "quantized_gated"])
+operations = pytest.mark.parametrize("name", ["quantized_linear", "quantized_glu"])
 
 
 def weight_of(scheme: Scheme, device: torch.device | str) -> tuple[Any, ...]:
@@ -29,7 +29,7 @@ def weight_of(scheme: Scheme, device: torch.device | str) -> tuple[Any, ...]:
 
 
 def call(name: str, scheme: Scheme, device: torch.device | str) -> tuple[Any, ...]:
-    x, *vectors, residual, gain = (
+    x, *vectors, residual, norm_weight = (
         tensor.to(device)
         for tensor in (
             draw(2, 1, 70),
@@ -41,9 +41,9 @@ def call(name: str, scheme: Scheme, device: torch.device | str) -> tuple[Any, ..
         )
     )
     start = (x, *weight_of(scheme, device), [0.5, 0.7])
-    if name == "quantized_gated":
-        return (*start, "silu", *vectors, gain, 1e-5)
-    return (*start, [32, 64], *vectors, residual, gain, 1e-5)
+    if name == "quantized_glu":
+        return (*start, "silu", *vectors, norm_weight, 1e-5)
+    return (*start, [32, 64], *vectors, residual, norm_weight, 1e-5)
 
 
 @operations
@@ -69,13 +69,13 @@ def test_operations_equal_the_reference(name: str, scheme: Scheme, device: torch
 
 
 @schemes
-@pytest.mark.parametrize("widths", [[32, 64], [33, 63]], ids=str)
+@pytest.mark.parametrize("output_sizes", [[32, 64], [33, 63]], ids=str)
 def test_the_general_path_holds_few_columns_as_floats(
-    scheme: Scheme, widths: list[int], monkeypatch: pytest.MonkeyPatch
+    scheme: Scheme, output_sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, *weight = call("quantized_parts", scheme, "cpu")[:5]
-    arguments = (x, *weight, [0.5, 0.7], widths)
-    compute = dispatch_quantized.IMPLEMENTATIONS["CompositeExplicitAutograd"]["quantized_parts"]
+    x, *weight = call("quantized_linear", scheme, "cpu")[:5]
+    arguments = (x, *weight, [0.5, 0.7], output_sizes)
+    compute = dispatch_quantized.IMPLEMENTATIONS["CompositeExplicitAutograd"]["quantized_linear"]
     at_once, sizes = compute(*arguments), []
 
     def dequantized(*arguments: Any) -> Tensor:
@@ -88,7 +88,7 @@ def test_the_general_path_holds_few_columns_as_floats(
     assert relative_error(compute(*arguments), at_once) < TINY
     # Of int4, one more column.
     assert max(sizes) <= 70 * 8
-    assert len(sizes) == sum(math.ceil(width / 7) for width in widths)
+    assert len(sizes) == sum(math.ceil(width / 7) for width in output_sizes)
 
 
 @operations
@@ -131,11 +131,11 @@ def test_one_row_of_16_bits_is_computed_by_the_cuda_kernel(monkeypatch: pytest.M
     x, weight = draw(1, 70).cuda().bfloat16(), draw(70, 96, seed=1).cuda().bfloat16()
     codes = weight_of(SCHEMES["int4 with zeros"], "cuda")
     ops.sparse_gemv(x, weight, 0.5)
-    ops.sparse_parts(x, weight, [0.5, 0.4], [32, 64])
-    ops.sparse_gated(x, weight, [0.5, 0.4], "silu")
-    ops_quantized.quantized_parts(x, *codes, [-1.0, -1.0], [32, 64])
+    ops.sparse_linear(x, weight, [0.5, 0.4], [32, 64])
+    ops.sparse_glu(x, weight, [0.5, 0.4], "silu")
+    ops_quantized.quantized_linear(x, *codes, [-1.0, -1.0], [32, 64])
     assert len(calls) == 4
-    ops_quantized.quantized_gated(x, *codes, [0.5, 0.4], "silu")
+    ops_quantized.quantized_glu(x, *codes, [0.5, 0.4], "silu")
     assert len(calls) == 5
 
 
@@ -146,7 +146,7 @@ def test_every_dtype_and_number_of_rows_has_an_implementation(
     scheme: Scheme, dtype: torch.dtype, rows: int, device: torch.device
 ) -> None:
     x, weight = draw(rows, 70).to(device, dtype), weight_of(scheme, device)
-    result = ops_quantized.quantized_parts(x, *weight, [-1.0], [96])
+    result = ops_quantized.quantized_linear(x, *weight, [-1.0], [96])
     assert result.dtype == dtype
     dense = round_to_nearest(draw(70, 96, seed=1), scheme).dequantize(torch.float64).to(device)
     assert relative_error(result, x.double() @ dense) < torch.finfo(dtype).eps + 1e-15
@@ -163,7 +163,7 @@ def test_every_dtype_and_number_of_rows_has_an_implementation(
         ({"zeros": torch.zeros(3, 48, dtype=torch.uint8)}, "zeros has shape"),
         ({"zeros": torch.zeros(3, 96)}, "Give uint8"),
         ({"group_size": 0}, "in groups of 0"),
-        ({"widths": [32, 32]}, "do not sum to the 96 columns"),
+        ({"output_sizes": [32, 32]}, "do not sum to the 96 columns"),
         ({"bias": draw(95)}, r"bias has shape \(95,\)"),
         ({"residual": draw(1, 96).half()}, "one dtype"),
     ],
@@ -172,12 +172,12 @@ def test_every_dtype_and_number_of_rows_has_an_implementation(
 def test_operands_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
     names = ("codes", "scales", "zeros", "group_size")
     fitting = dict(zip(names, weight_of(SCHEMES["int4 with zeros"], "cpu"), strict=True))
-    fitting |= {"x": draw(1, 70), "thresholds": [0.5, 0.5], "widths": [32, 64]}
+    fitting |= {"x": draw(1, 70), "thresholds": [0.5, 0.5], "output_sizes": [32, 64]}
     with pytest.raises(UserError, match=message):
-        ops_quantized.quantized_parts(**{**fitting, **change})
+        ops_quantized.quantized_linear(**{**fitting, **change})
 
 
 def test_an_unknown_activation_names_the_known_ones() -> None:
     weight = weight_of(SCHEMES["int8"], "cpu")
     with pytest.raises(UserError, match="Known: gelu_pytorch_tanh, silu"):
-        ops_quantized.quantized_gated(draw(1, 70), *weight, [0.5, 0.5], "relu")
+        ops_quantized.quantized_glu(draw(1, 70), *weight, [0.5, 0.5], "relu")

@@ -27,22 +27,22 @@ SPILLED = {("gated", 8192, 100, "fp16"): 8}
 
 
 def _compile(row: Any, dtype: str, arch: int) -> Any:
-    tile = row.tile
+    config = row.config
     flags = dict.fromkeys(("HAS_SCALE", "HAS_SHIFT", "HAS_BIAS", "HAS_RESIDUAL", "HAS_NORM"), False)
     constants = {
         "PARTS": 3 if row.form == "parts" else 1,
         "ACTIVATION": "silu" if row.form == "gated" else None,
         **flags,
         "ROWS": 1,
-        "BLOCK_N": tile.block_n,
-        "GROUPS": groups(tile, ELEMENT_SIZES[dtype]),
-        "BLOCK_K": tile.block_k,
-        "UNROLL": tile.unroll,
-        "CHUNKS": triton.next_power_of_2(-(-row.in_features // tile.block_k)),
+        "BLOCK_N": config.block_n,
+        "GROUPS": groups(config, ELEMENT_SIZES[dtype]),
+        "BLOCK_K": config.block_k,
+        "UNROLL": config.unroll,
+        "CHUNKS": triton.next_power_of_2(-(-row.in_features // config.block_k)),
         "EVEN": True,
     }
     special = {"scale_ptr": "*fp32", "shift_ptr": "*fp32", "partial_ptr": "*fp32"}
-    special |= {"list_ptr": "*i32", "arrived_ptr": "*i32", "epsilon": "fp32"}
+    special |= {"list_ptr": "*i32", "arrived_ptr": "*i32", "eps": "fp32"}
     special |= {f"threshold_{part}": "fp32" for part in range(3)}
     signature, aligned = {}, {}
     for index, name in enumerate(sparse_gemv_kernel.arg_names):
@@ -52,7 +52,7 @@ def _compile(row: Any, dtype: str, arch: int) -> Any:
             aligned[(index,)] = [["tt.divisibility", 16]]
     places = {(sparse_gemv_kernel.arg_names.index(name),): v for name, v in constants.items()}
     source = ASTSource(sparse_gemv_kernel, signature, places, aligned)
-    options = {"num_warps": tile.warps, "num_stages": 1, "enable_fp_fusion": True}
+    options = {"num_warps": config.warps, "num_stages": 1, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -73,6 +73,6 @@ def test_tiles_of_the_table_compile_to_wide_loads_without_spills(
     resources = _resources(compiled.asm["cubin"], tmp_path)
     assert resources["LOCAL"] == 0
     assert resources["STACK"] == SPILLED.get((row.form, row.in_features, arch, dtype), 0)
-    strips = row.tile.unroll * (2 if row.form == "gated" else 1)
+    weight_rows = row.config.unroll * (2 if row.form == "gated" else 1)
     wide = re.findall(r"ld\.global\S*evict_first\S*\.v4\.b32", compiled.asm["ptx"])
-    assert len(wide) == strips
+    assert len(wide) == weight_rows

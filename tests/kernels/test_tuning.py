@@ -6,7 +6,7 @@ import pytest
 from teal.foundation.errors import UserError
 from teal.kernels import tuning as measured
 from teal.kernels.triton import tile_config as triton_tile_config
-from teal.kernels.triton.tile_config import Tile, TileRow, table_text, tile_for
+from teal.kernels.triton.tile_config import TileConfig, TunedConfig, config_for, table_text
 from teal.kernels.tuning import Table, distance, use_tables
 
 TABLE = Table(file="triton_tile_configs.json", key="tiles", schema_version=3)
@@ -39,21 +39,23 @@ def test_a_row_of_other_fields_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_text(TABLE.text([{"tile": {"blocks": 1}}], "some GPU"))
     with pytest.raises(UserError, match="no table of tiles"):
-        TABLE.read(path, TileRow.from_dict)
+        TABLE.read(path, TunedConfig.from_dict)
 
 
 def test_tables_of_a_folder_come_before_those_of_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measured, "_in_use", {})
-    tile = Tile(block_n=16, block_k=512, warps=2, unroll=8)
-    row = TileRow(form="plain", in_features=4096, out_features=4096, tile=tile)
-    before, other = tile_for("plain", 4096, 4096), tile_for("plain", 14336, 4096)
+    tile = TileConfig(block_n=16, block_k=512, warps=2, unroll=8)
+    row = TunedConfig(form="plain", in_features=4096, out_features=4096, tile=tile)
+    before, other = config_for("plain", 4096, 4096), config_for("plain", 14336, 4096)
     (tmp_path / triton_tile_config.TABLE.file).write_text(table_text([row], "some GPU"))
     use_tables(tmp_path)
-    assert before != tile_for("plain", 4096, 4096) == tile
-    assert tile_for("plain", 14336, 4096) == other
-    assert Table(file="cuda_tile_configs.json", key="cuts", schema_version=2).path_in_use() is None
+    assert before != config_for("plain", 4096, 4096) == tile
+    assert config_for("plain", 14336, 4096) == other
+    assert (
+        Table(file="cuda_tile_configs.json", key="configs", schema_version=2).path_in_use() is None
+    )
 
 
 def test_a_folder_without_a_table_is_refused_with_its_cure(tmp_path: Path) -> None:

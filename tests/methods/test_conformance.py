@@ -156,6 +156,8 @@ def test_threshold_is_rounded_to_float32_once_and_for_all() -> None:
 
 
 def test_rule_lists_only_the_vectors_that_it_has() -> None:
-    scale = torch.ones(3)
+    score_scale = torch.ones(3)
     assert dict(MaskRule(threshold=1.0).vectors) == {}
-    assert dict(MaskRule(threshold=1.0, scale=scale).vectors) == {"scale": scale}
+    assert dict(MaskRule(threshold=1.0, score_scale=score_scale).vectors) == {
+        "score_scale": score_scale
+    }

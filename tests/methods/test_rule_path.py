@@ -14,13 +14,13 @@ SCALE = torch.tensor([1.0, 2.0])
 
 
 def path_of(**changes: object) -> RulePath:
-    """Two projections: "a" rises from the first point on, "b", which has a scale, later."""
+    """Two projections: "a" rises from the first point on, "b", which has a score_scale, later."""
     fields = {
         "projections": ("a", "b"),
         "sparsities": torch.tensor([0.0, 0.2, 0.5], dtype=torch.float64),
         "targets": torch.tensor([[0.0, 0.0], [0.4, 0.0], [0.6, 0.4]], dtype=torch.float64),
         "thresholds": torch.tensor([[-1.0, -1.0], [0.5, -1.0], [1.0, 0.25]]),
-        "vectors": {"b": {"scale": SCALE}},
+        "vectors": {"b": {"score_scale": SCALE}},
     }
     return RulePath(**{**fields, **changes})
 
@@ -48,7 +48,7 @@ def test_projection_without_a_rule_at_both_ends_has_none_between() -> None:
 def test_scale_stays_where_only_the_threshold_changes() -> None:
     for sparsity in (0.3, 0.5):
         _, rule = path_of().at(sparsity)["b"]
-        assert rule.scale is SCALE
+        assert rule.score_scale is SCALE
 
 
 def test_endless_threshold_is_interpolated_without_nan() -> None:
@@ -87,12 +87,12 @@ def test_path_of_points_gives_back_the_points() -> None:
 def test_rules_whose_scale_changes_make_no_path() -> None:
     points = {
         0.0: {"a": (0.0, None)},
-        0.2: {"a": (0.2, MaskRule(threshold=0.1, scale=SCALE))},
-        0.4: {"a": (0.4, MaskRule(threshold=0.1, scale=2 * SCALE))},
+        0.2: {"a": (0.2, MaskRule(threshold=0.1, score_scale=SCALE))},
+        0.4: {"a": (0.4, MaskRule(threshold=0.1, score_scale=2 * SCALE))},
     }
     assert RulePath.from_points(points) is None
-    points[0.4] = {"a": (0.4, MaskRule(threshold=0.2, scale=SCALE.clone()))}
-    assert RulePath.from_points(points).vectors == {"a": {"scale": SCALE}}
+    points[0.4] = {"a": (0.4, MaskRule(threshold=0.2, score_scale=SCALE.clone()))}
+    assert RulePath.from_points(points).vectors == {"a": {"score_scale": SCALE}}
 
 
 def test_path_comes_back_from_its_tensors() -> None:

@@ -3,7 +3,7 @@ import torch
 
 from teal.foundation.errors import UserError
 from teal.quantization import Scheme, round_to_nearest
-from teal.quantization.rounding import Grid
+from teal.quantization.rounding import QuantParams
 from tests.helpers import relative_error
 
 SCHEMES = {
@@ -41,7 +41,8 @@ def test_rounding_normal_numbers_errs_as_its_bits_let_expect(name, most):
 def test_no_entry_is_further_than_half_a_step_from_its_value(name):
     weight = round_to_nearest(dense(), SCHEMES[name])
     steps = weight.scales.repeat_interleave(weight.group_size, 0)
-    # A zero that is not on the grid moves the ends of the range by up to another half step.
+    # A zero that is not on the quantization parameters moves the ends of the range by up to
+    # another half step.
     most = 1.0 if name == "int4-asymmetric" else 0.5
     assert ((weight.dequantize() - dense()).abs() <= most * steps + 1e-6).all()
 
@@ -72,9 +73,9 @@ def test_scales_take_the_dtype_of_the_weight_and_codes_make_up_for_their_roundin
 
 @every_scheme
 def test_what_lies_beyond_the_grid_gets_the_value_at_its_end(name):
-    grid = Grid.fit(dense(), SCHEMES[name], torch.float32)
-    ends = grid.values(grid.codes(torch.stack([dense().amin(0) - 9, dense().amax(0) + 9])))
-    beyond = grid.values(grid.codes(torch.stack([dense().amin(0) - 999, dense().amax(0) + 999])))
+    quant = QuantParams.fit(dense(), SCHEMES[name], torch.float32)
+    ends = quant.values(quant.codes(torch.stack([dense().amin(0) - 9, dense().amax(0) + 9])))
+    beyond = quant.values(quant.codes(torch.stack([dense().amin(0) - 999, dense().amax(0) + 999])))
     assert torch.equal(beyond, ends)
     assert torch.isfinite(beyond).all()
 

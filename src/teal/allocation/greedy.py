@@ -35,7 +35,7 @@ class GreedySettings:
     """How the greedy search runs.
 
     Attributes:
-        step: Sparsity that a block gains in each round.
+        step: Sparsity that a block norm weights in each round.
         until: Sparsity at which every block's path ends; plans may ask for anything up to it.
         propagate: Feed each block with the outputs that the blocks before it give at this
             sparsity; `None` feeds dense ones.

@@ -16,10 +16,10 @@ LLAMA_CPP = "llama-cpp"
 _TRANSFORMERS = "transformers"
 _TRANSFORMERS_COMPILED = "transformers-compiled"
 _TORCH_COMPILE = "torch-compile"
-PEERS = (_TRANSFORMERS, _TRANSFORMERS_COMPILED, _TORCH_COMPILE, LLAMA_CPP)
+BASELINES = (_TRANSFORMERS, _TRANSFORMERS_COMPILED, _TORCH_COMPILE, LLAMA_CPP)
 
 
-class Peer(Protocol):
+class Baseline(Protocol):
     """An engine that can be timed; all decode greedily and dense."""
 
     name: str
@@ -118,12 +118,15 @@ class LlamaCpp:
 
     def __init__(self, file: Path | None) -> None:
         if file is None or not file.is_file():
-            raise UserError("The peer llama-cpp needs the model as a GGUF file. Give --gguf FILE.")
+            raise UserError(
+                "The baseline llama-cpp needs the model as a GGUF file. Give --gguf FILE."
+            )
         try:
             llama = import_module("llama_cpp").Llama
         except ImportError:
             raise UserError(
-                "The peer llama-cpp needs a package. Install it with: pip install llama-cpp-python"
+                "The baseline llama-cpp needs a package. Install it with: "
+                "pip install llama-cpp-python"
             ) from None
         self._model = llama(
             model_path=str(file),
@@ -148,33 +151,33 @@ class LlamaCpp:
         return watch.microseconds_per_token
 
 
-def make_peers(names: Sequence[str], model: Any, gguf: Path | None) -> list[Peer]:
-    """Make peers of one model.
+def make_baselines(names: Sequence[str], model: Any, gguf: Path | None) -> list[Baseline]:
+    """Make baselines of one model.
 
     Args:
-        names: Some of `PEERS`.
-        model: A Hugging Face model, or `None` where no named peer needs it.
+        names: Some of `BASELINES`.
+        model: A Hugging Face model, or `None` where no named baseline needs it.
         gguf: The model for llama.cpp.
 
     Raises:
-        UserError: A name is unknown, or what the peer needs is missing.
+        UserError: A name is unknown, or what the baseline needs is missing.
     """
-    check_peers(names)
+    check_baselines(names)
     return [_make_peer(name, model, gguf) for name in names]
 
 
-def check_peers(names: Sequence[str]) -> None:
-    """Check the names of peers.
+def check_baselines(names: Sequence[str]) -> None:
+    """Check the names of baselines.
 
     Raises:
         UserError: One is unknown.
     """
     for name in names:
-        if name not in PEERS:
-            raise unknown_name("peer", name, PEERS)
+        if name not in BASELINES:
+            raise unknown_name("baseline", name, BASELINES)
 
 
-def _make_peer(name: str, model: Any, gguf: Path | None) -> Peer:
+def _make_peer(name: str, model: Any, gguf: Path | None) -> Baseline:
     if name == LLAMA_CPP:
         return LlamaCpp(gguf)
     if name == _TORCH_COMPILE:

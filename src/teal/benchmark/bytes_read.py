@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from teal.engine.weights.decoder_weights import DecoderWeights
-from teal.engine.weights.matrix import Matrix, bytes_of, format_of, strips
+from teal.engine.weights.matrix import Matrix, bytes_of, format_of, weight_rows
 from teal.quantization import FLOAT
 
 
@@ -45,14 +45,16 @@ class WeightsRead:
         return f"{self.format}{groups}{head}"
 
 
-def bytes_kept(matrix: Matrix, widths: Mapping[str, int], sparsities: Mapping[str, float]) -> float:
-    """Return how much of a matrix a token reads: kept strips, and scales and zeros of all groups.
+def bytes_kept(
+    matrix: Matrix, output_sizes: Mapping[str, int], sparsities: Mapping[str, float]
+) -> float:
+    """Return the bytes of a matrix that a token reads: kept weight rows, and all scales and zeros.
 
     Args:
         matrix: Projections beside each other.
-        widths: out_features by projection.
+        output_sizes: out_features by projection.
         sparsities: Sparsity by projection; what is not named is dense.
     """
-    kept = sum(width * (1.0 - sparsities.get(name, 0.0)) for name, width in widths.items())
-    skippable = strips(matrix).nbytes
-    return skippable * kept / sum(widths.values()) + bytes_of(matrix) - skippable
+    kept = sum(width * (1.0 - sparsities.get(name, 0.0)) for name, width in output_sizes.items())
+    skippable = weight_rows(matrix).nbytes
+    return skippable * kept / sum(output_sizes.values()) + bytes_of(matrix) - skippable

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from teal.benchmark.baselines import Peer
+from teal.benchmark.baselines import Baseline
 from teal.benchmark.bytes_read import WeightsRead
 from teal.benchmark.memory import MemoryTaken
-from teal.benchmark.model import Subject
+from teal.benchmark.model import BenchmarkModel
 from teal.benchmark.timing import Timing, summary_of
 from teal.engine.engine import Engine
 from teal.foundation.progress import Progress, silent
@@ -28,7 +28,7 @@ class Start:
     Attributes:
         seconds: By which the first call took longer: kernels compiled or loaded, graphs captured.
         bytes: Memory that our first call took at most, beyond weights and the cache of keys and
-            values; `None` for a peer, and where the device does not count it.
+            values; `None` for a baseline, and where the device does not count it.
     """
 
     seconds: float
@@ -41,9 +41,9 @@ class DecodeResult:
 
     Attributes:
         model: Name of the model.
-        runner: "teal", or the name of a peer.
+        runner: "teal", or the name of a baseline.
         dtype: Of activations, and of weights that are floats.
-        weights: What the weights are made of; floats for a peer.
+        weights: What the weights are made of; floats for a baseline.
         prompt_tokens: Tokens in the prompt.
         new_tokens: Tokens decoded.
         sparsity: Target; 0 is dense.
@@ -95,23 +95,23 @@ class DecodeResult:
 
 
 def measure(
-    subject: Subject,
+    subject: BenchmarkModel,
     sparsities: Sequence[float],
-    peers: Sequence[Peer],
+    baselines: Sequence[Baseline],
     bandwidth: float,
     progress: Progress = silent,
 ) -> list[DecodeResult]:
-    """Measure our engine, dense first, and peers, all in turn within each repetition.
+    """Measure our engine, dense first, and baselines, all in turn within each repetition.
 
     Args:
         subject: The model.
         sparsities: Targets in [0, 1).
-        peers: Other engines with a model of the same shapes.
+        baselines: Other engines with a model of the same shapes.
         bandwidth: Bytes per second that memory can deliver.
         progress: Shows the repetitions going by.
 
     Returns:
-        A result per sparsity, then one per peer.
+        A result per sparsity, then one per baseline.
 
     Raises:
         UserError: A decode step is wrong.
@@ -121,8 +121,10 @@ def measure(
     calls: dict[_Runner, Callable[[], float]] = {
         (OURS, sparsity): partial(_decode, subject, engine) for sparsity, engine in engines.items()
     }
-    for peer in peers:
-        calls[peer.name, 0.0] = partial(peer.time, subject.prompt, subject.workload.new_tokens)
+    for baseline in baselines:
+        calls[baseline.name, 0.0] = partial(
+            baseline.time, subject.prompt, subject.workload.new_tokens
+        )
     times, starts = _interleaved(subject, calls, progress)
     effective = {
         sparsity: subject.effective_sparsity(engine) for sparsity, engine in engines.items()
@@ -144,7 +146,7 @@ def measure(
 
 
 def _interleaved(
-    subject: Subject,
+    subject: BenchmarkModel,
     calls: Mapping[_Runner, Callable[[], float]],
     progress: Progress,
 ) -> tuple[dict[_Runner, Timing], dict[_Runner, Start]]:
@@ -168,14 +170,14 @@ def _interleaved(
     return {key: summary_of(values[1:]) for key, values in times.items()}, starts
 
 
-def _decode(subject: Subject, engine: Engine) -> float:
+def _decode(subject: BenchmarkModel, engine: Engine) -> float:
     number = subject.workload.new_tokens
     result = engine.generate(subject.prompt, max_new_tokens=number, stop_tokens=())
     return 1e6 / result.tokens_per_second
 
 
 def _result(
-    subject: Subject,
+    subject: BenchmarkModel,
     runner: str,
     sparsity: float,
     timing: Timing,

@@ -13,7 +13,7 @@ from teal.benchmark.shapes import Shape
 from teal.benchmark.timing import Call, Timing, time_call
 from teal.foundation.errors import UserError
 from teal.kernels import ops
-from teal.kernels.operands import Grid, Operands
+from teal.kernels.operands import Operands, QuantParams
 from teal.kernels.reference import matmul as reference
 
 ACTIVATION = "silu"
@@ -34,12 +34,12 @@ class GemvResult:
         dtype: Of activations, and of the weight unless it has a format.
         rows: Token rows.
         sparsity: Target, per row.
-        read: Fraction of the strips that some row keeps.
+        read: Fraction of the weight rows that some row keeps.
         error: Of the sparse product against float64, rms over rms.
         dense: Fastest dense product, on either layout of the weight; our own with codes.
         sparse: Ours.
-        peer: TEAL's own kernel, where asked for.
-        limit: Microseconds to read the kept strips at full bandwidth.
+        baseline: TEAL's own kernel, where asked for.
+        limit: Microseconds to read the kept weight rows at full bandwidth.
         bandwidth: Bytes per second that the sparse product read.
         format: Of the codes of a quantized weight, such as "int8"; `None` for floats.
         floats: Fastest dense product with floats, beside that of a quantized weight.
@@ -53,7 +53,7 @@ class GemvResult:
     error: float
     dense: Timing
     sparse: Timing
-    peer: Timing | None
+    baseline: Timing | None
     limit: float
     bandwidth: float
     format: str | None = None
@@ -114,14 +114,14 @@ class Product:
 
     def sparse(self, number: int, threshold: float) -> Tensor:
         """Compute the product with one of the weights through the operation that decode uses."""
-        weight, widths = self.weights[number % self.copies], self.shape.widths
+        weight, output_sizes = self.weights[number % self.copies], self.shape.output_sizes
         if self.shape.form == "gated":
-            return ops.sparse_gated(self.x, weight, [threshold] * 2, ACTIVATION)
+            return ops.sparse_glu(self.x, weight, [threshold] * 2, ACTIVATION)
         if self.shape.form == "parts":
-            return ops.sparse_parts(self.x, weight, [threshold] * len(widths), widths)
+            return ops.sparse_linear(self.x, weight, [threshold] * len(output_sizes), output_sizes)
         return ops.sparse_gemv(self.x, weight, threshold)
 
-    def operands(self, number: int, threshold: float) -> tuple[Operands, Grid | None]:
+    def operands(self, number: int, threshold: float) -> tuple[Operands, QuantParams | None]:
         """Return what the kernels are given for one of the weights."""
         return self._operands(self.weights[number], threshold), None
 
@@ -148,7 +148,7 @@ class Product:
         return kept @ self.weights[0].to(kept.dtype)
 
     def read_bytes(self, read: float) -> float:
-        """Return the bytes that a product reads which keeps a fraction of the strips."""
+        """Return the bytes that a product reads which keeps a fraction of the weight_rows."""
         return read * self.weights[0].nbytes
 
     def time(self, call: Call) -> Timing:
@@ -173,12 +173,12 @@ class Product:
         return None
 
     def _operands(self, weight: Tensor, threshold: float) -> Operands:
-        widths = self.shape.widths
+        output_sizes = self.shape.output_sizes
         return Operands(
             x=self.x,
             weight=weight,
-            thresholds=[threshold] * len(widths),
-            widths=widths,
+            thresholds=[threshold] * len(output_sizes),
+            output_sizes=output_sizes,
             activation=ACTIVATION if self.shape.form == "gated" else None,
         )
 
@@ -189,7 +189,7 @@ class Product:
 
 
 def measure(
-    product: Product, sparsities: Sequence[float], bandwidth: float, peer: Any = None
+    product: Product, sparsities: Sequence[float], bandwidth: float, baseline: Any = None
 ) -> Iterator[GemvResult]:
     """Measure one product at several sparsities, each after its check.
 
@@ -197,7 +197,7 @@ def measure(
         product: Shape and inputs.
         sparsities: Targets in [0, 1).
         bandwidth: Bytes per second that memory can deliver.
-        peer: TEAL's kernels, or `None`.
+        baseline: TEAL's kernels, or `None`.
 
     Yields:
         One result per sparsity.
@@ -218,7 +218,7 @@ def measure(
             error=error,
             dense=dense,
             sparse=sparse,
-            peer=None if peer is None else peer.time(product, threshold, sparsity),
+            baseline=None if baseline is None else baseline.time(product, threshold, sparsity),
             limit=read_bytes / bandwidth * 1e6,
             bandwidth=read_bytes / (sparse.median * 1e-6),
             format=product.format,

@@ -7,7 +7,7 @@ from teal.benchmark.gemv import ACTIVATION, Product, copies_of
 from teal.benchmark.shapes import Shape
 from teal.benchmark.timing import Timing
 from teal.kernels import ops_quantized
-from teal.kernels.operands import Grid, Operands
+from teal.kernels.operands import Operands, QuantParams
 from teal.quantization import QuantizedWeight, Scheme, round_to_nearest
 
 
@@ -41,18 +41,18 @@ class QuantizedProduct(Product):
 
     def sparse(self, number: int, threshold: float) -> Tensor:
         """Compute the product with one of the weights through the operation that decode uses."""
-        codes, widths = self.codes[number % self.copies], self.shape.widths
+        codes, output_sizes = self.codes[number % self.copies], self.shape.output_sizes
         weight = (codes.codes, codes.scales, codes.zeros, codes.group_size)
-        thresholds = [threshold] * len(widths)
+        thresholds = [threshold] * len(output_sizes)
         if self.shape.form == "gated":
-            return ops_quantized.quantized_gated(self.x, *weight, thresholds, ACTIVATION)
-        return ops_quantized.quantized_parts(self.x, *weight, thresholds, widths)
+            return ops_quantized.quantized_glu(self.x, *weight, thresholds, ACTIVATION)
+        return ops_quantized.quantized_linear(self.x, *weight, thresholds, output_sizes)
 
-    def operands(self, number: int, threshold: float) -> tuple[Operands, Grid | None]:
+    def operands(self, number: int, threshold: float) -> tuple[Operands, QuantParams | None]:
         """Return what the kernels are given for one of the weights."""
         weight = self.codes[number]
-        grid = Grid(weight.scales, weight.zeros, weight.group_size)
-        return self._operands(weight.codes, threshold), grid
+        quant = QuantParams(weight.scales, weight.zeros, weight.group_size)
+        return self._operands(weight.codes, threshold), quant
 
     def by_torch(self, kept: Tensor) -> Tensor:
         """Multiply with the first weight in float32 or wider, rounded to the dtype of `kept`."""

@@ -53,7 +53,7 @@ class Workload:
             )
 
 
-class Subject:
+class BenchmarkModel:
     """A model, whose weights all of its engines share.
 
     Args:
@@ -88,7 +88,7 @@ class Subject:
         self.prompt: list[int] = self._random_tokens(workload.prompt_tokens).tolist()
         layers = range(self._architecture.num_layers)
         self._inputs = {
-            entry.name: tuple(entry.widths)
+            entry.name: tuple(entry.output_sizes)
             for layer in layers
             for entry in self._architecture.inputs(layer)
         }
@@ -175,7 +175,7 @@ class Subject:
             values.
         """
         kept = sum(
-            bytes_kept(matrix, entry.widths, sparsities)
+            bytes_kept(matrix, entry.output_sizes, sparsities)
             for index, layer in enumerate(self._weights.layers)
             for matrix, entry in zip(layer.matrices, self._architecture.inputs(index), strict=True)
         )

@@ -37,7 +37,7 @@ def save_plot(results: Sequence[GemvResult], path: Path) -> None:
 
 
 def save_decode_plot(results: Sequence[DecodeResult], path: Path) -> None:
-    """Draw one panel per model: our tokens/s and the limit per format, and a line per peer.
+    """Draw one panel per model: our tokens/s and the limit per format, and a line per baseline.
 
     Args:
         results: Of one or more models.
@@ -55,9 +55,11 @@ def save_decode_plot(results: Sequence[DecodeResult], path: Path) -> None:
         for index, kind in enumerate(kinds):
             rows = [row for row in mine if row.weights == kind]
             _draw_lines(axes, rows, f"C{index}", has_label=index == 0)
-        for index, peer in enumerate(row for row in here if row.runner != OURS):
+        for index, baseline in enumerate(row for row in here if row.runner != OURS):
             color = f"C{index + len(kinds)}"
-            axes.axhline(peer.tokens_per_second, linestyle="--", color=color, label=peer.runner)
+            axes.axhline(
+                baseline.tokens_per_second, linestyle="--", color=color, label=baseline.runner
+            )
         axes.set(title=model, xlabel="effective sparsity, %", ylabel="tokens/s", ylim=(0, None))
     panels.save(path)
 

@@ -20,22 +20,22 @@ class Shape:
     Attributes:
         form: "plain", "parts" (q, k and v) or "gated" (gate and up).
         in_features: Size of the input.
-        widths: Columns of every part.
+        output_sizes: Columns of every part.
     """
 
     form: str
     in_features: int
-    widths: tuple[int, ...]
+    output_sizes: tuple[int, ...]
 
     @property
     def out_features(self) -> int:
         """Columns of the weight."""
-        return sum(self.widths)
+        return sum(self.output_sizes)
 
     @property
     def name(self) -> str:
         """For tables, such as "4096 → 2×14336"."""
-        out = f"2×{self.widths[0]}" if self.form == "gated" else str(self.out_features)
+        out = f"2×{self.output_sizes[0]}" if self.form == "gated" else str(self.out_features)
         return f"{self.in_features} → {out}"
 
 
@@ -72,10 +72,10 @@ class Geometry:
         hidden, intermediate = self.hidden, self.intermediate
         qkv = (self.queries, self.keys, self.keys)
         return [
-            Shape(form="parts", in_features=hidden, widths=qkv),
-            Shape(form="plain", in_features=self.queries, widths=(hidden,)),
-            Shape(form="gated", in_features=hidden, widths=(intermediate, intermediate)),
-            Shape(form="plain", in_features=intermediate, widths=(hidden,)),
+            Shape(form="parts", in_features=hidden, output_sizes=qkv),
+            Shape(form="plain", in_features=self.queries, output_sizes=(hidden,)),
+            Shape(form="gated", in_features=hidden, output_sizes=(intermediate, intermediate)),
+            Shape(form="plain", in_features=intermediate, output_sizes=(hidden,)),
         ]
 
 
@@ -97,7 +97,7 @@ def shapes_of(name: str) -> list[Shape]:
     shape = _shape_of(name)
     if shape is None:
         raise unknown_name("model or size", name, [*MODELS, *_EXAMPLES])
-    if not shape.in_features or not all(shape.widths):
+    if not shape.in_features or not all(shape.output_sizes):
         raise UserError(f"Size {name!r} has a zero. Give sizes such as 4096x11008.")
     return [shape]
 
@@ -106,9 +106,9 @@ def _shape_of(name: str) -> Shape | None:
     gated, parts = _GATED.fullmatch(name), _PARTS.fullmatch(name)
     if gated:
         in_features, width = map(int, gated.groups())
-        return Shape(form="gated", in_features=in_features, widths=(width, width))
+        return Shape(form="gated", in_features=in_features, output_sizes=(width, width))
     if parts:
-        widths = tuple(map(int, parts[2].split("+")))
-        form = "plain" if len(widths) == 1 else "parts"
-        return Shape(form=form, in_features=int(parts[1]), widths=widths)
+        output_sizes = tuple(map(int, parts[2].split("+")))
+        form = "plain" if len(output_sizes) == 1 else "parts"
+        return Shape(form=form, in_features=int(parts[1]), output_sizes=output_sizes)
     return None

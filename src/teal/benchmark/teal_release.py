@@ -17,7 +17,7 @@ _FILE = "kernels/sparse_gemv.py"
 _WRAPPER = "compile_wrapper"
 
 
-class Peer:
+class Baseline:
     """TEAL's kernels for one row in float16, autotuned by themselves.
 
     Args:
@@ -50,7 +50,7 @@ class Peer:
         x, percent = product.x[None], int(sparsity * 100)
         if product.shape.form == "parts":
             result: Tensor = self._kernels.qkv_gemv(
-                x, weight, *[threshold] * 3, percent, product.shape.widths[-1]
+                x, weight, *[threshold] * 3, percent, product.shape.output_sizes[-1]
             )
         else:
             result = self._kernels.splitk_sparse_gemv(x, weight, threshold, percent)

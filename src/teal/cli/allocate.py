@@ -92,7 +92,8 @@ def command(
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens of --text at most.")] = 20480,
     sequence_length: SequenceLengthOption = None,
     greedy_step: Annotated[
-        float, typer.Option("--greedy-step", help="Sparsity a block gains in a greedy round.")
+        float,
+        typer.Option("--greedy-step", help="Sparsity a block norm_weights in a greedy round."),
     ] = DEFAULTS.step,
     greedy_until: Annotated[
         float, typer.Option("--greedy-until", help="Sparsity at which the greedy path ends.")

@@ -40,7 +40,7 @@ GROUP_EXAMPLES = """Examples:
 
 teal bench gemv llama-3-8b --sparsity 0.4,0.5 --plot gemv.png
 
-teal bench decode models/py-16m --sparsity 0.5 --peer transformers
+teal bench decode models/py-16m --sparsity 0.5 --baseline transformers
 """
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, epilog=GROUP_EXAMPLES)
@@ -76,16 +76,16 @@ def gemv(
     device: Annotated[
         str, typer.Option("--device", help="auto, cpu or cuda; auto is CUDA where present.")
     ] = "auto",
-    peer_teal: Annotated[
+    baseline_teal: Annotated[
         Path | None,
-        typer.Option("--peer-teal", help="Checkout of FasterDecoding/TEAL to measure beside."),
+        typer.Option("--baseline-teal", help="Checkout of FasterDecoding/TEAL to measure beside."),
     ] = None,
     tune: Annotated[
         Path | None,
         typer.Option(
             "--tune",
             metavar="FOLDER",
-            help="Search the fastest cuts of the products instead, and write their table there.",
+            help="Search the fastest configs of the products instead, and write their table there.",
         ),
     ] = None,
     tables: TablesOption = None,
@@ -101,7 +101,7 @@ def gemv(
     from teal.benchmark.environment import describe_machine
     from teal.benchmark.gemv import measure
     from teal.benchmark.roofline import read_bandwidth
-    from teal.benchmark.teal_release import Peer
+    from teal.benchmark.teal_release import Baseline
 
     place, number = _device(device), _dtype(dtype)
     scheme = scheme_of(quantize, group_size)
@@ -109,17 +109,17 @@ def gemv(
     wanted = _unique(shapes)
     if tables:
         use_tables(tables)
-    if scheme and peer_teal:
+    if scheme and baseline_teal:
         raise UserError("TEAL's kernels are of floats. Leave out --quantize.")
     if tune:
         _write_tables(tune, wanted, lambda shape: _product(shape, number, place, rows, scheme))
         return
-    peer = Peer(peer_teal) if peer_teal else None
+    baseline = Baseline(baseline_teal) if baseline_teal else None
     bandwidth = read_bandwidth(place)
     results: list[GemvResult] = []
     for shape in progress_bar(wanted, "Products"):
         product = _product(shape, number, place, rows, scheme)
-        results += measure(product, fractions, bandwidth, peer)
+        results += measure(product, fractions, bandwidth, baseline)
     if plot:
         from teal.benchmark.plot import save_plot
 
@@ -163,7 +163,10 @@ def _print(results: "list[GemvResult]", bandwidth: float) -> None:
         ]
         for result in results
     ]
-    others = {"peer µs": [r.peer for r in results], "floats µs": [r.floats for r in results]}
+    others = {
+        "baseline µs": [r.baseline for r in results],
+        "floats µs": [r.floats for r in results],
+    }
     for column, timings in others.items():
         if any(timings):
             columns.append(column)
@@ -180,21 +183,21 @@ def _write_tables(
     from teal.benchmark.environment import describe_machine
     from teal.benchmark.tuning import gemv as tune_product
     from teal.benchmark.tuning import triton as tune_tiles
-    from teal.benchmark.tuning.table import write_cuts, write_tiles
+    from teal.benchmark.tuning.table import write_cuda_table, write_triton_table
 
     for shape in progress_bar(shapes, "Products"):
         product = product_of(shape)
         name = describe_machine(product.x.device)["device"]
-        if tune_product.is_cut(product):
+        if tune_product.has_kernel(product):
             task, found = tune_product.tune(product)
-            path = write_cuts(folder, {task: found.cut}, name)
+            path = write_cuda_table(folder, {task: found.config}, name)
             say(f"{shape.name}: {found}")
         elif len(product.x) > 1:
             raise UserError("Triton's kernel is tuned for one row. Leave out --rows.")
         else:
             row = tune_tiles.tune(product)
-            path = write_tiles(folder, [row], name)
-            say(f"{shape.name}: {row.tile}")
+            path = write_triton_table(folder, [row], name)
+            say(f"{shape.name}: {row.config}")
     say(f"The table is in {path}. Use it with --tables {folder}, or teal.use_tables.")
 
 

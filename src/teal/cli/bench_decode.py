@@ -1,4 +1,4 @@
-"""`teal bench decode`: how fast does a whole model decode, beside dense, limit and peers?"""
+"""`teal bench decode`: how fast does a whole model decode, beside dense, limit and baselines?"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,12 +22,12 @@ from teal.kernels.tuning import use_tables
 
 if TYPE_CHECKING:
     from teal.benchmark.decode import DecodeResult
-    from teal.benchmark.model import Subject
+    from teal.benchmark.model import BenchmarkModel
     from teal.benchmark.profile import KernelTime
 
 EXAMPLES = """Examples:
 
-teal bench decode models/py-16m --sparsity 0.5 --peer transformers
+teal bench decode models/py-16m --sparsity 0.5 --baseline transformers
 
 teal bench decode --config llama-3-8b --sparsity 0.4,0.5,0.65 --plot decode.png
 
@@ -72,16 +72,16 @@ def decode(
     repeats: Annotated[
         int, typer.Option("--repeats", help="Interleaved repetitions; their median is shown.")
     ] = 5,
-    peer: Annotated[
+    baseline: Annotated[
         list[str] | None,
         typer.Option(
-            "--peer",
+            "--baseline",
             help="Measure beside transformers, transformers-compiled, torch-compile or llama-cpp. "
             "May be repeated.",
         ),
     ] = None,
     gguf: Annotated[
-        Path | None, typer.Option("--gguf", help="The model for --peer llama-cpp.")
+        Path | None, typer.Option("--gguf", help="The model for --baseline llama-cpp.")
     ] = None,
     quantize: QuantizeSeveralOption = None,
     group_size: GroupSizeOption = None,
@@ -98,7 +98,7 @@ def decode(
         typer.Option(
             "--tune",
             metavar="FOLDER",
-            help="Search the fastest cuts of a step's products instead, on a few layers of a "
+            help="Search the fastest configs of a step's products instead, on a few layers of a "
             "--config, and write their table there.",
         ),
     ] = None,
@@ -118,7 +118,7 @@ def decode(
     is that of the time to read all kept weights, the head and the cache at the speed that a plain
     sum reads memory in the same run.
     """
-    from teal.benchmark.baselines import check_peers, make_peers
+    from teal.benchmark.baselines import check_baselines, make_baselines
     from teal.benchmark.decode import measure
     from teal.benchmark.environment import describe_machine
     from teal.benchmark.model import Workload
@@ -130,7 +130,7 @@ def decode(
     quiet_libraries()
     place, fractions = resolve_device(device), fractions_of(sparsity)
     workload = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
-    check_peers(peer or ())
+    check_baselines(baseline or ())
     if tables:
         use_tables(tables)
     formats = formats_of(quantize or (), group_size, quantize_head)
@@ -150,10 +150,12 @@ def decode(
     bandwidth = read_bandwidth(place)
     results: list[DecodeResult] = []
     for subject in sources.subjects(workload):
-        peers = make_peers(peer or (), sources.peer_model(subject.name, peer or ()), gguf)
-        results += measure(subject, fractions, peers, bandwidth, progress_bar)
+        baselines = make_baselines(
+            baseline or (), sources.baseline_model(subject.name, baseline or ()), gguf
+        )
+        results += measure(subject, fractions, baselines, bandwidth, progress_bar)
         # Their memory is free before the next model takes any.
-        del subject, peers
+        del subject, baselines
         # Other programs may have slowed one reading down; the fastest is what memory can do.
         bandwidth = max(bandwidth, read_bandwidth(place))
     results = [replace(result, bandwidth=bandwidth) for result in results]
@@ -197,21 +199,21 @@ def _row(result: "DecodeResult") -> list[str]:
     ]
 
 
-def _write_table(folder: Path, subject: "Subject") -> None:
+def _write_table(folder: Path, subject: "BenchmarkModel") -> None:
     from teal.benchmark.environment import describe_machine
     from teal.benchmark.tuning.decode_step import tune
-    from teal.benchmark.tuning.table import write_cuts
+    from teal.benchmark.tuning.table import write_cuda_table
 
     name = describe_machine(subject.device)["device"]
     for task, found in tune(subject, progress_bar):
         # One after the other, so that an interrupted search keeps what it found.
-        path = write_cuts(folder, {task: found.cut}, name)
+        path = write_cuda_table(folder, {task: found.config}, name)
         kind = "dense" if task.is_dense else "sparse"
         say(f"{task.in_features} → {task.out_features} from {task.form}, {kind}: {found}")
     say(f"The table is in {path}. Use it with --tables {folder}, or teal.use_tables.")
 
 
-def _print_kernels(subject: "Subject", fractions: Sequence[float]) -> None:
+def _print_kernels(subject: "BenchmarkModel", fractions: Sequence[float]) -> None:
     from teal.benchmark.profile import profile_step
 
     for sparsity, engine in subject.engines([0.0, *fractions]).items():

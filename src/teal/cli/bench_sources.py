@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from teal.benchmark.baselines import LLAMA_CPP
-from teal.benchmark.model import Subject, Workload
+from teal.benchmark.model import BenchmarkModel, Workload
 from teal.benchmark.model_configs import config_of
 from teal.cli.console import progress_bar
 from teal.engine.weights.loader import OpenedModel, open_model
@@ -61,15 +61,15 @@ class Sources:
         self._device = device
         self._dtype = dtype
 
-    def subjects(self, workload: Workload) -> Iterator[Subject]:
+    def subjects(self, workload: Workload) -> Iterator[BenchmarkModel]:
         """Open the models in every format."""
         for name in (*self._models, *self._configs):
             for scheme, quantize_head in self._formats:
-                yield Subject(name, self._opened(name, scheme, quantize_head), workload)
+                yield BenchmarkModel(name, self._opened(name, scheme, quantize_head), workload)
 
-    def peer_model(self, name: str, peers: Sequence[str]) -> Any:
-        """Return the Hugging Face model that peers run, or `None` where none needs it."""
-        if not set(peers) - {LLAMA_CPP}:
+    def baseline_model(self, name: str, baselines: Sequence[str]) -> Any:
+        """Return the Hugging Face model that baselines run, or `None` where none needs it."""
+        if not set(baselines) - {LLAMA_CPP}:
             return None
         if name not in self._configs:
             return load_model(name, device=self._device, dtype=self._dtype)

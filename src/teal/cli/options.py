@@ -46,7 +46,7 @@ TablesOption = Annotated[
     typer.Option(
         "--tables",
         metavar="FOLDER",
-        help="Cut products on the GPU as tables there say, which teal bench … --tune wrote.",
+        help="TileConfig products on the GPU as tables there say, which teal bench … --tune wrote.",
     ),
 ]
 QuantizeOption = Annotated[

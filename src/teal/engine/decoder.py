@@ -196,8 +196,8 @@ class Decoder:
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        weights, epsilon = self.weights, self.architecture.epsilon
-        return self.logits_of(rms_norm(hidden, weights.final_norm, epsilon))
+        weights, eps = self.weights, self.architecture.eps
+        return self.logits_of(rms_norm(hidden, weights.final_norm, eps))
 
     def _require_tokens(self, tokens: Tensor) -> Tensor:
         if tokens.dim() != 1 or not len(tokens):

@@ -17,7 +17,7 @@ from teal.engine.decoder import Decoder, Stepper
 from teal.engine.kv_cache import KeyValueCache
 from teal.engine.layers import LayerCalls, Product
 from teal.engine.weights.matrix import Matrix
-from teal.kernels.operands import Grid
+from teal.kernels.operands import QuantParams
 from teal.kernels.reference.matmul import keeps_everything
 from teal.models.architectures import Architecture
 
@@ -59,7 +59,8 @@ class FusedStep:
         decoder: With rules as they shall be applied; later changes are not seen.
         cache: The stream.
         overlap: Let launches begin before the one in front has ended, where the GPU can.
-        cuts: How to cut "qkv", "o", "gate_up" or "down"; by default as was measured to be fast.
+        configs: How to config "qkv", "o", "gate_up" or "down"; by default as was measured to be
+            fast.
 
     Attributes:
         memory: Sums of a step.
@@ -72,7 +73,7 @@ class FusedStep:
         cache: KeyValueCache,
         *,
         overlap: bool = True,
-        cuts: "Mapping[str, tile_config.Cut] | None" = None,
+        configs: "Mapping[str, tile_config.TileConfig] | None" = None,
     ) -> None:
         architecture, weights = decoder.architecture, decoder.weights
         self._decoder = decoder
@@ -86,7 +87,7 @@ class FusedStep:
             weights.dtype,
             weights.device,
         )
-        self.layers = [_layer(decoder, calls, cuts or {}) for calls in decoder.layers]
+        self.layers = [_layer(decoder, calls, configs or {}) for calls in decoder.layers]
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
@@ -109,7 +110,7 @@ class FusedStep:
             self._feed_forward(layer, index)
         embed_argmax.finish(
             decoder.weights.final_norm,
-            decoder.architecture.epsilon,
+            decoder.architecture.eps,
             memory,
             cache.positions,
             dependent=dependent,
@@ -176,8 +177,8 @@ def obstacle(decoder: Decoder, cache: KeyValueCache) -> str | None:
         or form.attention_post_norm is not None
         or form.mlp_post_norm is not None,
         "q and k are normed as a whole": form.qk_norm == "vector",
-        "rules have a scale or shift": not all(map(_is_plain, decoder.layers)),
-        "projections are of widths that strips cannot be cut at": not all(
+        "rules have a score_scale or shift": not all(map(_is_plain, decoder.layers)),
+        "projections are of output_sizes that weight_rows cannot be config at": not all(
             _can_load(calls, architecture, dtype) for calls in decoder.layers
         ),
     }
@@ -187,32 +188,34 @@ def obstacle(decoder: Decoder, cache: KeyValueCache) -> str | None:
 def _is_plain(calls: LayerCalls) -> bool:
     products = (calls.qkv, calls.o, calls.gate_up, calls.down)
     return all(
-        scale is None and shift is None
-        for _weight, _thresholds, _columns, scale, shift, _bias in products
+        score_scale is None and shift is None
+        for _weight, _thresholds, _columns, score_scale, shift, _bias in products
     )
 
 
 def _can_load(calls: LayerCalls, architecture: Architecture, dtype: torch.dtype) -> bool:
     return all(
-        tile_config.can_load(*_codes_and_grid(product[0]), widths, dtype)
-        for product, widths in _products(calls, architecture)
+        tile_config.can_load(*_codes_and_params(product[0]), output_sizes, dtype)
+        for product, output_sizes in _products(calls, architecture)
     )
 
 
 def _products(
     calls: LayerCalls, architecture: Architecture
 ) -> Sequence[tuple[Product, Sequence[int]]]:
-    """Return qkv, o, gate and up, and down, each with the widths of its parts."""
+    """Return qkv, o, gate and up, and down, each with the output sizes of its parts."""
     qkv, o, gate_up, down = calls.qkv, calls.o, calls.gate_up, calls.down
     halves = [architecture.intermediate_size] * 2
     return (qkv, qkv[2]), (o, o[2]), (gate_up, halves), (down, down[2])
 
 
-def _layer(decoder: Decoder, calls: LayerCalls, cuts: "Mapping[str, tile_config.Cut]") -> Layer:
+def _layer(
+    decoder: Decoder, calls: LayerCalls, configs: "Mapping[str, tile_config.TileConfig]"
+) -> Layer:
     names = ("qkv", "o", "gate_up", "down")
     projections = {
-        name: _projections(*product, source, calls, gain, cuts.get(name))
-        for name, product, source, gain in zip(
+        name: _projections(*product, source, calls, norm_weight, configs.get(name))
+        for name, product, source, norm_weight in zip(
             names,
             _products(calls, decoder.architecture),
             ("hidden", "attention", "hidden", decoder.architecture.activation),
@@ -225,31 +228,31 @@ def _layer(decoder: Decoder, calls: LayerCalls, cuts: "Mapping[str, tile_config.
 
 def _projections(
     product: Product,
-    widths: Sequence[int],
+    output_sizes: Sequence[int],
     source: str,
     calls: LayerCalls,
-    gain: Tensor | None,
-    cut: "tile_config.Cut | None",
+    norm_weight: Tensor | None,
+    config: "tile_config.TileConfig | None",
 ) -> "decode_step.Projections":
     weight, thresholds, _, _, _, bias = product
-    codes, grid = _codes_and_grid(weight)
+    codes, quant = _codes_and_params(weight)
     padded = list(itertools.islice(itertools.chain(thresholds, itertools.repeat(0.0)), 3))
     return decode_step.Projections(
         weight=codes,
-        grid=grid,
-        widths=widths,
+        quant=quant,
+        output_sizes=output_sizes,
         thresholds=torch.tensor(padded, device=codes.device),
         input=source,  # type: ignore[arg-type]
         is_dense=keeps_everything(thresholds),
         bias=bias,
-        gain=gain,
-        epsilon=calls.epsilon,
-        multiplier=1.0 if gain is not None else calls.residual_multiplier,
-        cut=cut,
+        norm_weight=norm_weight,
+        eps=calls.eps,
+        multiplier=1.0 if norm_weight is not None else calls.residual_multiplier,
+        config=config,
     )
 
 
-def _codes_and_grid(weight: Matrix) -> tuple[Tensor, Grid | None]:
+def _codes_and_params(weight: Matrix) -> tuple[Tensor, QuantParams | None]:
     if isinstance(weight, Tensor):
         return weight, None
-    return weight.codes, Grid(weight.scales, weight.zeros, weight.group_size)
+    return weight.codes, QuantParams(weight.scales, weight.zeros, weight.group_size)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from teal.engine.weights.decoder_weights import LayerWeights
-from teal.engine.weights.matrix import KEEP_ALL, Matrix, fold_shift, gated, parts, strips
+from teal.engine.weights.matrix import KEEP_ALL, Matrix, fold_shift, gated, parts, weight_rows
 from teal.foundation.errors import UserError
 from teal.kernels.reference.matmul import rms_norm
 from teal.methods import MaskRule
@@ -18,7 +18,7 @@ Rules = Mapping[str, MaskRule | None]
 Observer = Callable[[str, Tensor], None]
 Attention = Callable[..., Tensor]
 # What `parts` and `gated` are given between `x` and the rest: weight, thresholds,
-# widths or activation, scale, shift, bias.
+# output sizes or activation, score_scale, shift, bias.
 Product = tuple[Matrix, list[float], Any, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -36,7 +36,7 @@ class LayerCalls:
         norms: Gains of the norms before attention and before the MLP.
         post_norms: Gains of the norms after attention and after the MLP.
         vector_norms: Gains of norms over the whole of q and of k.
-        epsilon: Of every norm.
+        eps: Of every norm.
         residual_multiplier: Multiplies what is added to the hidden states.
     """
 
@@ -49,7 +49,7 @@ class LayerCalls:
     norms: tuple[Tensor | None, Tensor | None]
     post_norms: tuple[Tensor | None, Tensor | None]
     vector_norms: tuple[Tensor, Tensor] | None
-    epsilon: float
+    eps: float
     residual_multiplier: float
 
     @classmethod
@@ -61,14 +61,14 @@ class LayerCalls:
             layer: Index of the layer.
             weights: Its weights.
         """
-        w, epsilon, activation = weights, architecture.epsilon, architecture.activation
+        w, eps, activation = weights, architecture.eps, architecture.activation
         inputs = architecture.inputs(layer)
-        qkv_widths = [architecture.q_size, architecture.kv_size, architecture.kv_size]
+        qkv_sizes = [architecture.q_size, architecture.kv_size, architecture.kv_size]
         hidden = [architecture.hidden_size]
         per_head = architecture.form.qk_norm == "head"
         return cls(
             names=tuple(entry.name for entry in inputs),
-            qkv=(w.qkv, [KEEP_ALL] * 3, qkv_widths, None, None, w.qkv_bias),
+            qkv=(w.qkv, [KEEP_ALL] * 3, qkv_sizes, None, None, w.qkv_bias),
             o=(w.o, [KEEP_ALL], hidden, None, None, w.o_bias),
             gate_up=(w.gate_up, [KEEP_ALL] * 2, activation, None, None, w.gate_up_bias),
             down=(w.down, [KEEP_ALL], hidden, None, None, w.down_bias),
@@ -76,14 +76,14 @@ class LayerCalls:
                 "scale": architecture.attention_scale,
                 "window": architecture.windows[layer],
                 "softcap": architecture.attention_softcap,
-                "q_gain": w.q_norm if per_head else None,
-                "k_gain": w.k_norm if per_head else None,
-                "epsilon": epsilon,
+                "q_norm_weight": w.q_norm if per_head else None,
+                "k_norm_weight": w.k_norm if per_head else None,
+                "eps": eps,
             },
             norms=(w.attention_norm, w.mlp_norm),
             post_norms=(w.attention_post_norm, w.mlp_post_norm),
             vector_norms=_vector_norms(architecture, w),
-            epsilon=epsilon,
+            eps=eps,
             residual_multiplier=architecture.residual_multiplier,
         )
 
@@ -102,7 +102,7 @@ class LayerCalls:
         """
         calls = (self.qkv, self.o, self.gate_up, self.down)
         qkv, o, gate_up, down = (
-            _with_rules(call, [rules.get(name) for name in entry.widths], entry.name, dtype)
+            _with_rules(call, [rules.get(name) for name in entry.output_sizes], entry.name, dtype)
             for call, entry in zip(calls, inputs, strict=True)
         )
         return replace(self, qkv=qkv, o=o, gate_up=gate_up, down=down)
@@ -129,17 +129,17 @@ def run_layer(
         Hidden states, (T, hidden_size).
     """
     if observer:
-        observer(calls.names[0], _normed(hidden, calls.norms[0], calls.epsilon))
-    qkv = parts(hidden, *calls.qkv, None, calls.norms[0], calls.epsilon)
+        observer(calls.names[0], _normed(hidden, calls.norms[0], calls.eps))
+    qkv = parts(hidden, *calls.qkv, None, calls.norms[0], calls.eps)
     if calls.vector_norms:
-        qkv = _norm_vectors(qkv, calls.vector_norms, calls.epsilon)
+        qkv = _norm_vectors(qkv, calls.vector_norms, calls.eps)
     attended = attend(qkv, *cache, **calls.attend)
     if observer:
         observer(calls.names[1], attended)
     hidden = _add(hidden, attended, calls.o, calls.post_norms[0], calls)
     if observer:
-        observer(calls.names[2], _normed(hidden, calls.norms[1], calls.epsilon))
-    inner = gated(hidden, *calls.gate_up, calls.norms[1], calls.epsilon)
+        observer(calls.names[2], _normed(hidden, calls.norms[1], calls.eps))
+    inner = gated(hidden, *calls.gate_up, calls.norms[1], calls.eps)
     if observer:
         observer(calls.names[3], inner)
     return _add(hidden, inner, calls.down, calls.post_norms[1], calls)
@@ -151,18 +151,20 @@ def _add(
     """Return `hidden` and the projection of `x` together."""
     if post_norm is None and calls.residual_multiplier == 1.0:
         return parts(x, *call, hidden)
-    added = _normed(parts(x, *call), post_norm, calls.epsilon)
+    added = _normed(parts(x, *call), post_norm, calls.eps)
     return hidden + added * calls.residual_multiplier
 
 
-def _normed(x: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
-    return x if gain is None else rms_norm(x, gain, epsilon)
+def _normed(x: Tensor, norm_weight: Tensor | None, eps: float) -> Tensor:
+    return x if norm_weight is None else rms_norm(x, norm_weight, eps)
 
 
-def _norm_vectors(qkv: Tensor, gains: tuple[Tensor, Tensor], epsilon: float) -> Tensor:
-    q_size, kv_size = len(gains[0]), len(gains[1])
+def _norm_vectors(qkv: Tensor, norm_weights: tuple[Tensor, Tensor], eps: float) -> Tensor:
+    q_size, kv_size = len(norm_weights[0]), len(norm_weights[1])
     q, k, v = torch.split(qkv, [q_size, kv_size, kv_size], dim=-1)
-    return torch.cat([rms_norm(q, gains[0], epsilon), rms_norm(k, gains[1], epsilon), v], dim=-1)
+    return torch.cat(
+        [rms_norm(q, norm_weights[0], eps), rms_norm(k, norm_weights[1], eps), v], dim=-1
+    )
 
 
 def _vector_norms(architecture: Architecture, w: LayerWeights) -> tuple[Tensor, Tensor] | None:
@@ -180,27 +182,29 @@ def _with_rules(
     if len(rules) < len(thresholds):
         # The checkpoint has one projection where the product has several parts.
         rules = list(rules) * len(thresholds)
-    shift = _shift(rules, strips(weight), name)
+    shift = _shift(rules, weight_rows(weight), name)
     return (
         weight,
         [rule.threshold if rule else KEEP_ALL for rule in rules],
         columns,
-        _scales(rules, strips(weight)),
+        _scales(rules, weight_rows(weight)),
         shift,
         bias if shift is None else fold_shift(weight, shift, bias, dtype),
     )
 
 
-def _scales(rules: Sequence[MaskRule | None], strips: Tensor) -> Tensor | None:
+def _scales(rules: Sequence[MaskRule | None], weight_rows: Tensor) -> Tensor | None:
     """Return the score weights of all parts, (parts, in_features), float32."""
-    scales = [rule.scale if rule else None for rule in rules]
-    if all(scale is None for scale in scales):
+    scales = [rule.score_scale if rule else None for rule in rules]
+    if all(score_scale is None for score_scale in scales):
         return None
-    ones = torch.ones(len(strips), device=strips.device)
-    return torch.stack([ones if scale is None else scale.to(ones) for scale in scales])
+    ones = torch.ones(len(weight_rows), device=weight_rows.device)
+    return torch.stack(
+        [ones if score_scale is None else score_scale.to(ones) for score_scale in scales]
+    )
 
 
-def _shift(rules: Sequence[MaskRule | None], strips: Tensor, name: str) -> Tensor | None:
+def _shift(rules: Sequence[MaskRule | None], weight_rows: Tensor, name: str) -> Tensor | None:
     """Return the centre that all rules of an input share, (in_features,), float32."""
     shifts = [rule.shift for rule in rules if rule]
     given = [shift for shift in shifts if shift is not None]
@@ -211,4 +215,4 @@ def _shift(rules: Sequence[MaskRule | None], strips: Tensor, name: str) -> Tenso
             f"The rules of projections that read {name} have different shifts, and the engine "
             "centres an input once. Make a plan with one shift per input."
         )
-    return given[0].to(strips.device, torch.float32)
+    return given[0].to(weight_rows.device, torch.float32)

@@ -18,9 +18,9 @@ def attend_many(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-    q_gain: Tensor | None = None,
-    k_gain: Tensor | None = None,
-    epsilon: float = 0.0,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """Append tokens to the cache of one stream, in place, and attend from each to all before it.
 
@@ -38,9 +38,9 @@ def attend_many(
         scale: Factor of the scores.
         window: How many tokens attention covers at most, the new one included; 0 for all.
         softcap: Where positive, a score becomes `softcap · tanh(score / softcap)`.
-        q_gain: Weight of an RMSNorm per head before RoPE, (head_dim,).
-        k_gain: The same for keys.
-        epsilon: Of these norms.
+        q_norm_weight: Weight of an RMSNorm per head before RoPE, (head_dim,).
+        k_norm_weight: The same for keys.
+        eps: Of these norms.
 
     Returns:
         (tokens, heads · head_dim), in the dtype of `qkv`.
@@ -49,8 +49,8 @@ def attend_many(
     heads = qkv.view(tokens, -1, head_dim).transpose(0, 1)
     q, k, v = heads.tensor_split([-2 * kv_heads, -kv_heads])
     cosine, sine = cosines[positions], sines[positions]
-    q = placed(q, q_gain, epsilon, cosine, sine)
-    k = placed(k, k_gain, epsilon, cosine, sine)
+    q = placed(q, q_norm_weight, eps, cosine, sine)
+    k = placed(k, k_norm_weight, eps, cosine, sine)
     keys[:, length - tokens :] = k
     values[:, length - tokens :] = v
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from teal.foundation.errors import UserError, unknown_name
-from teal.kernels.operands import Grid, Operands
+from teal.kernels.operands import Operands, QuantParams
 from teal.kernels.reference import matmul as reference
 from teal.kernels.reference.quantized import FP8, INT4, INT8
 
@@ -29,14 +29,14 @@ def check_product(operands: Operands) -> None:
     _check_beside(operands, weight.shape)
 
 
-def check_quantized(operands: Operands, grid: Grid) -> None:
+def check_quantized(operands: Operands, quant: QuantParams) -> None:
     """Check the operands of a product with a quantized weight.
 
     Raises:
         UserError: Shapes, dtypes, devices or numbers of parts do not fit together.
     """
     x, codes = operands.x, operands.weight
-    scales, zeros, group_size = grid
+    scales, zeros, group_size = quant
     if codes.dtype not in _CODES or codes.ndim != 2 or scales.ndim != 2 or group_size < 1:
         raise UserError(
             f"codes are {codes.dtype} {tuple(codes.shape)}, scales {tuple(scales.shape)}, in "
@@ -69,7 +69,7 @@ def _check_beside(operands: Operands, shape: Sequence[int]) -> None:
     x, in_features, out_features = operands.x, *shape
     _check_parts(operands, shape)
     _check_shape("shift", operands.shift, (in_features,))
-    _check_shape("gain", operands.gain, (in_features,))
+    _check_shape("norm_weight", operands.norm_weight, (in_features,))
     if operands.bias is not None:
         _check_shape("bias", operands.bias, (out_features,))
         _check_alike("bias", operands.bias, x)
@@ -79,24 +79,28 @@ def _check_beside(operands: Operands, shape: Sequence[int]) -> None:
 
 
 def _check_parts(operands: Operands, shape: Sequence[int]) -> None:
-    thresholds, widths, scale = operands.thresholds, operands.widths, operands.scale
-    scales = len(widths) if scale is None else len(scale)
-    if not widths or not len(thresholds) == len(widths) == scales:
+    thresholds, output_sizes, score_scale = (
+        operands.thresholds,
+        operands.output_sizes,
+        operands.score_scale,
+    )
+    scales = len(output_sizes) if score_scale is None else len(score_scale)
+    if not output_sizes or not len(thresholds) == len(output_sizes) == scales:
         raise UserError(
-            f"{len(widths)} widths, {len(thresholds)} thresholds and scales for {scales} parts. "
-            "Give one of each per part."
+            f"{len(output_sizes)} output_sizes, {len(thresholds)} thresholds, scales for {scales} "
+            "parts. Give one of each per part."
         )
     in_features, out_features = shape
-    if scale is not None:
-        _check_shape("scale", scale[0], (in_features,))
-    if sum(widths) != out_features or (min(widths) < 1 and out_features > 0):
+    if score_scale is not None:
+        _check_shape("score_scale", score_scale[0], (in_features,))
+    if sum(output_sizes) != out_features or (min(output_sizes) < 1 and out_features > 0):
         raise UserError(
-            f"Widths {list(widths)} do not sum to the {out_features} columns of the weight. "
+            f"Widths {list(output_sizes)} do not sum to the {out_features} columns of the weight. "
             "Give the columns of every part."
         )
 
 
-def check_rows(x: Tensor, weight: Tensor) -> None:
+def check_lm_head(x: Tensor, weight: Tensor) -> None:
     """Check the operands of a dense product with a weight that lies as rows.
 
     Raises:
@@ -110,7 +114,7 @@ def check_rows(x: Tensor, weight: Tensor) -> None:
     _check_alike("weight", weight, x)
 
 
-def gated_widths(shape: Sequence[int], activation: str) -> list[int]:
+def glu_output_sizes(shape: Sequence[int], activation: str) -> list[int]:
     """Return the columns of gate and of up.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal.kernels.checks import check_attend, check_product, check_rows, gated_widths
+from teal.kernels.checks import check_attend, check_lm_head, check_product, glu_output_sizes
 from teal.kernels.operands import Operands
 from teal.kernels.reference import attention as reference_attention
 from teal.kernels.reference import matmul as reference
@@ -40,11 +40,11 @@ def _gemv(
     x: Tensor,
     weight: Tensor,
     threshold: float,
-    scale: Tensor | None = None,
+    score_scale: Tensor | None = None,
     shift: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    scales = None if scale is None else scale[None]
+    scales = None if score_scale is None else score_scale[None]
     return _checked(
         compute, Operands(x, weight, [threshold], weight.shape[1:], scales, shift, bias)
     )
@@ -64,32 +64,42 @@ def gated_operands(
     shape: Sequence[int],
     thresholds: Sequence[float],
     activation: str,
-    scale: Tensor | None = None,
+    score_scale: Tensor | None = None,
     shift: Tensor | None = None,
     bias: Tensor | None = None,
-    gain: Tensor | None = None,
-    epsilon: float = 0.0,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Operands:
     """Return the operands of gate and up from the arguments of an operation.
 
     Args:
-        x: As `ops.sparse_gated`, and so the rest.
+        x: As `ops.sparse_glu`, and so the rest.
         weight: Floats or codes.
         shape: Of the weight as floats.
         thresholds: Of gate and of up.
         activation: Of the gate.
-        scale: Score weights.
+        score_scale: Score weights.
         shift: Centre per channel.
         bias: Added to the products.
-        gain: Of an RMSNorm in front.
-        epsilon: Of that norm.
+        norm_weight: Of an RMSNorm in front.
+        eps: Of that norm.
 
     Raises:
         UserError: The activation is unknown, or the weight is not two halves.
     """
-    widths = gated_widths(shape, activation)
+    output_sizes = glu_output_sizes(shape, activation)
     return Operands(
-        x, weight, thresholds, widths, scale, shift, bias, None, gain, epsilon, activation
+        x,
+        weight,
+        thresholds,
+        output_sizes,
+        score_scale,
+        shift,
+        bias,
+        None,
+        norm_weight,
+        eps,
+        activation,
     )
 
 
@@ -101,16 +111,16 @@ def _checked(compute: Compute, operands: Operands) -> Tensor:
 def by_reference(operands: Operands) -> Tensor:
     """Compute a product in plain PyTorch."""
     o = operands
-    parts = reference.sparse_parts(
-        normed(o), o.weight, o.thresholds, o.widths, o.scale, o.shift, o.bias
+    parts = reference.sparse_linear(
+        normed(o), o.weight, o.thresholds, o.output_sizes, o.score_scale, o.shift, o.bias
     )
     return finished(parts, o)
 
 
 def normed(operands: Operands) -> Tensor:
     """Return the activations that are multiplied."""
-    x, gain = operands.x, operands.gain
-    return x if gain is None else reference.rms_norm(x, gain, operands.epsilon)
+    x, norm_weight = operands.x, operands.norm_weight
+    return x if norm_weight is None else reference.rms_norm(x, norm_weight, operands.eps)
 
 
 def finished(parts: Tensor, operands: Operands) -> Tensor:
@@ -142,7 +152,7 @@ def _has_triton_kernel(operands: Operands) -> bool:
     return (
         not reference.keeps_everything(operands.thresholds)
         and 1 <= operands.rows <= triton_gemv.MAX_ROWS
-        and len(operands.widths) <= triton_gemv.MAX_PARTS
+        and len(operands.output_sizes) <= triton_gemv.MAX_PARTS
         and operands.x.dtype in triton_gemv.DTYPES
     )
 
@@ -186,20 +196,20 @@ def _attend_on_cuda(qkv: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
         return triton_attention.attend(qkv.contiguous(), *tensors, **options)
 
 
-def _dense_rows(x: Tensor, weight: Tensor) -> Tensor:
-    check_rows(x, weight)
+def _lm_head_gemv(x: Tensor, weight: Tensor) -> Tensor:
+    check_lm_head(x, weight)
     return F.linear(x, weight)
 
 
-def _dense_rows_on_cpu(x: Tensor, weight: Tensor) -> Tensor:
-    check_rows(x, weight)
+def _lm_head_gemv_on_cpu(x: Tensor, weight: Tensor) -> Tensor:
+    check_lm_head(x, weight)
     if has_numba() and lm_head.can_compute(x, weight):
-        return lm_head.dense_rows(x, weight)
+        return lm_head.lm_head_gemv(x, weight)
     return F.linear(x, weight)
 
 
 def _products(compute: Compute) -> Mapping[str, Callable[..., Tensor]]:
-    forms = {"sparse_gemv": _gemv, "sparse_parts": _parts, "sparse_gated": _gated}
+    forms = {"sparse_gemv": _gemv, "sparse_linear": _parts, "sparse_glu": _gated}
     return {name: functools.partial(form, compute) for name, form in forms.items()}
 
 
@@ -208,12 +218,12 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Tensor]]] = {
     "CompositeExplicitAutograd": {
         **_products(by_reference),
         "attend": _attend,
-        "dense_rows": _dense_rows,
+        "lm_head_gemv": _lm_head_gemv,
     },
     "CPU": {
         **_products(_on_cpu),
         "attend": _attend_on_cpu,
-        "dense_rows": _dense_rows_on_cpu,
+        "lm_head_gemv": _lm_head_gemv_on_cpu,
     },
     "CUDA": {**_products(_on_cuda), "attend": _attend_on_cuda},
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from teal.kernels.checks import check_quantized
 from teal.kernels.dispatch import by_reference, finished, gated_operands, has_numba, normed
-from teal.kernels.operands import Grid, Operands
+from teal.kernels.operands import Operands, QuantParams
 from teal.kernels.reference.matmul import sparse_gemv
 from teal.kernels.reference.quantized import INT4, dequantized
 
@@ -22,7 +22,7 @@ try:
 except ImportError:
     quantized_gemv = None  # type: ignore[assignment]
 
-Compute = Callable[[Operands, Grid], Tensor]
+Compute = Callable[[Operands, QuantParams], Tensor]
 
 # Of a weight at a time: prefill shall not need much memory beside weights of few bits.
 _MOST_FLOATS = 1 << 22
@@ -37,7 +37,7 @@ def _parts(
     group_size: int,
     *rest: Any,
 ) -> Tensor:
-    return _checked(compute, Operands(x, codes, *rest), Grid(scales, zeros, group_size))
+    return _checked(compute, Operands(x, codes, *rest), QuantParams(scales, zeros, group_size))
 
 
 def _gated(
@@ -50,37 +50,37 @@ def _gated(
     *rest: Any,
 ) -> Tensor:
     operands = gated_operands(x, codes, scales.shape, *rest)
-    return _checked(compute, operands, Grid(scales, zeros, group_size))
+    return _checked(compute, operands, QuantParams(scales, zeros, group_size))
 
 
-def _checked(compute: Compute, operands: Operands, grid: Grid) -> Tensor:
-    check_quantized(operands, grid)
-    return compute(operands, grid)
+def _checked(compute: Compute, operands: Operands, quant: QuantParams) -> Tensor:
+    check_quantized(operands, quant)
+    return compute(operands, quant)
 
 
-def _by_reference(operands: Operands, grid: Grid) -> Tensor:
+def _by_reference(operands: Operands, quant: QuantParams) -> Tensor:
     """Compute with the weight as floats in the dtype of `x`, of some columns at a time."""
     o, x = operands, normed(operands)
     products = []
-    for part, columns in _pieces(o.widths, len(o.weight)):
-        weight = _floats(o.weight, grid, columns, x.dtype)
-        scale = None if o.scale is None else o.scale[part]
+    for part, columns in _pieces(o.output_sizes, len(o.weight)):
+        weight = _floats(o.weight, quant, columns, x.dtype)
+        score_scale = None if o.score_scale is None else o.score_scale[part]
         bias = None if o.bias is None else o.bias[columns]
-        products.append(sparse_gemv(x, weight, o.thresholds[part], scale, o.shift, bias))
+        products.append(sparse_gemv(x, weight, o.thresholds[part], score_scale, o.shift, bias))
     return finished(torch.cat(products, dim=-1), o)
 
 
-def _pieces(widths: Sequence[int], in_features: int) -> Iterator[tuple[int, slice]]:
+def _pieces(output_sizes: Sequence[int], in_features: int) -> Iterator[tuple[int, slice]]:
     """Yield parts and columns of each that are few enough to be held as floats."""
     most = max(1, _MOST_FLOATS // in_features)
     start = 0
-    for part, width in enumerate(widths):
+    for part, width in enumerate(output_sizes):
         for first in range(start, start + width, most):
             yield part, slice(first, min(first + most, start + width))
         start += width
 
 
-def _floats(codes: Tensor, grid: Grid, columns: slice, dtype: torch.dtype) -> Tensor:
+def _floats(codes: Tensor, quant: QuantParams, columns: slice, dtype: torch.dtype) -> Tensor:
     """Return some columns of a weight as floats."""
     if codes.dtype != INT4:
         codes, before = codes[:, columns], 0
@@ -88,26 +88,26 @@ def _floats(codes: Tensor, grid: Grid, columns: slice, dtype: torch.dtype) -> Te
         # Two in a byte: the first may be one that is not asked for.
         codes, before = codes[:, columns.start // 2 : (columns.stop + 1) // 2], columns.start % 2
     wider = slice(columns.start - before, columns.stop)
-    zeros = None if grid.zeros is None else grid.zeros[:, wider]
-    return dequantized(codes, grid.scales[:, wider], zeros, grid.group_size, dtype)[:, before:]
+    zeros = None if quant.zeros is None else quant.zeros[:, wider]
+    return dequantized(codes, quant.scales[:, wider], zeros, quant.group_size, dtype)[:, before:]
 
 
-def _on_cuda(operands: Operands, grid: Grid) -> Tensor:
-    if cuda_gemv is not None and cuda_gemv.can_compute(operands, grid):
-        return cuda_gemv.compute(operands, grid)
-    return _by_reference(operands, grid)
+def _on_cuda(operands: Operands, quant: QuantParams) -> Tensor:
+    if cuda_gemv is not None and cuda_gemv.can_compute(operands, quant):
+        return cuda_gemv.compute(operands, quant)
+    return _by_reference(operands, quant)
 
 
-def _on_cpu(operands: Operands, grid: Grid) -> Tensor:
-    if has_numba() and quantized_gemv.can_compute(operands, grid):
-        return quantized_gemv.compute(operands, grid)
-    if has_numba() and quantized_gemv.can_dequantize(operands, grid):
-        return by_reference(operands._replace(weight=quantized_gemv.dequantized(operands, grid)))
-    return _by_reference(operands, grid)
+def _on_cpu(operands: Operands, quant: QuantParams) -> Tensor:
+    if has_numba() and quantized_gemv.can_compute(operands, quant):
+        return quantized_gemv.compute(operands, quant)
+    if has_numba() and quantized_gemv.can_dequantize(operands, quant):
+        return by_reference(operands._replace(weight=quantized_gemv.dequantized(operands, quant)))
+    return _by_reference(operands, quant)
 
 
 def _products(compute: Compute) -> Mapping[str, Callable[..., Tensor]]:
-    forms = {"quantized_parts": _parts, "quantized_gated": _gated}
+    forms = {"quantized_linear": _parts, "quantized_glu": _gated}
     return {name: functools.partial(form, compute) for name, form in forms.items()}
 
 

@@ -13,29 +13,30 @@ class Operands(NamedTuple):
     A named tuple: made once per product, it costs a fifth of a frozen dataclass.
 
     Attributes:
-        x: Activations, (..., in_features); hidden states before the norm where `gain` is given.
+        x: Activations, (..., in_features); hidden states before the norm where `norm_weight` is
+            given.
         weight: Channel-major weights beside each other, (in_features, out_features).
         thresholds: One per part; all below zero for the dense product.
-        widths: Columns of each part, summing to out_features.
-        scale: Score weights, (parts, in_features).
+        output_sizes: Columns of each part, summing to out_features.
+        score_scale: Score weights, (parts, in_features).
         shift: Centre per channel, (in_features,).
         bias: Added to the product, (out_features,).
         residual: Added to the result, (..., out_features).
-        gain: Weight of an RMSNorm that `x` goes through first, (in_features,).
-        epsilon: Of that norm.
+        norm_weight: Weight of an RMSNorm that `x` goes through first, (in_features,).
+        eps: Of that norm.
         activation: Of the gate, for `activation(gate) · up`; `None` for parts beside each other.
     """
 
     x: Tensor
     weight: Tensor
     thresholds: Sequence[float]
-    widths: Sequence[int]
-    scale: Tensor | None = None
+    output_sizes: Sequence[int]
+    score_scale: Tensor | None = None
     shift: Tensor | None = None
     bias: Tensor | None = None
     residual: Tensor | None = None
-    gain: Tensor | None = None
-    epsilon: float = 0.0
+    norm_weight: Tensor | None = None
+    eps: float = 0.0
     activation: str | None = None
 
     @property
@@ -44,7 +45,7 @@ class Operands(NamedTuple):
         return math.prod(self.x.shape[:-1])
 
 
-class Grid(NamedTuple):
+class QuantParams(NamedTuple):
     """What the codes of a quantized weight stand for: `(code - zero) · scale`.
 
     The codes take the place of the weight in `Operands`; `reference_quantized` explains all three.

@@ -10,14 +10,14 @@ from teal.kernels.registration import NORM, VECTORS, registered
 
 _SCHEMAS = (
     f"sparse_gemv(Tensor x, Tensor weight, float threshold, {VECTORS}) -> Tensor",
-    f"sparse_parts(Tensor x, Tensor weight, float[] thresholds, SymInt[] widths, {VECTORS}, "
+    f"sparse_linear(Tensor x, Tensor weight, float[] thresholds, SymInt[] output_sizes, {VECTORS}, "
     f"Tensor? residual=None, {NORM}) -> Tensor",
-    f"sparse_gated(Tensor x, Tensor weight, float[] thresholds, str activation, {VECTORS}, "
+    f"sparse_glu(Tensor x, Tensor weight, float[] thresholds, str activation, {VECTORS}, "
     f"{NORM}) -> Tensor",
     "attend(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor positions, Tensor cosines, "
-    "Tensor sines, *, float scale, int window=0, float softcap=0.0, Tensor? q_gain=None, "
-    "Tensor? k_gain=None, float epsilon=0.0) -> Tensor",
-    "dense_rows(Tensor x, Tensor weight) -> Tensor",
+    "Tensor sines, *, float scale, int window=0, float softcap=0.0, Tensor? q_norm_weight=None, "
+    "Tensor? k_norm_weight=None, float eps=0.0) -> Tensor",
+    "lm_head_gemv(Tensor x, Tensor weight) -> Tensor",
 )
 
 
@@ -25,7 +25,7 @@ def sparse_gemv(
     x: Tensor,
     weight: Tensor,
     threshold: float,
-    scale: Tensor | None = None,
+    score_scale: Tensor | None = None,
     shift: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
@@ -35,7 +35,7 @@ def sparse_gemv(
         x: Activations, (..., in_features), any float dtype.
         weight: Channel-major weight, (in_features, out_features), in the dtype of `x`.
         threshold: Cut-off in score units; below zero for the dense product.
-        scale: Score weight per channel, (in_features,).
+        score_scale: Score weight per channel, (in_features,).
         shift: Centre per channel, (in_features,).
         bias: Added to the product, (out_features,).
 
@@ -45,35 +45,36 @@ def sparse_gemv(
     Raises:
         UserError: Shapes or dtypes do not fit together.
     """
-    result: Tensor = torch.ops.teal.sparse_gemv(x, weight, threshold, scale, shift, bias)
+    result: Tensor = torch.ops.teal.sparse_gemv(x, weight, threshold, score_scale, shift, bias)
     return result
 
 
-def sparse_parts(
+def sparse_linear(
     x: Tensor,
     weight: Tensor,
     thresholds: Sequence[float],
-    widths: Sequence[int],
-    scale: Tensor | None = None,
+    output_sizes: Sequence[int],
+    score_scale: Tensor | None = None,
     shift: Tensor | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    gain: Tensor | None = None,
-    epsilon: float = 0.0,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """Compute up to three products of one input, such as q, k and v, in one launch.
 
     Args:
-        x: Activations, (..., in_features); hidden states before the norm where `gain` is given.
+        x: Activations, (..., in_features); hidden states before the norm where `norm_weight` is
+            given.
         weight: Channel-major weights beside each other, (in_features, out_features).
         thresholds: One per part; a part with one below zero is dense.
-        widths: Columns of each part, summing to out_features.
-        scale: Score weights, (parts, in_features).
+        output_sizes: Columns of each part, summing to out_features.
+        score_scale: Score weights, (parts, in_features).
         shift: Centre per channel, (in_features,).
         bias: Added to the product, (out_features,).
         residual: Added to the result, (..., out_features).
-        gain: Weight of an RMSNorm that `x` goes through first, (in_features,).
-        epsilon: Of that norm.
+        norm_weight: Weight of an RMSNorm that `x` goes through first, (in_features,).
+        eps: Of that norm.
 
     Returns:
         Products beside each other, (..., out_features), in the dtype of `x`.
@@ -81,35 +82,36 @@ def sparse_parts(
     Raises:
         UserError: Shapes or dtypes do not fit together.
     """
-    result: Tensor = torch.ops.teal.sparse_parts(
-        x, weight, thresholds, widths, scale, shift, bias, residual, gain, epsilon
+    result: Tensor = torch.ops.teal.sparse_linear(
+        x, weight, thresholds, output_sizes, score_scale, shift, bias, residual, norm_weight, eps
     )
     return result
 
 
-def sparse_gated(
+def sparse_glu(
     x: Tensor,
     weight: Tensor,
     thresholds: Sequence[float],
     activation: str,
-    scale: Tensor | None = None,
+    score_scale: Tensor | None = None,
     shift: Tensor | None = None,
     bias: Tensor | None = None,
-    gain: Tensor | None = None,
-    epsilon: float = 0.0,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """Compute `activation(x · gate) · (x · up)` in one launch, gate and up beside each other.
 
     Args:
-        x: Activations, (..., in_features); hidden states before the norm where `gain` is given.
+        x: Activations, (..., in_features); hidden states before the norm where `norm_weight` is
+            given.
         weight: Channel-major gate and up, (in_features, 2 · intermediate_size).
         thresholds: Of gate and of up.
         activation: "silu" or "gelu_pytorch_tanh".
-        scale: Score weights, (2, in_features).
+        score_scale: Score weights, (2, in_features).
         shift: Centre per channel, (in_features,).
         bias: Added to the products, (2 · intermediate_size,).
-        gain: Weight of an RMSNorm that `x` goes through first, (in_features,).
-        epsilon: Of that norm.
+        norm_weight: Weight of an RMSNorm that `x` goes through first, (in_features,).
+        eps: Of that norm.
 
     Returns:
         (..., intermediate_size), in the dtype of `x`.
@@ -117,8 +119,8 @@ def sparse_gated(
     Raises:
         UserError: Shapes or dtypes do not fit together, or the activation is unknown.
     """
-    result: Tensor = torch.ops.teal.sparse_gated(
-        x, weight, thresholds, activation, scale, shift, bias, gain, epsilon
+    result: Tensor = torch.ops.teal.sparse_glu(
+        x, weight, thresholds, activation, score_scale, shift, bias, norm_weight, eps
     )
     return result
 
@@ -134,9 +136,9 @@ def attend(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-    q_gain: Tensor | None = None,
-    k_gain: Tensor | None = None,
-    epsilon: float = 0.0,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """Append one token per stream to its cache, in place, and attend from it to the cache.
 
@@ -153,9 +155,9 @@ def attend(
         scale: Factor of the scores.
         window: How many tokens attention covers at most, the new one included; 0 for all.
         softcap: Where positive, a score becomes `softcap · tanh(score / softcap)`.
-        q_gain: Weight of an RMSNorm per head before RoPE, (head_dim,).
-        k_gain: The same for keys.
-        epsilon: Of these norms.
+        q_norm_weight: Weight of an RMSNorm per head before RoPE, (head_dim,).
+        k_norm_weight: The same for keys.
+        eps: Of these norms.
 
     Returns:
         (T, heads · head_dim), in the dtype of `qkv`.
@@ -165,12 +167,12 @@ def attend(
     """
     result: Tensor = torch.ops.teal.attend(
         qkv, keys, values, positions, cosines, sines, scale=scale, window=window,
-        softcap=softcap, q_gain=q_gain, k_gain=k_gain, epsilon=epsilon,
+        softcap=softcap, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight, eps=eps,
     )  # fmt: skip
     return result
 
 
-def dense_rows(x: Tensor, weight: Tensor) -> Tensor:
+def lm_head_gemv(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply with a dense weight that lies as rows: the embedding that serves as a tied head.
 
     Args:
@@ -183,7 +185,7 @@ def dense_rows(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         UserError: Shapes, dtypes or devices do not fit together.
     """
-    result: Tensor = torch.ops.teal.dense_rows(x, weight)
+    result: Tensor = torch.ops.teal.lm_head_gemv(x, weight)
     return result
 
 
@@ -213,9 +215,9 @@ _LIBRARY = registered(
     dispatch.IMPLEMENTATIONS,
     {
         "sparse_gemv": _fake_gemv,
-        "sparse_parts": _fake_gemv,
-        "sparse_gated": _fake_gated,
-        "dense_rows": _fake_rows,
+        "sparse_linear": _fake_gemv,
+        "sparse_glu": _fake_gated,
+        "lm_head_gemv": _fake_rows,
         "attend": _fake_attend,
     },
 )

@@ -8,8 +8,8 @@ from torch import Tensor
 Implementation = Callable[..., Tensor]
 
 # What the schemas of all products end with.
-VECTORS = "Tensor? scale=None, Tensor? shift=None, Tensor? bias=None"
-NORM = "Tensor? gain=None, float epsilon=0.0"
+VECTORS = "Tensor? score_scale=None, Tensor? shift=None, Tensor? bias=None"
+NORM = "Tensor? norm_weight=None, float eps=0.0"
 
 
 def registered(

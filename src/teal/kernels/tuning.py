@@ -25,11 +25,11 @@ _in_use: dict[str, Path] = {}
 
 
 def use_tables(folder: Path | str) -> None:
-    """Cut products as the tables in a folder say, in this process and from now on.
+    """TileConfig products as the tables in a folder say, in this process and from now on.
 
-    Sizes that were multiplied before keep their cuts, so call it first. Other cuts add in another
-    order, so that results may differ in their last bits. Where the tables lack a size, the nearest
-    counts, of theirs and the package's.
+    Sizes that were multiplied before keep their configs, so call it first. Other configs add in
+    another order, so that results may differ in their last bits. Where the tables lack a size, the
+    nearest counts, of theirs and the package's.
 
     Args:
         folder: What `teal bench gemv --tune` or `teal bench decode --tune` wrote.

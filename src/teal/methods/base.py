@@ -12,16 +12,16 @@ from teal.foundation.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MaskRule:
-    """Drop an activation when `|x - shift| * scale <= threshold`.
+    """Drop an activation when `|x - shift| * score_scale <= threshold`.
 
     Attributes:
         threshold: Cut-off in score units, ≥ 0, rounded to the nearest float32.
-        scale: Score weight per channel, (in_features,), or `None` for all ones.
+        score_scale: Score weight per channel, (in_features,), or `None` for all ones.
         shift: Centre per channel, (in_features,), or `None` for zero. Dropped entries take it.
     """
 
     threshold: float
-    scale: Tensor | None = None
+    score_scale: Tensor | None = None
     shift: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -35,7 +35,7 @@ class MaskRule:
     @property
     def vectors(self) -> Mapping[str, Tensor]:
         """The per-channel tensors that are present, by name."""
-        named = {"scale": self.scale, "shift": self.shift}
+        named = {"score_scale": self.score_scale, "shift": self.shift}
         return {name: vector for name, vector in named.items() if vector is not None}
 
 

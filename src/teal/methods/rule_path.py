@@ -20,7 +20,7 @@ _TENSORS = ("sparsities", "targets", "thresholds")
 class RulePath:
     """Target sparsity and rule of every projection, point by point from dense upwards.
 
-    Only thresholds change along a path; a projection keeps its scale and shift.
+    Only thresholds change along a path; a projection keeps its score scale and shift.
 
     Attributes:
         projections: Dotted module names, one for each column.
@@ -50,7 +50,7 @@ class RulePath:
         """Put what is planned at several sparsity budgets, 0 among them, in a row.
 
         Returns:
-            The path, or `None` where a scale or shift changes along it, so that there is none.
+            The path, or `None` where a score scale or shift changes along it.
         """
         vectors: dict[str, Mapping[str, Tensor]] = {}
         for planned in points.values():

@@ -21,12 +21,12 @@ class ProjectionInput:
     Attributes:
         name: Full name, such as "model.layers.3.mlp_input".
         in_features: Its size.
-        widths: out_features by full projection name, in the order of the forward pass.
+        output_sizes: out_features by full projection name, in the order of the forward pass.
     """
 
     name: str
     in_features: int
-    widths: Mapping[str, int]
+    output_sizes: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Architecture:
         heads: Query heads.
         kv_heads: Key and value heads.
         head_dim: Channels of a head.
-        epsilon: Of every RMSNorm.
+        eps: Of every RMSNorm.
         activation: Of the gate, "silu" or "gelu_pytorch_tanh".
         attention_scale: Multiplies the products of queries and keys.
         attention_softcap: Attention scores end smoothly here; 0 for no cap.
@@ -69,7 +69,7 @@ class Architecture:
     heads: int
     kv_heads: int
     head_dim: int
-    epsilon: float
+    eps: float
     activation: str
     attention_scale: float
     attention_softcap: float
@@ -117,7 +117,7 @@ class Architecture:
             shapes={
                 projection: (entry.in_features, width)
                 for entry in inputs
-                for projection, width in entry.widths.items()
+                for projection, width in entry.output_sizes.items()
             },
         )
 
@@ -140,7 +140,7 @@ class Architecture:
             ProjectionInput(
                 name=f"{prefix}.{key}",
                 in_features=size,
-                widths={f"{prefix}.{name}": self._width(name) for name in projections},
+                output_sizes={f"{prefix}.{name}": self._width(name) for name in projections},
             )
             for size, (key, projections) in zip(
                 in_features, self.family.inputs.items(), strict=True
@@ -188,7 +188,7 @@ def architecture_of(config: Any) -> Architecture:
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
-        epsilon=config.rms_norm_eps,
+        eps=config.rms_norm_eps,
         activation=_activation(config),
         attention_scale=_attention_scale(config, head_dim),
         attention_softcap=_number(config, "attn_logit_softcapping", 0.0),

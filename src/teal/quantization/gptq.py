@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from teal.foundation.errors import UserError
-from teal.quantization.rounding import Grid, Scheme, assembled, require_finite
+from teal.quantization.rounding import QuantParams, Scheme, assembled, require_finite
 from teal.quantization.weight import QuantizedWeight
 
 # Added to the diagonal of the second moments, relative to its mean (section 3.3, step 3), and the
@@ -52,28 +52,28 @@ def quantize_by_moments(weight: Tensor, moments: SecondMoments, scheme: Scheme) 
     # What is never active has no influence; zero is the cheapest code for it.
     rest[moments.total.diagonal() == 0] = 0
     group_size = scheme.group_size or len(rest)
-    grid = Grid.fit(rest, scheme, weight.dtype)
-    grids, codes = [], []
+    quant = QuantParams.fit(rest, scheme, weight.dtype)
+    quants, codes = [], []
     for start in range(0, len(rest), min(group_size, _BLOCK)):
         stop = min(start + min(group_size, _BLOCK), len(rest))
         if scheme.group_size:
-            grid = Grid.fit(rest[start:stop], scheme, weight.dtype)
+            quant = QuantParams.fit(rest[start:stop], scheme, weight.dtype)
         if start % group_size == 0:
-            grids.append(grid)
-        block_codes, errors = _round_block(rest[start:stop], spread[start:stop, start:stop], grid)
+            quants.append(quant)
+        block_codes, errors = _round_block(rest[start:stop], spread[start:stop, start:stop], quant)
         rest[stop:] -= spread[start:stop, stop:].T @ errors
         codes.append(block_codes)
-    return assembled(torch.cat(codes), grids, group_size)
+    return assembled(torch.cat(codes), quants, group_size)
 
 
-def _round_block(block: Tensor, spread: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def _round_block(block: Tensor, spread: Tensor, quant: QuantParams) -> tuple[Tensor, Tensor]:
     """Round channels one by one; return their codes and the errors to spread over the rest."""
     block = block.clone()
     codes, errors = [], []
     for index in range(len(block)):
         channel = block[index : index + 1]
-        codes.append(grid.codes(channel))
-        errors.append((channel - grid.values(codes[-1])) / spread[index, index])
+        codes.append(quant.codes(channel))
+        errors.append((channel - quant.values(codes[-1])) / spread[index, index])
         block[index + 1 :] -= spread[index, index + 1 :, None] * errors[-1]
     return torch.cat(codes), torch.cat(errors)
 

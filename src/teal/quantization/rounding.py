@@ -1,4 +1,4 @@
-"""How a float weight becomes codes: the grid of each group, and rounding to it."""
+"""How a float weight becomes codes: quantization parameters of each group, and rounding."""
 
 from dataclasses import dataclass
 
@@ -49,7 +49,7 @@ class Scheme:
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
+class QuantParams:
     """The values that the weights of one group can take, `(code - zero) · scale` per output.
 
     Attributes:
@@ -63,7 +63,7 @@ class Grid:
     zeros: Tensor | None
 
     @classmethod
-    def fit(cls, weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> "Grid":
+    def fit(cls, weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> "QuantParams":
         """Span the weights of a group.
 
         Args:
@@ -120,25 +120,25 @@ def round_to_nearest(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     """
     require_finite(weight)
     group_size = scheme.group_size or len(weight)
-    grids, codes = [], []
+    quants, codes = [], []
     for group in torch.split(weight, group_size):
-        grids.append(Grid.fit(group.float(), scheme, weight.dtype))
-        codes.append(grids[-1].codes(group.float()))
-    return assembled(torch.cat(codes), grids, group_size)
+        quants.append(QuantParams.fit(group.float(), scheme, weight.dtype))
+        codes.append(quants[-1].codes(group.float()))
+    return assembled(torch.cat(codes), quants, group_size)
 
 
-def assembled(codes: Tensor, grids: list[Grid], group_size: int) -> QuantizedWeight:
-    """Put codes and the grids of all groups together.
+def assembled(codes: Tensor, quants: list[QuantParams], group_size: int) -> QuantizedWeight:
+    """Put codes and the quantization parameters of all groups together.
 
     Args:
-        codes: (in_features, out_features), as `Grid.codes` gives them.
-        grids: One per group, in order.
+        codes: (in_features, out_features), as `QuantParams.codes` gives them.
+        quants: One per group, in order.
         group_size: Input channels per group.
     """
-    scales = torch.stack([grid.scales for grid in grids])
-    if grids[0].format != "int4":
+    scales = torch.stack([quant.scales for quant in quants])
+    if quants[0].format != "int4":
         return QuantizedWeight(codes=codes, scales=scales, group_size=group_size)
-    zeros = [grid.zeros for grid in grids if grid.zeros is not None]
+    zeros = [quant.zeros for quant in quants if quant.zeros is not None]
     return QuantizedWeight.of_int4(codes, scales, group_size, torch.stack(zeros) if zeros else None)
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from teal.benchmark.model import Subject, Workload
+from teal.benchmark.model import BenchmarkModel, Workload
 from teal.benchmark.model_configs import config_of
 from teal.benchmark.tuning.decode_step import tune
 from teal.cli.bench_sources import Sources
@@ -10,7 +10,7 @@ CONFIG = "hidden=256,intermediate=512,layers=12,heads=4,kv-heads=2,vocab=512,con
 WORKLOAD = Workload(prompt_tokens=8, new_tokens=4, repeats=1)
 
 
-def subject_on(device: str, quantize: list[tuple[object, bool]]) -> Subject:
+def subject_on(device: str, quantize: list[tuple[object, bool]]) -> BenchmarkModel:
     sources = Sources((), [CONFIG], quantize, device=device, dtype="bfloat16", most_layers=2)
     return next(sources.subjects(WORKLOAD))
 

@@ -5,12 +5,12 @@ from teal.benchmark import gemv
 from teal.benchmark.gemv import Product
 from teal.benchmark.gemv_quantized import QuantizedProduct
 from teal.benchmark.shapes import Shape
-from teal.benchmark.tuning.gemv import is_cut, tune
+from teal.benchmark.tuning.gemv import has_kernel, tune
 from teal.quantization import Scheme
 
 SHAPES = [
-    Shape(form="parts", in_features=256, widths=(256, 64, 64)),
-    Shape(form="gated", in_features=256, widths=(256, 256)),
+    Shape(form="parts", in_features=256, output_sizes=(256, 64, 64)),
+    Shape(form="gated", in_features=256, output_sizes=(256, 256)),
 ]
 
 
@@ -20,7 +20,7 @@ def _small_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_cut_for_a_cpu() -> None:
-    assert not is_cut(Product(SHAPES[0], torch.bfloat16, torch.device("cpu"), 1))
+    assert not has_kernel(Product(SHAPES[0], torch.bfloat16, torch.device("cpu"), 1))
 
 
 @pytest.mark.gpu
@@ -37,8 +37,12 @@ def test_the_cut_that_is_found_is_of_the_product(
         if format
         else Product(*arguments, device, 1)
     )
-    if not is_cut(product):
+    if not has_kernel(product):
         pytest.skip("Triton's kernel computes floats on this GPU")
     task, found = tune(product)
-    assert (task.kernel, task.in_features, task.out_features) == ("product", 256, sum(shape.widths))
-    assert found.cut.threads <= 1024
+    assert (task.kernel, task.in_features, task.out_features) == (
+        "product",
+        256,
+        sum(shape.output_sizes),
+    )
+    assert found.config.threads <= 1024

@@ -8,7 +8,7 @@ from teal.benchmark.gemv import Product
 from teal.benchmark.shapes import MODELS, Shape
 from teal.benchmark.tuning.triton import candidates, tune
 from teal.foundation.errors import UserError
-from teal.kernels.triton.tile_config import TileRow, read_table, table_text, tile_for
+from teal.kernels.triton.tile_config import TunedConfig, config_for, read_table, table_text
 
 EVERY_SHAPE = [shape for geometry in MODELS.values() for shape in geometry.shapes()]
 
@@ -26,18 +26,18 @@ def test_a_table_survives_being_written(tmp_path: Path) -> None:
 
 def test_a_shape_of_the_table_gets_its_own_tile() -> None:
     for row in read_table():
-        assert tile_for(row.form, row.in_features, row.out_features) == row.tile
+        assert config_for(row.form, row.in_features, row.out_features) == row.config
 
 
 def test_another_shape_gets_the_tile_of_the_nearest() -> None:
     rows = {(row.form, row.in_features): row for row in read_table()}
-    nearest: TileRow = rows["plain", 14336]
-    assert tile_for("plain", 11008, 4096) == nearest.tile
+    nearest: TunedConfig = rows["plain", 14336]
+    assert config_for("plain", 11008, 4096) == nearest.config
 
 
 def test_tuning_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemv, "_ROTATION_BYTES", {"cpu": 1 << 16})
-    shape = Shape(form="plain", in_features=64, widths=(48,))
+    shape = Shape(form="plain", in_features=64, output_sizes=(48,))
     product = Product(shape, torch.float32, torch.device("cpu"), 1)
     with pytest.raises(UserError, match="on a GPU"):
         tune(product)

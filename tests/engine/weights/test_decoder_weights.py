@@ -55,9 +55,9 @@ def test_gains_hold_the_offset_exactly(family: str, dtype: torch.dtype) -> None:
     before = copies(model)
     offset = 1.0 if family.startswith("gemma") else 0.0
     weights = from_model(model)
-    gain = before["model.norm.weight"].float() + offset
+    norm_weight = before["model.norm.weight"].float() + offset
     assert weights.final_norm.dtype == (torch.float32 if offset else dtype)
-    assert torch.equal(weights.final_norm.float(), gain)
+    assert torch.equal(weights.final_norm.float(), norm_weight)
 
 
 @every_family
@@ -72,7 +72,9 @@ def test_each_norm_of_a_layer_is_where_its_form_says(family: str) -> None:
     found = [layer.attention_norm, layer.mlp_norm, layer.attention_post_norm, layer.mlp_post_norm]
     found += [layer.q_norm, layer.k_norm]
     offset = 1.0 if family.startswith("gemma") else 0.0
-    sums = sorted(float((gain - offset).sum()) for gain in found if gain is not None)
+    sums = sorted(
+        float((norm_weight - offset).sum()) for norm_weight in found if norm_weight is not None
+    )
     expected = sorted(float(weight.sum()) for weight in norms.values())
     assert sums == pytest.approx(expected, abs=1e-4)
     named = architecture_of(model.config).form.attention_post_norm

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from teal.engine.weights.matrix import KEEP_ALL, fold_shift, gated, head_product, parts, strips
+from teal.engine.weights.matrix import KEEP_ALL, fold_shift, gated, head_product, parts, weight_rows
 from teal.quantization import Scheme, round_to_nearest
 from tests.helpers import relative_error
 
@@ -20,15 +20,15 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 @schemes
 def test_products_with_codes_are_those_with_the_floats_they_stand_for(scheme: Scheme) -> None:
     weight = round_to_nearest(draw(70, 96), scheme)
-    x, residual, gain = draw(2, 70, seed=1), draw(2, 96, seed=2), 1 + draw(70, seed=3)
+    x, residual, norm_weight = draw(2, 70, seed=1), draw(2, 96, seed=2), 1 + draw(70, seed=3)
     vectors = (draw(2, 70, seed=4).abs(), draw(70, seed=5), draw(96, seed=6))
     both = [
-        parts(x, matrix, [0.3, KEEP_ALL], [32, 64], *vectors, residual, gain, 1e-5)
+        parts(x, matrix, [0.3, KEEP_ALL], [32, 64], *vectors, residual, norm_weight, 1e-5)
         for matrix in (weight, weight.dequantize())
     ]
     assert relative_error(*both) < TINY
     both = [
-        gated(x, matrix, [0.3, 0.5], "silu", *vectors, gain, 1e-5)
+        gated(x, matrix, [0.3, 0.5], "silu", *vectors, norm_weight, 1e-5)
         for matrix in (weight, weight.dequantize())
     ]
     assert relative_error(*both) < TINY
@@ -53,5 +53,5 @@ def test_folded_shift_is_that_of_the_floats(scheme: Scheme) -> None:
 @schemes
 def test_strips_are_one_per_input_channel(scheme: Scheme) -> None:
     dense = draw(70, 96)
-    assert strips(dense) is dense
-    assert len(strips(round_to_nearest(dense, scheme))) == 70
+    assert weight_rows(dense) is dense
+    assert len(weight_rows(round_to_nearest(dense, scheme))) == 70

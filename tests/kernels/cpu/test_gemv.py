@@ -19,7 +19,7 @@ pytest.importorskip("numba")
 
 from teal.kernels.cpu.gemv import ELEMENTS
 from teal.kernels.cpu.kept_channels import list_kept
-from teal.kernels.ops import sparse_gated, sparse_gemv, sparse_parts
+from teal.kernels.ops import sparse_gemv, sparse_glu, sparse_linear
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -36,12 +36,14 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _kept(x: Tensor, threshold: float, scale: Tensor | None, shift: Tensor | None) -> list[int]:
+def _kept(
+    x: Tensor, threshold: float, score_scale: Tensor | None, shift: Tensor | None
+) -> list[int]:
     integers = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
     rows = x.reshape(-1, x.shape[-1]).view(integers.get(x.dtype, x.dtype)).numpy()
     channels = np.empty(rows.shape[1], np.int64)
     values = np.empty((rows.shape[1], rows.shape[0]), np.float32)
-    addresses = [0 if vector is None else vector.data_ptr() for vector in (scale, shift)]
+    addresses = [0 if vector is None else vector.data_ptr() for vector in (score_scale, shift)]
     kept = list_kept(rows, *addresses, np.float32(threshold), channels, values)
     return channels[:kept].tolist()
 
@@ -54,10 +56,10 @@ def test_kept_channels_equal_those_of_the_reference(
 ) -> None:
     x = torch.cat([torch.tensor([*EDGES, INF, -INF, NAN, 65504.0]), draw(200)]).to(dtype)
     x[20] = threshold
-    scale = draw(len(x), seed=1).abs() if "scale" in vectors else None
+    score_scale = draw(len(x), seed=1).abs() if "score_scale" in vectors else None
     shift = draw(len(x), seed=2) if "shift" in vectors else None
-    expected = reference.keep_mask(x, threshold, scale, shift).nonzero().flatten().tolist()
-    assert _kept(x, threshold, scale, shift) == expected
+    expected = reference.keep_mask(x, threshold, score_scale, shift).nonzero().flatten().tolist()
+    assert _kept(x, threshold, score_scale, shift) == expected
 
 
 @dtypes
@@ -92,7 +94,10 @@ def test_product_is_as_precise_as_torch(
     x = draw(*rows, in_features, dtype=dtype)
     weight = draw(in_features, out_features, dtype=dtype, seed=1)
     bias = draw(out_features, dtype=dtype, seed=2)
-    vectors = {"scale": draw(in_features, seed=3).abs(), "shift": 0.1 * draw(in_features, seed=4)}
+    vectors = {
+        "score_scale": draw(in_features, seed=3).abs(),
+        "shift": 0.1 * draw(in_features, seed=4),
+    }
     for given_vectors in ({}, vectors, {"bias": bias, **vectors}):
         by_torch = reference.sparse_gemv(x, weight, 0.4, **given_vectors)
         expected = exact(x, weight, 0.4, **given_vectors)
@@ -153,7 +158,7 @@ def test_residual_is_added_before_rounding() -> None:
     expected = exact(x, weight, 0.5) + residual.double()
     by_torch = reference.sparse_gemv(x, weight, 0.5) + residual
     assert_as_precise_as_torch(
-        sparse_parts(x, weight, [0.5], [70], residual=residual), by_torch, expected
+        sparse_linear(x, weight, [0.5], [70], residual=residual), by_torch, expected
     )
 
 
@@ -225,50 +230,52 @@ def test_a_weight_with_columns_apart_is_refused_rather_than_copied_for_every_tok
         sparse_gemv(torch.ones(4), torch.ones(3, 4).T, 0.0)
 
 
-def _fused(dtype: torch.dtype, rows: int, widths: tuple[int, ...]) -> dict[str, Any]:
+def _fused(dtype: torch.dtype, rows: int, output_sizes: tuple[int, ...]) -> dict[str, Any]:
     in_features = 700
     vectors = {
         "x": 3 * draw(rows, in_features, dtype=dtype),
-        "weight": draw(in_features, sum(widths), dtype=dtype, seed=1),
-        "scale": draw(len(widths), in_features, seed=2).abs(),
+        "weight": draw(in_features, sum(output_sizes), dtype=dtype, seed=1),
+        "score_scale": draw(len(output_sizes), in_features, seed=2).abs(),
         "shift": 0.1 * draw(in_features, seed=3),
-        "bias": 20 * draw(sum(widths), dtype=dtype, seed=4),
-        "gain": draw(in_features, dtype=dtype, seed=5),
+        "bias": 20 * draw(sum(output_sizes), dtype=dtype, seed=4),
+        "norm_weight": draw(in_features, dtype=dtype, seed=5),
     }
-    return {**vectors, "thresholds": [0.4, 0.9, 0.1][: len(widths)], "epsilon": 1e-5}
+    return {**vectors, "thresholds": [0.4, 0.9, 0.1][: len(output_sizes)], "eps": 1e-5}
 
 
-def _exact_parts(operands: dict[str, Any], widths: tuple[int, ...]) -> Tensor:
+def _exact_parts(operands: dict[str, Any], output_sizes: tuple[int, ...]) -> Tensor:
     x, shift = operands["x"], operands.get("shift")
-    if "gain" in operands:
-        x = reference.rms_norm(x, operands["gain"], operands["epsilon"])
+    if "norm_weight" in operands:
+        x = reference.rms_norm(x, operands["norm_weight"], operands["eps"])
     rules = zip(
-        operands["weight"].split(widths, dim=1),
+        operands["weight"].split(output_sizes, dim=1),
         operands["thresholds"],
-        operands.get("scale", [None] * len(widths)),
+        operands.get("score_scale", [None] * len(output_sizes)),
         strict=True,
     )
-    parts = [exact(x, w, t, scale=s, shift=shift) for w, t, s in rules]
+    parts = [exact(x, w, t, score_scale=s, shift=shift) for w, t, s in rules]
     return torch.cat(parts, dim=-1) + operands["bias"].double()
 
 
 @dtypes
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
-@pytest.mark.parametrize("widths", [(129,), (64, 33), (300, 20, 21), (1, 128, 1)], ids=str)
+@pytest.mark.parametrize("output_sizes", [(129,), (64, 33), (300, 20, 21), (1, 128, 1)], ids=str)
 @pytest.mark.parametrize("given", ["everything", "lists", "one list"])
 def test_parts_have_masks_of_their_own_and_are_as_precise_as_torch(
-    dtype: torch.dtype, rows: int, widths: tuple[int, ...], given: str, two_threads: None
+    dtype: torch.dtype, rows: int, output_sizes: tuple[int, ...], given: str, two_threads: None
 ) -> None:
-    operands = _fused(dtype, rows, widths)
+    operands = _fused(dtype, rows, output_sizes)
     if given != "everything":
-        operands = {k: v for k, v in operands.items() if k not in ("scale", "shift", "gain")}
+        operands = {
+            k: v for k, v in operands.items() if k not in ("score_scale", "shift", "norm_weight")
+        }
     if given == "one list":
-        operands["thresholds"] = [0.4] * len(widths)
-    residual = 20 * draw(rows, sum(widths), dtype=dtype, seed=6)
-    expected = _exact_parts(operands, widths) + residual.double()
-    arguments = {**operands, "widths": widths}
-    by_torch = by_reference(sparse_parts, **arguments, residual=residual)
-    assert_as_precise_as_torch(sparse_parts(**arguments, residual=residual), by_torch, expected)
+        operands["thresholds"] = [0.4] * len(output_sizes)
+    residual = 20 * draw(rows, sum(output_sizes), dtype=dtype, seed=6)
+    expected = _exact_parts(operands, output_sizes) + residual.double()
+    arguments = {**operands, "output_sizes": output_sizes}
+    by_torch = by_reference(sparse_linear, **arguments, residual=residual)
+    assert_as_precise_as_torch(sparse_linear(**arguments, residual=residual), by_torch, expected)
 
 
 @dtypes
@@ -281,37 +288,37 @@ def test_gate_and_up_are_as_precise_as_torch(
 ) -> None:
     operands = _fused(dtype, rows, (half, half))
     if lists == 1:
-        del operands["scale"]
+        del operands["score_scale"]
         operands["thresholds"] = [0.4, 0.4]
     gate, up = _exact_parts(operands, (half, half)).chunk(2, dim=-1)
     arguments = {**operands, "activation": activation}
-    by_torch = by_reference(sparse_gated, **arguments)
+    by_torch = by_reference(sparse_glu, **arguments)
     expected = reference.GATES[activation](gate) * up
-    assert_as_precise_as_torch(sparse_gated(**arguments), by_torch, expected)
+    assert_as_precise_as_torch(sparse_glu(**arguments), by_torch, expected)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
 def test_activations_of_large_and_unusual_numbers_are_those_of_torch(activation: str) -> None:
     gates = torch.tensor([0.0, -0.0, 1e-30, 20.0, -20.0, 88.5, -88.5, 1e4, -1e4, INF, -INF, NAN])
     weight = torch.cat([gates, torch.ones(len(gates))])[None]
-    result = sparse_gated(torch.ones(1), weight, [-1.0, -1.0], activation)
+    result = sparse_glu(torch.ones(1), weight, [-1.0, -1.0], activation)
     expected = reference.GATES[activation](gates)
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("output_sizes", WIDTHS, ids=str)
 def test_fused_forms_have_the_same_bits_for_any_number_of_threads(
-    rows: int, widths: tuple[int, int], two_threads: None
+    rows: int, output_sizes: tuple[int, int], two_threads: None
 ) -> None:
     # Parts keep different numbers of channels, so borders between threads are not in the middle.
-    operands = _fused(torch.bfloat16, rows, widths)
+    operands = _fused(torch.bfloat16, rows, output_sizes)
     arguments = {**operands, "thresholds": [0.0, 5.0]}
 
     def results() -> list[Tensor]:
         return [
-            sparse_parts(**arguments, widths=widths),
-            sparse_gated(**arguments, activation="silu"),
+            sparse_linear(**arguments, output_sizes=output_sizes),
+            sparse_glu(**arguments, activation="silu"),
         ]
 
     by_two = results()

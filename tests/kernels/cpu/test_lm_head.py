@@ -7,7 +7,7 @@ from tests.kernels.cases import draw
 
 pytest.importorskip("numba")
 
-from teal.kernels.ops import dense_rows
+from teal.kernels.ops import lm_head_gemv
 
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 
@@ -20,7 +20,7 @@ def test_product_is_as_precise_as_torch(
 ) -> None:
     x = draw(*rows, in_features, dtype=dtype)
     weight = draw(out_features, in_features, dtype=dtype, seed=1)
-    product = dense_rows(x, weight)
+    product = lm_head_gemv(x, weight)
     assert product.shape == (*rows, out_features)
     assert_as_precise_as_torch(product, F.linear(x, weight), x.double() @ weight.double().T)
 
@@ -32,22 +32,22 @@ def test_bits_do_not_depend_on_the_number_of_threads_or_the_layout_of_x(rows: in
     products = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        products += [dense_rows(x.t(), weight[:, 4:516]) for _ in range(3)]
+        products += [lm_head_gemv(x.t(), weight[:, 4:516]) for _ in range(3)]
     torch.set_num_threads(before)
-    alone = dense_rows(x.t().contiguous(), weight[:, 4:516].contiguous())
+    alone = lm_head_gemv(x.t().contiguous(), weight[:, 4:516].contiguous())
     assert all(torch.equal(product, alone) for product in products)
 
 
 def test_what_is_no_number_stays_in_its_row() -> None:
     x = torch.ones(2, 65)
     x[1, 64] = float("nan")
-    product = dense_rows(x, draw(9, 65))
+    product = lm_head_gemv(x, draw(9, 65))
     assert product[0].isfinite().all()
     assert product[1].isnan().all()
 
 
 def test_weight_of_another_layout_or_no_columns_is_multiplied_all_the_same() -> None:
     x, weight = draw(2, 65), draw(65, 9, seed=1)
-    assert torch.equal(dense_rows(x, weight.t()), F.linear(x, weight.t()))
-    assert torch.equal(dense_rows(torch.ones(2, 0), torch.ones(5, 0)), torch.zeros(2, 5))
-    assert dense_rows(torch.ones(2, 4), torch.ones(0, 4)).shape == (2, 0)
+    assert torch.equal(lm_head_gemv(x, weight.t()), F.linear(x, weight.t()))
+    assert torch.equal(lm_head_gemv(torch.ones(2, 0), torch.ones(5, 0)), torch.zeros(2, 5))
+    assert lm_head_gemv(torch.ones(2, 4), torch.ones(0, 4)).shape == (2, 0)

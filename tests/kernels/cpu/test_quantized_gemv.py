@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from teal.kernels import dispatch_quantized
-from teal.kernels.operands import Grid, Operands
+from teal.kernels.operands import Operands, QuantParams
 from teal.kernels.reference import matmul as reference
 from teal.quantization import QuantizedWeight, Scheme, round_to_nearest
 from tests.helpers import assert_as_precise_as_torch
@@ -17,7 +17,7 @@ from tests.kernels.cases import draw, exact
 pytest.importorskip("numba")
 
 from teal.kernels.cpu import quantized_gemv
-from teal.kernels.ops_quantized import quantized_gated, quantized_parts
+from teal.kernels.ops_quantized import quantized_glu, quantized_linear
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,13 +55,13 @@ def tensors(weight: QuantizedWeight) -> tuple[Any, ...]:
 
 
 def multiplied(x: Tensor, weight: QuantizedWeight, threshold: float, **vectors: Any) -> Tensor:
-    return quantized_parts(x, *tensors(weight), [threshold], [weight.out_features], **vectors)
+    return quantized_linear(x, *tensors(weight), [threshold], [weight.out_features], **vectors)
 
 
 def by_torch(x: Tensor, weight: QuantizedWeight, threshold: float, **vectors: Any) -> Tensor:
     """Multiply as torch does with the weight as float32 and round once."""
     dense = weight.dequantize()
-    kept = reference.sparse_activation(x, threshold, vectors.get("scale"))
+    kept = reference.sparse_activation(x, threshold, vectors.get("score_scale"))
     bias = vectors.get("bias")
     product = kept.float() @ dense
     return (product if bias is None else product + bias.float()).to(x.dtype)
@@ -130,7 +130,7 @@ def test_strips_of_dropped_channels_are_never_used(scheme: Scheme) -> None:
     spoilt = weight.codes.view(torch.uint8).clone()
     spoilt[dropped] = 0x55
     _, *rest = tensors(weight)
-    again = quantized_parts(x, spoilt.view(weight.codes.dtype), *rest, [0.6], [71])
+    again = quantized_linear(x, spoilt.view(weight.codes.dtype), *rest, [0.6], [71])
     assert torch.equal(again, product)
 
 
@@ -153,17 +153,19 @@ def test_everything_dropped_leaves_bias_and_residual(scheme: Scheme) -> None:
     assert torch.equal(product, bias + residual)
 
 
-def fused(dtype: torch.dtype, rows: int, widths: tuple[int, ...], scheme: Scheme) -> dict[str, Any]:
-    weight = weight_of(scheme, (300, sum(widths)), dtype)
+def fused(
+    dtype: torch.dtype, rows: int, output_sizes: tuple[int, ...], scheme: Scheme
+) -> dict[str, Any]:
+    weight = weight_of(scheme, (300, sum(output_sizes)), dtype)
     return {
         "x": 3 * draw(rows, 300, dtype=dtype),
         **dict(zip(("codes", "scales", "zeros", "group_size"), tensors(weight), strict=True)),
-        "thresholds": [0.4, 0.9, 0.1][: len(widths)],
-        "scale": draw(len(widths), 300, seed=2).abs(),
+        "thresholds": [0.4, 0.9, 0.1][: len(output_sizes)],
+        "score_scale": draw(len(output_sizes), 300, seed=2).abs(),
         "shift": 0.1 * draw(300, seed=3),
-        "bias": 20 * draw(sum(widths), dtype=dtype, seed=4),
-        "gain": draw(300, dtype=dtype, seed=5),
-        "epsilon": 1e-5,
+        "bias": 20 * draw(sum(output_sizes), dtype=dtype, seed=4),
+        "norm_weight": draw(300, dtype=dtype, seed=5),
+        "eps": 1e-5,
     }
 
 
@@ -176,17 +178,19 @@ def in_plain_torch(form: Callable[..., Tensor], arguments: dict[str, Any]) -> Te
 def in_float64(form: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
     """Compute a form from the exact weight, the norm and the mask being those of the dtype."""
     given = dict(arguments)
-    x = reference.rms_norm(given["x"], given.pop("gain"), given.pop("epsilon"))
+    x = reference.rms_norm(given["x"], given.pop("norm_weight"), given.pop("eps"))
     weight = QuantizedWeight(
         codes=given["codes"],
         scales=given["scales"],
         zeros=given["zeros"],
         group_size=given["group_size"],
     ).dequantize(torch.float64)
-    gated = form is quantized_gated
-    widths = [weight.shape[1] // 2] * 2 if gated else given["widths"]
-    rules = zip(weight.split(widths, dim=1), given["thresholds"], given["scale"], strict=True)
-    parts = [exact(x, w, t, scale=s, shift=given["shift"]) for w, t, s in rules]
+    gated = form is quantized_glu
+    output_sizes = [weight.shape[1] // 2] * 2 if gated else given["output_sizes"]
+    rules = zip(
+        weight.split(output_sizes, dim=1), given["thresholds"], given["score_scale"], strict=True
+    )
+    parts = [exact(x, w, t, score_scale=s, shift=given["shift"]) for w, t, s in rules]
     both = torch.cat(parts, dim=-1) + given["bias"].double()
     if gated:
         return reference.gate_and_up(both, given["activation"])
@@ -196,15 +200,15 @@ def in_float64(form: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor
 @dtypes
 @schemes
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("widths", [(129,), (301, 20, 21), (1, 128, 1)], ids=str)
+@pytest.mark.parametrize("output_sizes", [(129,), (301, 20, 21), (1, 128, 1)], ids=str)
 def test_parts_have_masks_of_their_own_and_take_norm_shift_bias_and_residual(
-    dtype: torch.dtype, scheme: Scheme, rows: int, widths: tuple[int, ...], two_threads: None
+    dtype: torch.dtype, scheme: Scheme, rows: int, output_sizes: tuple[int, ...], two_threads: None
 ) -> None:
-    arguments = {**fused(dtype, rows, widths, scheme), "widths": widths}
-    arguments["residual"] = 20 * draw(rows, sum(widths), dtype=dtype, seed=6)
-    expected = in_float64(quantized_parts, arguments)
-    product = quantized_parts(**arguments)
-    assert_as_precise_as_torch(product, in_plain_torch(quantized_parts, arguments), expected)
+    arguments = {**fused(dtype, rows, output_sizes, scheme), "output_sizes": output_sizes}
+    arguments["residual"] = 20 * draw(rows, sum(output_sizes), dtype=dtype, seed=6)
+    expected = in_float64(quantized_linear, arguments)
+    product = quantized_linear(**arguments)
+    assert_as_precise_as_torch(product, in_plain_torch(quantized_linear, arguments), expected)
 
 
 @dtypes
@@ -216,9 +220,9 @@ def test_gate_and_up_are_as_precise_as_torch(
     dtype: torch.dtype, scheme: Scheme, rows: int, activation: str, half: int, two_threads: None
 ) -> None:
     arguments = {**fused(dtype, rows, (half, half), scheme), "activation": activation}
-    expected = in_float64(quantized_gated, arguments)
-    product = quantized_gated(**arguments)
-    assert_as_precise_as_torch(product, in_plain_torch(quantized_gated, arguments), expected)
+    expected = in_float64(quantized_glu, arguments)
+    product = quantized_glu(**arguments)
+    assert_as_precise_as_torch(product, in_plain_torch(quantized_glu, arguments), expected)
 
 
 @schemes
@@ -230,8 +234,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(
     arguments["thresholds"] = [0.0, 5.0]
 
     def results() -> list[Tensor]:
-        gated = quantized_gated(**arguments, activation="silu")
-        return [quantized_parts(**arguments, widths=(701, 499)), gated]
+        gated = quantized_glu(**arguments, activation="silu")
+        return [quantized_linear(**arguments, output_sizes=(701, 499)), gated]
 
     by_two = results()
     torch.set_num_threads(1)
@@ -246,8 +250,8 @@ def test_floats_have_the_bits_of_the_reference(
 ) -> None:
     weight = weight_of(scheme, shape, dtype)
     operands = Operands(draw(9, shape[0], dtype=dtype), weight.codes, [0.5], [shape[1]])
-    grid = Grid(weight.scales, weight.zeros, weight.group_size)
-    assert torch.equal(quantized_gemv.dequantized(operands, grid), weight.dequantize(dtype))
+    quant = QuantParams(weight.scales, weight.zeros, weight.group_size)
+    assert torch.equal(quantized_gemv.dequantized(operands, quant), weight.dequantize(dtype))
 
 
 @schemes

@@ -1,4 +1,4 @@
-"""Lines of strips as vectors: what they add, in every type, wherever strips begin."""
+"""Lines of weight rows as vectors: what they add, in every type, wherever weight rows begin."""
 
 import numpy as np
 import pytest

@@ -46,10 +46,13 @@ def _case(
 
 CASES = {
     "first token": _case(0),
-    "norms": _case(11, with_gains=True),
+    "norms": _case(11, with_norm_weights=True),
     "softcap": _case(90, options={"softcap": 2.0, "scale": 1.5}),
     "everything": _case(
-        200, head_dim=96, with_gains=True, options={"softcap": 3.0, "window": 70, "scale": 1.0}
+        200,
+        head_dim=96,
+        with_norm_weights=True,
+        options={"softcap": 3.0, "window": 70, "scale": 1.0},
     ),
     **{
         f"{queries} heads of {dim}": _case(300, queries=queries, head_dim=dim)
@@ -71,7 +74,7 @@ class Call:
             name: value.float().to(DEVICE) if isinstance(value, Tensor) else value
             for name, value in options.items()
         }
-        if not case.with_gains:
+        if not case.with_norm_weights:
             tensors[3:] = _quarter_turns(tensors[3])
         self.first = max(0, self.position + 1 - options.get("window", self.position + 1))
         for rows in self.cache[:2]:
@@ -103,8 +106,8 @@ class Call:
         reference_attend(self.qkv, keys, values, positions, *angles, **self.options)
         kv_heads, head_dim = keys.shape[1], keys.shape[3]
         q = self.qkv.view(-1, head_dim)[: -2 * kv_heads]
-        gain, epsilon = self.options.get("q_gain"), self.options.get("epsilon", 0.0)
-        q = placed(q, gain, epsilon, *(table[positions] for table in angles))
+        norm_weight, eps = self.options.get("q_norm_weight"), self.options.get("eps", 0.0)
+        q = placed(q, norm_weight, eps, *(table[positions] for table in angles))
         covered = slice(self.first, self.position + 1)
         scores = q.view(kv_heads, -1, head_dim).double() @ keys[0, :, covered].double().mT
         scores *= self.options["scale"]
@@ -120,7 +123,7 @@ def _assert_right(
     call = Call(case, dtype, splits)
     expected, keys, values = call.exact()
     result = call.run()
-    if case.with_gains:
+    if case.with_norm_weights:
         # An entry of a query or key may round to its neighbour.
         eps = torch.finfo(dtype).eps
         assert relative_error(result, expected) < eps / 8
@@ -234,8 +237,10 @@ def test_a_captured_launch_appends_token_after_token_as_an_eager_one() -> None:
 def test_heads_of_models_compile_without_spills(
     queries: int, head_dim: int, architecture: str, tmp_path: Path
 ) -> None:
-    gain = torch.ones(head_dim)
-    attention = Attention(scale=1.0, softcap=2.0, q_gain=gain, k_gain=gain)
+    norm_weight = torch.ones(head_dim)
+    attention = Attention(
+        scale=1.0, softcap=2.0, q_norm_weight=norm_weight, k_norm_weight=norm_weight
+    )
     assert_no_spills(_cubin(tmp_path, queries, head_dim, architecture, attention=attention))
 
 

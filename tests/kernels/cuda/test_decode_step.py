@@ -15,17 +15,17 @@ from teal.kernels.cuda.decode_step import (
     UNIT,
     Input,
     Projections,
-    cut_for,
+    config_for,
     definitions_of,
     project,
 )
 from teal.kernels.cuda.embed_argmax import finish
 from teal.kernels.cuda.nvrtc import compiled
-from teal.kernels.cuda.tile_config import DTYPES, Cut
+from teal.kernels.cuda.tile_config import DTYPES, TileConfig
 from tests.kernels.compiling import assert_no_spills, assert_strips_load_whole
 from tests.kernels.emulation import emulate
 from tests.kernels.stepping import (
-    EPSILON,
+    EPS,
     HEAD_DIM,
     HEADS,
     MULTIPLIER,
@@ -44,7 +44,7 @@ from tests.kernels.stepping import (
     thresholds_at,
 )
 
-# K and the widths of each input, odd in every way that is allowed for weights of 16 bits.
+# K and the output sizes of each input, odd in every way that is allowed for weights of 16 bits.
 SHAPES: dict[Input, tuple[int, list[int]]] = {
     "hidden": (584, [264, 24, 8]),
     "attention": (HEADS * HEAD_DIM, [584]),
@@ -61,28 +61,34 @@ ALIGNED: dict[Input, tuple[int, list[int]]] = {
 
 # Unlike each other in every respect.
 CUTS = [
-    Cut(chunk=256, per_lane=8, warps_n=2, warps_k=4, unroll=4, blocks=2, cluster=8, depth=2),
-    Cut(chunk=608, per_lane=16, warps_n=1, warps_k=8, unroll=2, blocks=2, cluster=4, depth=2),
-    Cut(chunk=128, per_lane=32, warps_n=1, warps_k=4, unroll=4, blocks=2, cluster=8, early=32),
-    Cut(chunk=96, per_lane=16, warps_n=4, warps_k=2, unroll=8, blocks=1, cluster=8, early=3),
-    Cut(chunk=160, per_lane=4, warps_n=1, warps_k=8, unroll=8, blocks=1, cluster=8),
+    TileConfig(chunk=256, per_lane=8, warps_n=2, warps_k=4, unroll=4, blocks=2, cluster=8, depth=2),
+    TileConfig(
+        chunk=608, per_lane=16, warps_n=1, warps_k=8, unroll=2, blocks=2, cluster=4, depth=2
+    ),
+    TileConfig(
+        chunk=128, per_lane=32, warps_n=1, warps_k=4, unroll=4, blocks=2, cluster=8, early=32
+    ),
+    TileConfig(chunk=96, per_lane=16, warps_n=4, warps_k=2, unroll=8, blocks=1, cluster=8, early=3),
+    TileConfig(chunk=160, per_lane=4, warps_n=1, warps_k=8, unroll=8, blocks=1, cluster=8),
 ]
 
 inputs = pytest.mark.parametrize("kind", SHAPES)
-cuts = pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut.chunk} × {cut.columns}")
+configs = pytest.mark.parametrize(
+    "config", CUTS, ids=lambda config: f"{config.chunk} × {config.columns}"
+)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 
 
 def wanted(kind: Input, scheme: str = "floats", **changes: object) -> Wanted:
-    in_features, widths = (SHAPES if scheme == "floats" else ALIGNED)[kind]
-    return replace(Wanted(kind, in_features, widths, SCHEMES[scheme]), **changes)  # type: ignore[arg-type]
+    in_features, output_sizes = (SHAPES if scheme == "floats" else ALIGNED)[kind]
+    return replace(Wanted(kind, in_features, output_sizes, SCHEMES[scheme]), **changes)  # type: ignore[arg-type]
 
 
-def _for(scheme: str, cut: Cut) -> Cut:
-    """Return a cut whose threads have as many columns as they can have of a format."""
+def _for(scheme: str, config: TileConfig) -> TileConfig:
+    """Return a config whose threads have as many columns as they can have of a format."""
     least, most = {"floats": (4, 8), "int8": (8, 16), "fp8": (8, 16)}.get(scheme, (8, 32))
-    return replace(cut, per_lane=min(max(cut.per_lane, least), most))
+    return replace(config, per_lane=min(max(config.per_lane, least), most))
 
 
 def _source(kind: Input, dtype: torch.dtype, device: str = "cuda") -> tuple[Tensor, Tensor]:
@@ -113,7 +119,7 @@ def _assert_right(
 ) -> None:
     source, x = _source(projections.input, dtype, device)
     memory = memory_of(dtype, device)
-    if projections.gain is not None:
+    if projections.norm_weight is not None:
         x = normed(x, projections, dtype)
     if sparsity is not None:
         projections.thresholds.copy_(torch.tensor(thresholds_at(x, sparsity, 3)))
@@ -133,13 +139,13 @@ def test_products_compile_to_wide_loads_without_spills(
 ) -> None:
     clusters = architecture != "sm_80"
     projections = projections_of(wanted(kind, scheme), device="cpu")
-    cut = cut_for(projections, clusters=clusters)
+    config = config_for(projections, clusters=clusters)
     memory = memory_of(torch.bfloat16, "cpu")
-    definitions = definitions_of(projections, cut, memory)
+    definitions = definitions_of(projections, config, memory)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled(SOURCE, definitions, architecture))
     assert_no_spills(cubin)
-    assert_strips_load_whole(cubin, cut, projections.weight.dtype)
+    assert_strips_load_whole(cubin, config, projections.weight.dtype)
 
 
 @pytest.mark.parametrize("is_dense", [False, True], ids=["sparse", "dense"])
@@ -157,10 +163,10 @@ def test_models_compile_without_spills(
     )
     for product in products:
         projections = replace(outlined(product), is_dense=is_dense)
-        cut = cut_for(projections, clusters=True)
+        config = config_for(projections, clusters=True)
         memory = memory_of(torch.bfloat16, "meta")
         cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(compiled(SOURCE, definitions_of(projections, cut, memory), "sm_90"))
+        cubin.write_bytes(compiled(SOURCE, definitions_of(projections, config, memory), "sm_90"))
         assert_no_spills(cubin)
 
 
@@ -189,27 +195,27 @@ def test_products_are_right_where_a_gpu_is_emulated(
         _assert_right(replace(projections, is_dense=False), sparsity, device="cpu")
 
 
-@cuts
+@configs
 @schemes
-def test_every_cut_compiles_without_spills(scheme: str, cut: Cut, tmp_path: Path) -> None:
+def test_every_cut_compiles_without_spills(scheme: str, config: TileConfig, tmp_path: Path) -> None:
     projections = replace(
-        projections_of(wanted("silu", scheme), device="cpu"), cut=_for(scheme, cut)
+        projections_of(wanted("silu", scheme), device="cpu"), config=_for(scheme, config)
     )
-    cut = cut_for(projections, clusters=True)
+    config = config_for(projections, clusters=True)
     cubin = tmp_path / "kernel.cubin"
-    definitions = definitions_of(projections, cut, memory_of(torch.bfloat16, "cpu"))
+    definitions = definitions_of(projections, config, memory_of(torch.bfloat16, "cpu"))
     cubin.write_bytes(compiled(SOURCE, definitions, "sm_90"))
     assert_no_spills(cubin)
-    assert_strips_load_whole(cubin, cut, projections.weight.dtype)
+    assert_strips_load_whole(cubin, config, projections.weight.dtype)
 
 
 @pytest.mark.parametrize("warps", [1, 4, 8])
 @pytest.mark.parametrize("chunk", [32, 96, 608])
 def test_warps_share_the_only_group_of_int4_evenly(chunk: int, warps: int) -> None:
     projections = projections_of(wanted("attention", "int4 in 128"), device="cpu")
-    assert projections.grid is not None and len(projections.grid.scales) == 1
-    cut = Cut(chunk=chunk, per_lane=8, warps_n=1, warps_k=warps, unroll=2, blocks=1)
-    assert cut_for(replace(projections, cut=cut), clusters=True).chunk % (32 * warps) == 0
+    assert projections.quant is not None and len(projections.quant.scales) == 1
+    config = TileConfig(chunk=chunk, per_lane=8, warps_n=1, warps_k=warps, unroll=2, blocks=1)
+    assert config_for(replace(projections, config=config), clusters=True).chunk % (32 * warps) == 0
 
 
 @pytest.mark.parametrize("warps", [1, 2, 4, 8])
@@ -218,9 +224,9 @@ def test_chunks_are_of_whole_groups_or_of_parts_that_warps_share_evenly(
     chunk: int, warps: int
 ) -> None:
     projections = projections_of(wanted("hidden", "int4 in 128"), device="cpu")
-    assert projections.grid is not None and len(projections.grid.scales) > 1
-    cut = Cut(chunk=chunk, per_lane=8, warps_n=1, warps_k=warps, unroll=2, blocks=2)
-    fitted = cut_for(replace(projections, cut=cut), clusters=True)
+    assert projections.quant is not None and len(projections.quant.scales) > 1
+    config = TileConfig(chunk=chunk, per_lane=8, warps_n=1, warps_k=warps, unroll=2, blocks=2)
+    fitted = config_for(replace(projections, config=config), clusters=True)
     is_part = 128 % fitted.chunk == 0 and fitted.chunk % (32 * warps) == 0
     assert is_part or fitted.chunk % 128 == 0
     assert fitted.blocks == (1 if fitted.chunk > 128 * warps else 2)
@@ -228,25 +234,25 @@ def test_chunks_are_of_whole_groups_or_of_parts_that_warps_share_evenly(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sparsity", [None, 0.5, 0.95], ids=str)
-@cuts
+@configs
 @schemes
 @pytest.mark.parametrize("kind", ["hidden", "silu"])
 def test_products_are_right_however_they_are_cut(
-    kind: Input, scheme: str, cut: Cut, sparsity: float | None
+    kind: Input, scheme: str, config: TileConfig, sparsity: float | None
 ) -> None:
-    projections = replace(projections_of(wanted(kind, scheme)), cut=_for(scheme, cut))
+    projections = replace(projections_of(wanted(kind, scheme)), config=_for(scheme, config))
     _assert_right(projections, sparsity)
 
 
-@cuts
+@configs
 @schemes
 def test_every_cut_is_right_where_a_gpu_is_emulated(
-    scheme: str, cut: Cut, monkeypatch: pytest.MonkeyPatch
+    scheme: str, config: TileConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulate(monkeypatch, clusters=True)
     for kind, sparsity in (("hidden", None), ("silu", 0.95)):
         projections = projections_of(wanted(kind, scheme), device="cpu")
-        _assert_right(replace(projections, cut=_for(scheme, cut)), sparsity, device="cpu")
+        _assert_right(replace(projections, config=_for(scheme, config)), sparsity, device="cpu")
 
 
 @pytest.mark.gpu
@@ -257,7 +263,7 @@ def test_a_product_is_the_same_bits_twice_and_clears_sums_for_later(scheme: str)
     projections = projections_of(wanted("hidden", scheme), [0.3, 0.5, 0.7])
     results = []
     for _ in range(3):
-        sums = torch.zeros(sum(projections.widths), dtype=torch.int64, device="cuda")
+        sums = torch.zeros(sum(projections.output_sizes), dtype=torch.int64, device="cuda")
         clear = torch.full((2097,), 7, device="cuda")
         project(projections, source, sums, clear, memory, dependent=hopper())
         assert not clear.any()
@@ -276,11 +282,11 @@ def test_what_does_not_fit_into_sums_sets_the_flag_and_makes_the_output_nan(visi
     project(projections, source, memory.hidden, None, memory, dependent=hopper())
     assert memory.overflow.item() == 1
     position = torch.zeros(1, dtype=torch.int64, device="cuda")
-    finish(torch.ones(SIZES[0], device="cuda"), EPSILON, memory, position, dependent=hopper())
+    finish(torch.ones(SIZES[0], device="cuda"), EPS, memory, position, dependent=hopper())
     assert memory.normed.isnan().all()
 
 
 def test_shapes_of_these_tests_are_aligned_and_not_multiples_of_blocks() -> None:
-    for in_features, widths in SHAPES.values():
+    for in_features, output_sizes in SHAPES.values():
         assert in_features % ALIGNMENT == 0
-        assert all(width % ALIGNMENT == 0 and width % 256 for width in widths)
+        assert all(width % ALIGNMENT == 0 and width % 256 for width in output_sizes)

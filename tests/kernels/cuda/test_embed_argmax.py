@@ -14,7 +14,7 @@ from teal.kernels.cuda.nvrtc import compiled
 from teal.kernels.cuda.tile_config import DTYPES
 from tests.kernels.compiling import assert_no_spills, told
 from tests.kernels.emulation import DEVICE, emulate
-from tests.kernels.stepping import EPSILON, SIZES, hopper, memory_of
+from tests.kernels.stepping import EPS, SIZES, hopper, memory_of
 
 INFINITY = float("inf")
 BROKEN = -1
@@ -50,7 +50,7 @@ def test_both_ends_compile(
 def test_a_step_begins_with_the_embedding_and_ends_with_the_norm(dtype: torch.dtype) -> None:
     memory, size = memory_of(dtype, DEVICE), SIZES[0]
     embedding = torch.randn(7, size, device=DEVICE).to(dtype)
-    gain = torch.rand(size, device=DEVICE)
+    norm_weight = torch.rand(size, device=DEVICE)
     position = torch.tensor([41], device=DEVICE)
     memory.overflow.fill_(1)
     memory.hidden.fill_(5)
@@ -59,8 +59,8 @@ def test_a_step_begins_with_the_embedding_and_ends_with_the_norm(dtype: torch.dt
     assert not memory.overflow
     assert not memory.gate_up[0].any()
     torch.testing.assert_close(memory.hidden.double() * UNIT, 2.0 * embedding[3].double())
-    finish(gain, EPSILON, memory, position, dependent=hopper())
-    exact = 2.0 * F.rms_norm(embedding[3].double(), (size,), gain.double() / 2.0, EPSILON / 4)
+    finish(norm_weight, EPS, memory, position, dependent=hopper())
+    exact = 2.0 * F.rms_norm(embedding[3].double(), (size,), norm_weight.double() / 2.0, EPS / 4)
     # Of the smallest numbers, which have fewer bits, the last one counts.
     eps, last_bit = (
         torch.finfo(dtype).eps,

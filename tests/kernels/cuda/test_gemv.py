@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from teal.foundation.errors import UserError
-from teal.kernels.operands import Grid, Operands
+from teal.kernels.operands import Operands, QuantParams
 from teal.kernels.reference import matmul as reference
 from teal.quantization import QuantizedWeight, round_to_nearest
 from tests.helpers import relative_error
@@ -48,14 +48,14 @@ def test_what_the_kernel_computes_is_told_from_shapes_and_dtypes(scheme: str) ->
         weight = weight_of(scheme, in_features, columns, dtype, "cpu")
         changed = rest.pop("tensor", lambda tensor: tensor)
         operands = weight.operands(draw(rows, in_features, dtype=dtype), [threshold], **rest)
-        return can_compute(operands._replace(weight=changed(operands.weight)), weight.grid)
+        return can_compute(operands._replace(weight=changed(operands.weight)), weight.quant)
 
     is_float = scheme == "floats"
     assert told()
     assert told(dtype=torch.float16)
-    assert told(gain=torch.ones(128))
+    assert told(norm_weight=torch.ones(128))
     assert told(threshold=-1.0) != is_float
-    gated = {"widths": [32] * 2, "activation": "silu"}
+    gated = {"output_sizes": [32] * 2, "activation": "silu"}
     assert told(threshold=-1.0, **gated)
     assert told(rows=8)
     assert told(rows=8, threshold=-1.0) != is_float
@@ -64,9 +64,9 @@ def test_what_the_kernel_computes_is_told_from_shapes_and_dtypes(scheme: str) ->
     assert not told(rows=0)
     assert not told(dtype=torch.float32)
     assert not told(columns=68)
-    assert not told(in_features=132, gain=torch.ones(132))
+    assert not told(in_features=132, norm_weight=torch.ones(132))
     assert not told(tensor=lambda tensor: tensor.t().contiguous().t())
-    assert not told(widths=[16] * 4)
+    assert not told(output_sizes=[16] * 4)
 
 
 @pytest.mark.usefixtures("_on_hopper")
@@ -75,9 +75,9 @@ def test_weights_at_odd_addresses_and_groups_of_parts_of_words_are_left_to_other
     odd = draw(96 * 64 + 1, dtype=torch.bfloat16)[1:].view(96, 64)
     assert not can_compute(Operands(x, odd, [0.5], [64]), None)
     codes, scales = torch.zeros(96, 32, dtype=torch.uint8), torch.ones(2, 64)
-    assert not can_compute(Operands(x, codes, [0.5], [64]), Grid(scales, None, 48))
+    assert not can_compute(Operands(x, codes, [0.5], [64]), QuantParams(scales, None, 48))
     ints = torch.zeros(96, 64, dtype=torch.int8)
-    assert not can_compute(Operands(x, ints, [0.5], [64]), Grid(scales, None, 48))
+    assert not can_compute(Operands(x, ints, [0.5], [64]), QuantParams(scales, None, 48))
 
 
 @pytest.mark.gpu
@@ -89,14 +89,14 @@ def test_kept_channels_equal_those_of_the_reference(
 ) -> None:
     x = torch.cat([torch.tensor(EDGES, device=DEVICE), _draw(55)]).to(dtype)
     x[20] = threshold
-    scale = _draw(64, seed=1).abs() if "scale" in vectors else None
+    score_scale = _draw(64, seed=1).abs() if "score_scale" in vectors else None
     shift = _draw(64, seed=2) if "shift" in vectors else None
-    keep = reference.keep_mask(x, threshold, scale, shift)
+    keep = reference.keep_mask(x, threshold, score_scale, shift)
     # A kept channel brings exactly its own activation to its own column.
     weight = torch.eye(64, dtype=dtype, device=DEVICE)
     centred = x if shift is None else (x.float() - shift).to(dtype)
-    scales = None if scale is None else scale[None]
-    operands = Operands(x[None], weight, [threshold], [64], scale=scales, shift=shift)
+    scales = None if score_scale is None else score_scale[None]
+    operands = Operands(x[None], weight, [threshold], [64], score_scale=scales, shift=shift)
     # A sum that starts at +0 gives +0 for -0.
     expected = torch.where(keep, centred, 0) + 0.0
     assert torch.equal(compute(operands)[0], expected)
@@ -125,7 +125,7 @@ def test_product_is_as_precise_as_torch(
     in_features, columns = shape
     weight, x = weight_of(scheme, in_features, columns, dtype), _draw(1, in_features, dtype=dtype)
     vectors: dict[str, Any] = {
-        "scale": _draw(1, in_features, seed=3).abs(),
+        "score_scale": _draw(1, in_features, seed=3).abs(),
         "shift": 0.1 * _draw(in_features, seed=4),
         "bias": _draw(columns, dtype=dtype, seed=2),
     }
@@ -137,18 +137,18 @@ def test_product_is_as_precise_as_torch(
 @pytest.mark.gpu
 @dtypes
 @schemes
-@pytest.mark.parametrize("widths", [[256, 32, 32], [288, 64], [96]], ids=str)
+@pytest.mark.parametrize("output_sizes", [[256, 32, 32], [288, 64], [96]], ids=str)
 def test_parts_have_thresholds_and_scales_of_their_own(
-    dtype: torch.dtype, scheme: str, widths: list[int]
+    dtype: torch.dtype, scheme: str, output_sizes: list[int]
 ) -> None:
-    weight, x = weight_of(scheme, 600, sum(widths), dtype), _draw(1, 600, dtype=dtype)
+    weight, x = weight_of(scheme, 600, sum(output_sizes), dtype), _draw(1, 600, dtype=dtype)
     operands = weight.operands(
         x,
-        [0.3, -1.0, 1.2][: len(widths)],
-        widths=widths,
-        scale=0.5 + _draw(len(widths), 600, seed=3).abs(),
-        bias=_draw(sum(widths), dtype=dtype, seed=4),
-        residual=_draw(1, sum(widths), dtype=dtype, seed=5),
+        [0.3, -1.0, 1.2][: len(output_sizes)],
+        output_sizes=output_sizes,
+        score_scale=0.5 + _draw(len(output_sizes), 600, seed=3).abs(),
+        bias=_draw(sum(output_sizes), dtype=dtype, seed=4),
+        residual=_draw(1, sum(output_sizes), dtype=dtype, seed=5),
     )
     assert_right(weight, operands)
 
@@ -162,12 +162,12 @@ def test_gate_and_up_are_multiplied_after_the_activation(
     dtype: torch.dtype, scheme: str, activation: str, thresholds: list[float]
 ) -> None:
     weight, x = weight_of(scheme, 600, 2 * 352, dtype), 0.2 * _draw(1, 600, dtype=dtype)
-    given = {"widths": [352] * 2, "activation": activation}
+    given = {"output_sizes": [352] * 2, "activation": activation}
     bias = _draw(704, dtype=dtype, seed=4)
-    scale = 0.5 + _draw(2, 600, seed=3).abs()
-    cuts = [0.2 * threshold for threshold in thresholds]
-    for rest in ({}, {"bias": bias}, {"scale": scale}):
-        assert_right(weight, weight.operands(x, cuts, **given, **rest))
+    score_scale = 0.5 + _draw(2, 600, seed=3).abs()
+    configs = [0.2 * threshold for threshold in thresholds]
+    for rest in ({}, {"bias": bias}, {"score_scale": score_scale}):
+        assert_right(weight, weight.operands(x, configs, **given, **rest))
 
 
 @pytest.mark.gpu
@@ -178,14 +178,19 @@ def test_norm_is_applied_before_the_mask(
     dtype: torch.dtype, scheme: str, activation: str | None
 ) -> None:
     weight, x = weight_of(scheme, 1048, 192, dtype), 3 * _draw(1, 1048, dtype=dtype)
-    gain = 1 + 0.1 * _draw(1048, seed=2)
-    normed = reference.rms_norm(x, gain, 1e-5).float()
+    norm_weight = 1 + 0.1 * _draw(1048, seed=2)
+    normed = reference.rms_norm(x, norm_weight, 1e-5).float()
     # An activation that is rounded otherwise may not fall on the other side of the threshold.
     x = torch.where((normed.abs() - 0.7).abs() < 0.1, 0, x)
     operands = weight.operands(
-        x, [0.7] * 2, widths=[96] * 2, gain=gain, epsilon=1e-5, activation=activation
+        x,
+        [0.7] * 2,
+        output_sizes=[96] * 2,
+        norm_weight=norm_weight,
+        eps=1e-5,
+        activation=activation,
     )
-    result = compute(operands, weight.grid)
+    result = compute(operands, weight.quant)
     expected = by_torch(weight, operands, torch.float64)
     # One activation in some hundred is rounded otherwise by one bit.
     assert relative_error(result, expected) < 1.5 * torch.finfo(dtype).eps
@@ -227,13 +232,13 @@ def test_all_channels_may_be_one_group(scheme: str) -> None:
 def test_every_row_has_a_mask_of_its_own(scheme: str, rows: tuple[int, ...]) -> None:
     weight, dtype = weight_of(scheme, 300, 192, torch.bfloat16), torch.bfloat16
     x, residual = _draw(*rows, 300, dtype=dtype), _draw(*rows, 192, dtype=dtype, seed=2)
-    operands = weight.operands(x, [0.4, 0.8], widths=[128, 64], residual=residual)
+    operands = weight.operands(x, [0.4, 0.8], output_sizes=[128, 64], residual=residual)
     assert_right(weight, operands)
     alone = [
-        weight.times(one[None], [0.4, 0.8], widths=[128, 64], residual=added[None])
+        weight.times(one[None], [0.4, 0.8], output_sizes=[128, 64], residual=added[None])
         for one, added in zip(x.view(-1, 300), residual.view(-1, 192), strict=True)
     ]
-    assert torch.equal(compute(operands, weight.grid).view(-1, 192), torch.cat(alone))
+    assert torch.equal(compute(operands, weight.quant).view(-1, 192), torch.cat(alone))
 
 
 @pytest.mark.gpu
@@ -244,16 +249,16 @@ def test_rows_of_floats_are_multiplied_at_once(dtype: torch.dtype, rows: int) ->
     # A row keeps nothing, another everything.
     x[0] *= 0.01
     x[-1] += 3.0
-    scale = 0.5 + _draw(2, 600, seed=3).abs()
+    score_scale = 0.5 + _draw(2, 600, seed=3).abs()
     plain = {"bias": _draw(352, dtype=dtype, seed=4), "shift": 0.1 * _draw(600, seed=5)}
     residual = _draw(rows, 352, dtype=dtype, seed=2)
     assert_right(weight, weight.operands(x, [0.8], **plain, residual=residual))
-    halves = {"widths": [176] * 2, "activation": "silu"}
+    halves = {"output_sizes": [176] * 2, "activation": "silu"}
     assert_right(weight, weight.operands(0.2 * x, [0.1] * 2, **halves))
-    assert_right(weight, weight.operands(0.2 * x, [0.1, 0.2], **halves, scale=scale))
+    assert_right(weight, weight.operands(0.2 * x, [0.1, 0.2], **halves, score_scale=score_scale))
     # Each row is normed by itself, as it is alone.
-    gain = 1 + 0.1 * _draw(600, seed=6)
-    norm = {"widths": [256, 96], "gain": gain, "epsilon": 1e-5}
+    norm_weight = 1 + 0.1 * _draw(600, seed=6)
+    norm = {"output_sizes": [256, 96], "norm_weight": norm_weight, "eps": 1e-5}
     together = weight.times(x, [-1.0, 0.5], **norm)
     alone = [weight.times(row[None], [-1.0, 0.5], **norm) for row in x]
     assert relative_error(together, torch.cat(alone).double()) < 4 * torch.finfo(dtype).eps
@@ -276,7 +281,7 @@ def test_all_or_nothing_may_be_dropped(scheme: str, threshold: float) -> None:
     weight, x, bias = weight_of(scheme, 300, 96, dtype), _draw(1, 300, dtype=dtype), _draw(96)
     operands = weight.operands(x, [threshold], bias=bias.to(dtype))
     if threshold == INF:
-        assert torch.equal(compute(operands, weight.grid), bias.to(dtype)[None])
+        assert torch.equal(compute(operands, weight.quant), bias.to(dtype)[None])
     else:
         assert_right(weight, operands)
 
@@ -316,24 +321,24 @@ def test_twice_the_same_gives_the_same_bits(scheme: str) -> None:
 @pytest.mark.gpu
 def test_x_may_lie_anywhere() -> None:
     weight, dtype = weight_of("int8", 296, 96, torch.bfloat16), torch.bfloat16
-    x, gain = _draw(1, 296, dtype=dtype), 1 + 0.1 * _draw(296, seed=2)
-    expected = weight.times(x, [0.4], gain=gain, epsilon=1e-5)
+    x, norm_weight = _draw(1, 296, dtype=dtype), 1 + 0.1 * _draw(296, seed=2)
+    expected = weight.times(x, [0.4], norm_weight=norm_weight, eps=1e-5)
     odd = torch.cat([x.new_zeros(1), x[0]])[1:][None]
     strided = torch.stack([x[0], x[0]], dim=1)[:, :1].t()
     for other in (odd, strided):
-        assert torch.equal(weight.times(other, [0.4], gain=gain, epsilon=1e-5), expected)
+        assert torch.equal(weight.times(other, [0.4], norm_weight=norm_weight, eps=1e-5), expected)
 
 
 @pytest.mark.gpu
 @schemes
 def test_each_product_waits_for_the_one_that_it_reads(scheme: str) -> None:
     weight, dtype = weight_of(scheme, 1024, 1024, torch.bfloat16), torch.bfloat16
-    gain = torch.ones(1024, device=DEVICE)
+    norm_weight = torch.ones(1024, device=DEVICE)
 
     def chain(*, synchronize: bool) -> Tensor:
         x = _draw(1, 1024, dtype=dtype)
         for _ in range(50):
-            x = weight.times(x, [0.3], residual=x, gain=gain, epsilon=1e-5)
+            x = weight.times(x, [0.3], residual=x, norm_weight=norm_weight, eps=1e-5)
             if synchronize:
                 torch.cuda.synchronize()
         return x

@@ -15,10 +15,10 @@ from tests.kernels.compiling import assert_no_spills, assert_strips_load_whole
 pytest.importorskip("cuda.bindings")
 
 from teal.kernels.cuda.gemv import SOURCE, compute, definitions_of, product_of
-from teal.kernels.cuda.gemv_config import chunked, cut_for, shared_bytes, tile_columns
+from teal.kernels.cuda.gemv_config import chunked, config_for, shared_bytes, tile_columns
 from teal.kernels.cuda.nvrtc import compiled
-from teal.kernels.cuda.tile_config import WARP, Cut
-from teal.kernels.operands import Grid, Operands
+from teal.kernels.cuda.tile_config import WARP, TileConfig
+from teal.kernels.operands import Operands, QuantParams
 from tests.kernels.emulation import DEVICE, emulate
 from tests.kernels.products import SCHEMES, assert_right, by_torch, weight_of
 
@@ -38,9 +38,9 @@ schemes = pytest.mark.parametrize("scheme", SCHEMES)
 
 def _shape_only(
     scheme: str, layer: tuple[int, Sequence[int], str | None], dtype: torch.dtype, **rest: Any
-) -> tuple[Operands, Grid | None]:
-    in_features, widths, activation = layer
-    columns, wanted = sum(widths), SCHEMES[scheme]
+) -> tuple[Operands, QuantParams | None]:
+    in_features, output_sizes, activation = layer
+    columns, wanted = sum(output_sizes), SCHEMES[scheme]
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -49,13 +49,15 @@ def _shape_only(
     kind = dtype if wanted is None else codes[wanted.format]
     stored = columns // 2 if kind == torch.uint8 else columns
     weight, x = empty(in_features, stored, dtype=kind), empty(1, in_features, dtype=dtype)
-    operands = Operands(x, weight, [0.5] * len(widths), widths, activation=activation, **rest)
+    operands = Operands(
+        x, weight, [0.5] * len(output_sizes), output_sizes, activation=activation, **rest
+    )
     if wanted is None:
         return operands, None
     group = wanted.group_size or in_features
     scales = empty(-(-in_features // group), columns, dtype=dtype)
     zeros = None if wanted.symmetric else empty(*scales.shape, dtype=torch.uint8)
-    return operands, Grid(scales, zeros, group)
+    return operands, QuantParams(scales, zeros, group)
 
 
 @pytest.mark.parametrize(
@@ -73,17 +75,17 @@ def test_products_compile_to_wide_loads_without_spills(
     dtype: torch.dtype,
     tmp_path: Path,
 ) -> None:
-    gain = None if len(layer[1]) == 1 else torch.empty(layer[0], device="meta")
-    operands, grid = _shape_only(scheme, layer, dtype, gain=gain)
-    cut = cut_for(product_of(operands, grid), clusters=architecture != "sm_80")
+    norm_weight = None if len(layer[1]) == 1 else torch.empty(layer[0], device="meta")
+    operands, quant = _shape_only(scheme, layer, dtype, norm_weight=norm_weight)
+    config = config_for(product_of(operands, quant), clusters=architecture != "sm_80")
     cubin = tmp_path / "kernel.cubin"
     # Gate and up keep the same channels, or not.
     for thresholds in ([0.5] * 3, [0.5, 0.6, 0.7]):
         wanted = operands._replace(thresholds=thresholds[: len(layer[1])])
-        definitions = definitions_of(wanted, grid, cut)
+        definitions = definitions_of(wanted, quant, config)
         cubin.write_bytes(compiled(SOURCE, definitions, architecture))
         assert_no_spills(cubin)
-        assert_strips_load_whole(cubin, cut, operands.weight.dtype)
+        assert_strips_load_whole(cubin, config, operands.weight.dtype)
 
 
 @pytest.mark.parametrize("clusters", [False, True], ids=["", "clusters"])
@@ -97,14 +99,14 @@ def test_cuts_cover_the_channels_and_fit_into_a_block(
     scheme: str, layer: tuple[int, Sequence[int], str | None], clusters: bool
 ) -> None:
     product = product_of(*_shape_only(scheme, layer, torch.bfloat16))
-    cut = cut_for(product, clusters=clusters)
-    assert cut.cluster == 1 or clusters
-    assert (cut.cluster - 1) * cut.chunk < product.in_features
-    finished = math.ceil(tile_columns(product, cut) / cut.cluster)
-    assert (cut.cluster - 1) * finished < tile_columns(product, cut)
-    assert finished <= cut.threads <= 1024
-    assert shared_bytes(product, cut) <= 96 * 1024
-    assert not product.group_size or cut.chunk % product.group_size == 0
+    config = config_for(product, clusters=clusters)
+    assert config.cluster == 1 or clusters
+    assert (config.cluster - 1) * config.chunk < product.in_features
+    finished = math.ceil(tile_columns(product, config) / config.cluster)
+    assert (config.cluster - 1) * finished < tile_columns(product, config)
+    assert finished <= config.threads <= 1024
+    assert shared_bytes(product, config) <= 96 * 1024
+    assert not product.group_size or config.chunk % product.group_size == 0
 
 
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if "int4 in" in name])
@@ -112,9 +114,9 @@ def test_cuts_cover_the_channels_and_fit_into_a_block(
 def test_groups_never_ask_for_more_threads_than_a_block_has(scheme: str, warps_n: int) -> None:
     product = product_of(*_shape_only(scheme, (1200, [192, 128], None), torch.bfloat16))
     for cluster in (1, 2, 4, 6, 8):
-        cut = cut_for(product, clusters=False)
-        cut = replace(cut, chunk=WARP, warps_n=warps_n, warps_k=8, cluster=cluster)
-        assert chunked(product, cut).threads <= 1024
+        config = config_for(product, clusters=False)
+        config = replace(config, chunk=WARP, warps_n=warps_n, warps_k=8, cluster=cluster)
+        assert chunked(product, config).threads <= 1024
 
 
 @pytest.mark.parametrize("rows", range(2, 9))
@@ -126,20 +128,20 @@ def test_products_of_several_rows_compile_without_spills(
     x = torch.empty(rows, layer[0], dtype=torch.bfloat16, device="meta")
     operands = operands._replace(x=x)
     product = product_of(operands, None)
-    cut = cut_for(product, clusters=True)
-    assert shared_bytes(product, cut) <= 96 * 1024
+    config = config_for(product, clusters=True)
+    assert shared_bytes(product, config) <= 96 * 1024
     cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled(SOURCE, definitions_of(operands, None, cut), "sm_90"))
+    cubin.write_bytes(compiled(SOURCE, definitions_of(operands, None, config), "sm_90"))
     assert_no_spills(cubin)
-    assert_strips_load_whole(cubin, cut, operands.weight.dtype, rows)
+    assert_strips_load_whole(cubin, config, operands.weight.dtype, rows)
 
 
 def test_what_is_no_cut_of_a_product_does_not_compile() -> None:
-    operands, grid = _shape_only("int4 in 128", LAYERS[2], torch.bfloat16)
-    product = product_of(operands, grid)
-    cut = Cut(chunk=32, per_lane=32, warps_n=4, warps_k=2, unroll=4, blocks=1, cluster=2)
+    operands, quant = _shape_only("int4 in 128", LAYERS[2], torch.bfloat16)
+    product = product_of(operands, quant)
+    config = TileConfig(chunk=32, per_lane=32, warps_n=4, warps_k=2, unroll=4, blocks=1, cluster=2)
     with pytest.raises(RuntimeError, match="a thread finishes a column"):
-        compiled(SOURCE, definitions_of(operands, grid, chunked(product, cut)), "sm_90")
+        compiled(SOURCE, definitions_of(operands, quant, chunked(product, config)), "sm_90")
 
 
 @pytest.mark.gpu
@@ -156,21 +158,23 @@ def test_product_is_right_however_it_is_cut(
         weight_of(scheme, 1200, 320, torch.bfloat16),
         draw(1, 1200, dtype=torch.bfloat16).to(DEVICE),
     )
-    for widths, activation in (([192, 128], None), ([160, 160], "silu")):
-        operands = weight.operands(0.2 * x, [0.08, 0.16], widths=widths, activation=activation)
-        product = product_of(operands, weight.grid)
-        usual = cut_for(product, clusters=False)
-        cut = replace(usual, chunk=32, warps_n=warps_n, warps_k=8, unroll=2, cluster=cluster)
-        cut = replace(cut, depth=depth, early=early)
-        assert_right(weight, operands, chunked(product, cut))
+    for output_sizes, activation in (([192, 128], None), ([160, 160], "silu")):
+        operands = weight.operands(
+            0.2 * x, [0.08, 0.16], output_sizes=output_sizes, activation=activation
+        )
+        product = product_of(operands, weight.quant)
+        usual = config_for(product, clusters=False)
+        config = replace(usual, chunk=32, warps_n=warps_n, warps_k=8, unroll=2, cluster=cluster)
+        config = replace(config, depth=depth, early=early)
+        assert_right(weight, operands, chunked(product, config))
 
 
 @pytest.mark.gpu
 def test_threads_of_floats_may_have_half_as_many_columns() -> None:
     weight, x = weight_of("floats", 1200, 320, torch.bfloat16), draw(1, 1200, dtype=torch.bfloat16)
-    cut = Cut(chunk=32, per_lane=4, warps_n=2, warps_k=4, unroll=8, blocks=1, cluster=8)
-    operands = weight.operands(x.to(DEVICE), [0.4, 0.8], widths=[192, 128])
-    assert_right(weight, operands, chunked(product_of(operands, None), cut))
+    config = TileConfig(chunk=32, per_lane=4, warps_n=2, warps_k=4, unroll=8, blocks=1, cluster=8)
+    operands = weight.operands(x.to(DEVICE), [0.4, 0.8], output_sizes=[192, 128])
+    assert_right(weight, operands, chunked(product_of(operands, None), config))
 
 
 @pytest.mark.gpu
@@ -184,12 +188,14 @@ def test_several_rows_are_right_however_they_are_cut(
     if cluster > 1 and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs clusters of blocks")
     x = 0.2 * draw(rows, 1200, seed=1).to(DEVICE, torch.bfloat16)
-    cut = Cut(chunk=32, per_lane=per_lane, warps_n=2, warps_k=4, unroll=unroll, blocks=1)
-    cut = replace(cut, cluster=cluster, depth=depth, early=early)
-    for widths, activation in (([200, 160], None), ([184, 184], "silu")):
-        weight = weight_of("floats", 1200, sum(widths), torch.bfloat16)
-        operands = weight.operands(x, [0.08, 0.16], widths=widths, activation=activation)
-        assert_right(weight, operands, chunked(product_of(operands, None), cut))
+    config = TileConfig(chunk=32, per_lane=per_lane, warps_n=2, warps_k=4, unroll=unroll, blocks=1)
+    config = replace(config, cluster=cluster, depth=depth, early=early)
+    for output_sizes, activation in (([200, 160], None), ([184, 184], "silu")):
+        weight = weight_of("floats", 1200, sum(output_sizes), torch.bfloat16)
+        operands = weight.operands(
+            x, [0.08, 0.16], output_sizes=output_sizes, activation=activation
+        )
+        assert_right(weight, operands, chunked(product_of(operands, None), config))
 
 
 @schemes
@@ -222,16 +228,16 @@ def test_a_block_may_have_several_chunks(scheme: str, thresholds: list[float]) -
         weight_of(scheme, 1192, 320, torch.bfloat16),
         draw(1, 1192, dtype=torch.bfloat16).to(DEVICE),
     )
-    cut = Cut(chunk=256, warps_n=2, warps_k=8, unroll=2, blocks=1)
+    config = TileConfig(chunk=256, warps_n=2, warps_k=8, unroll=2, blocks=1)
     if len(thresholds) == 1:
-        gain = torch.ones(1192, device=DEVICE)
-        dense = weight.operands(x, [-1.0], gain=gain, epsilon=1e-5)
-        result = compute(dense, weight.grid, cut)
+        norm_weight = torch.ones(1192, device=DEVICE)
+        dense = weight.operands(x, [-1.0], norm_weight=norm_weight, eps=1e-5)
+        result = compute(dense, weight.quant, config)
         expected = by_torch(weight, dense, torch.float64)
         assert relative_error(result, expected) < torch.finfo(torch.bfloat16).eps
-        assert_right(weight, weight.operands(x, thresholds), cut)
+        assert_right(weight, weight.operands(x, thresholds), config)
     else:
         operands = weight.operands(
-            0.2 * x, thresholds, widths=[160, 160], activation="gelu_pytorch_tanh"
+            0.2 * x, thresholds, output_sizes=[160, 160], activation="gelu_pytorch_tanh"
         )
-        assert_right(weight, operands, cut)
+        assert_right(weight, operands, config)

@@ -4,37 +4,37 @@ import torch
 pytest.importorskip("cuda.bindings")
 
 from teal.kernels.cuda.tile_config import can_load
-from teal.kernels.operands import Grid
+from teal.kernels.operands import QuantParams
 
 FLOATS = torch.zeros(256, 64, dtype=torch.bfloat16)
 INT8 = torch.zeros(256, 64, dtype=torch.int8)
 INT4 = torch.zeros(256, 32, dtype=torch.uint8)
 
 
-def grid(rows: int, group_size: int, dtype: torch.dtype = torch.bfloat16) -> Grid:
-    return Grid(torch.ones(rows, 64, dtype=dtype), None, group_size)
+def quant(rows: int, group_size: int, dtype: torch.dtype = torch.bfloat16) -> QuantParams:
+    return QuantParams(torch.ones(rows, 64, dtype=dtype), None, group_size)
 
 
 @pytest.mark.parametrize(
-    ("weight", "scales", "widths", "can"),
+    ("weight", "scales", "output_sizes", "can"),
     [
         (FLOATS, None, [40, 24], True),
         (FLOATS, None, [44, 20], False),
         (FLOATS.half(), None, [64], False),
-        (INT8, grid(1, 256), [48, 16], True),
-        (INT8, grid(1, 256), [40, 24], False),
+        (INT8, quant(1, 256), [48, 16], True),
+        (INT8, quant(1, 256), [40, 24], False),
         # The kernels scale a column of 8 bits once.
-        (INT8, grid(2, 128), [64], False),
-        (INT4, grid(2, 128), [48, 16], True),
-        (INT4, grid(16, 16), [64], False),
-        (INT4, grid(2, 128, torch.float64), [64], False),
-        (INT4.flatten()[32:].view(-1, 32)[:, :32].t().contiguous().t(), grid(2, 128), [64], False),
+        (INT8, quant(2, 128), [64], False),
+        (INT4, quant(2, 128), [48, 16], True),
+        (INT4, quant(16, 16), [64], False),
+        (INT4, quant(2, 128, torch.float64), [64], False),
+        (INT4.flatten()[32:].view(-1, 32)[:, :32].t().contiguous().t(), quant(2, 128), [64], False),
     ],
 )
 def test_what_the_kernels_can_load(
-    weight: torch.Tensor, scales: Grid | None, widths: list[int], can: bool
+    weight: torch.Tensor, scales: QuantParams | None, output_sizes: list[int], can: bool
 ) -> None:
-    assert can_load(weight, scales, widths, torch.bfloat16) is can
+    assert can_load(weight, scales, output_sizes, torch.bfloat16) is can
 
 
 def test_strips_have_to_begin_where_16_bytes_do() -> None:

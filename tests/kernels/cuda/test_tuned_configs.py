@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("cuda.bindings")
 
 from teal.kernels import tuning as measured
-from teal.kernels.cuda.tuned_configs import TABLE, Task, measured_cut, read_table, table_text
+from teal.kernels.cuda.tuned_configs import TABLE, Task, read_table, table_text, tuned_config
 from teal.kernels.tuning import use_tables
 
 STEP_FORMS, PRODUCT_FORMS = ("hidden", "attention", "gated"), ("plain", "gated")
@@ -21,38 +21,38 @@ def task(**changes: object) -> Task:
 
 
 def test_a_table_survives_being_written(tmp_path: Path) -> None:
-    path = tmp_path / "cuts.json"
+    path = tmp_path / "configs.json"
     path.write_text(table_text(read_table(), "some GPU"))
     assert read_table(path) == read_table()
 
 
 def test_a_task_of_the_table_gets_its_own_cut() -> None:
-    for known, cut in read_table().items():
-        assert measured_cut(known) == cut
+    for known, config in read_table().items():
+        assert tuned_config(known) == config
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_every_kind_of_task_gets_a_cut(bits: int) -> None:
     for form, is_dense in product(STEP_FORMS, (False, True)):
-        assert measured_cut(task(form=form, bits=bits, is_dense=is_dense)).threads
+        assert tuned_config(task(form=form, bits=bits, is_dense=is_dense)).threads
     for form in PRODUCT_FORMS:
-        cut = measured_cut(task(kernel="product", form=form, bits=bits))
-        assert form == "plain" or cut.warps_n % 2 == 0
+        config = tuned_config(task(kernel="product", form=form, bits=bits))
+        assert form == "plain" or config.warps_n % 2 == 0
 
 
 def test_a_table_in_use_comes_before_that_of_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measured, "_in_use", {})
-    cut = replace(measured_cut(task()), warps_k=2)
-    (tmp_path / TABLE.file).write_text(table_text({task(): cut}, "some GPU"))
+    config = replace(tuned_config(task()), warps_k=2)
+    (tmp_path / TABLE.file).write_text(table_text({task(): config}, "some GPU"))
     use_tables(tmp_path)
-    assert measured_cut(task()) == measured_cut(task(in_features=14400)) == cut
-    assert measured_cut(task(in_features=11008)) == read_table()[task(in_features=11008)]
+    assert tuned_config(task()) == tuned_config(task(in_features=14400)) == config
+    assert tuned_config(task(in_features=11008)) == read_table()[task(in_features=11008)]
 
 
 def test_another_size_gets_the_cut_of_the_nearest() -> None:
-    assert measured_cut(task(in_features=10500, out_features=4000)) == measured_cut(
+    assert tuned_config(task(in_features=10500, out_features=4000)) == tuned_config(
         task(in_features=11008)
     )
-    assert measured_cut(task(in_features=16000, out_features=5000)) == measured_cut(task())
+    assert tuned_config(task(in_features=16000, out_features=5000)) == tuned_config(task())

@@ -24,12 +24,14 @@ def rounded(number: float) -> float:
     return torch.tensor(number, dtype=torch.float32).item()
 
 
-@given(x=floats32, threshold=st.floats(0, width=32), scale=floats32, shift=floats32)
+@given(x=floats32, threshold=st.floats(0, width=32), score_scale=floats32, shift=floats32)
 def test_keep_mask_is_its_definition(
-    x: float, threshold: float, scale: float, shift: float
+    x: float, threshold: float, score_scale: float, shift: float
 ) -> None:
-    score = rounded(abs(rounded(x - shift)) * scale)
-    keep = keep_mask(torch.tensor([x]), threshold, torch.tensor([scale]), torch.tensor([shift]))
+    score = rounded(abs(rounded(x - shift)) * score_scale)
+    keep = keep_mask(
+        torch.tensor([x]), threshold, torch.tensor([score_scale]), torch.tensor([shift])
+    )
     assert keep.item() is (not score <= threshold)
 
 
@@ -66,7 +68,7 @@ def test_mask_compares_in_float32_and_not_in_the_dtype_of_x(dtype: torch.dtype) 
     just_below, just_above = 1 - 2**-20, 1 + 2**-20
     assert keep_mask(x, just_below).item()
     assert not keep_mask(x, just_above).item()
-    scaled = keep_mask(x, 1.0, scale=torch.tensor([just_above], dtype=torch.float32))
+    scaled = keep_mask(x, 1.0, score_scale=torch.tensor([just_above], dtype=torch.float32))
     assert scaled.item()
 
 
@@ -145,12 +147,12 @@ def test_folded_shift_completes_the_product_of_centred_activations(
     with_bias: bool, dtype: torch.dtype
 ) -> None:
     x, weight = random(3, 65, dtype=dtype), random(65, 9, seed=1, dtype=dtype)
-    scale, shift = random(65, seed=2).abs(), random(65, seed=3)
+    score_scale, shift = random(65, seed=2).abs(), random(65, seed=3)
     bias = random(9, seed=4, dtype=dtype) if with_bias else None
-    product = sparse_gemv(x, weight, 0.6, scale, shift, fold_shift(weight, shift, bias))
+    product = sparse_gemv(x, weight, 0.6, score_scale, shift, fold_shift(weight, shift, bias))
     # What SparseLinear computes: dropped entries take the shift, then the ordinary product.
-    by_torch = sparse_activation(x, 0.6, scale, shift) @ weight
-    keep = keep_mask(x, 0.6, scale, shift)
+    by_torch = sparse_activation(x, 0.6, score_scale, shift) @ weight
+    keep = keep_mask(x, 0.6, score_scale, shift)
     exact = torch.where(keep, x.double(), shift.double()) @ weight.double()
     if bias is not None:
         by_torch, exact = by_torch + bias, exact + bias.double()

@@ -119,12 +119,12 @@ def test_a_threshold_below_zero_is_the_dense_product():
 def test_scale_and_shift_choose_and_centre_as_in_the_dense_product():
     quantized = operands("int4-zeros", 32)
     generator = torch.Generator().manual_seed(5)
-    scale, shift = torch.rand(IN, generator=generator), torch.randn(IN, generator=generator)
+    score_scale, shift = torch.rand(IN, generator=generator), torch.randn(IN, generator=generator)
     bias = torch.randn(OUT, generator=generator)
     x = activations()
     weight = dequantized(*quantized)
-    expected = sparse_gemv(x, weight, 0.3, scale, shift, bias)
-    product = quantized_gemv(x, *quantized, 0.3, scale, shift, bias)
+    expected = sparse_gemv(x, weight, 0.3, score_scale, shift, bias)
+    product = quantized_gemv(x, *quantized, 0.3, score_scale, shift, bias)
     assert relative_error(product, expected) < 1e-6
 
 

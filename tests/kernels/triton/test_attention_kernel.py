@@ -34,7 +34,7 @@ CASES = {
     "odd sharing": _case(70, heads=9, kv_heads=3),
     "window": _case(4, 70, 130, options={"window": 66}),
     "softcap": _case(9, options={"softcap": 2.0, "scale": 1.5}),
-    "norms": _case(5, 11, with_gains=True),
+    "norms": _case(5, 11, with_norm_weights=True),
     "wide heads": _case(3, head_dim=64, rotary_dim=64),
 }
 

@@ -1,11 +1,11 @@
-"""Finds the fastest cuts of the products of a fused decode step."""
+"""Finds the fastest configs of the products of a fused decode step."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
-from teal.benchmark.model import Subject
+from teal.benchmark.model import BenchmarkModel
 from teal.benchmark.timing import time_graph
 from teal.engine.decoder import Decoder
 from teal.engine.fused_step import FusedStep, obstacle
@@ -14,16 +14,16 @@ from teal.foundation.errors import UserError
 from teal.foundation.progress import Progress, silent
 
 try:
-    from teal.benchmark.tuning.search import CutSpace, Found, fastest
+    from teal.benchmark.tuning.search import Found, TileConfigSpace, fastest
     from teal.kernels.cuda import decode_step, nvrtc
     from teal.kernels.cuda.nvrtc import Kernel
-    from teal.kernels.cuda.tile_config import Cut, bits_of
+    from teal.kernels.cuda.tile_config import TileConfig, bits_of
     from teal.kernels.cuda.tuned_configs import Task
 except ImportError:
     decode_step = None  # type: ignore[assignment]
 
 # Cuts of sparse products are compared here, in the middle of what models stand with little loss;
-# dense ones have cuts of their own.
+# dense ones have configs of their own.
 SPARSITY = 0.45
 
 # The largest products first: those after them are measured beside what they became.
@@ -36,15 +36,15 @@ _CLUSTERS = (8, 8, 4)
 _REPLAYS, _REPEATS = 10, 3
 
 
-def tune(subject: Subject, progress: Progress = silent) -> "Iterator[tuple[Task, Found]]":
-    """Search the cuts of a model's products, dense and at 45 % sparsity, each in a whole step.
+def tune(subject: BenchmarkModel, progress: Progress = silent) -> "Iterator[tuple[Task, Found]]":
+    """Search the configs of a model's products, dense and at 45 % sparsity, each in a whole step.
 
     Args:
         subject: A model on a GPU that decodes by the fused step.
         progress: Shows the searches going by.
 
     Yields:
-        Every product and the fastest cut of it, with microseconds of a step.
+        Every product and the fastest config of it, with microseconds of a step.
 
     Raises:
         UserError: The model does not decode by the fused step here.
@@ -53,23 +53,23 @@ def tune(subject: Subject, progress: Progress = silent) -> "Iterator[tuple[Task,
     decoders = [engine.decoder() for engine in engines.values()]
     caches = {decoder: _cache_of(decoder, subject) for decoder in decoders}
     searches = [(decoder, name) for decoder in decoders for name in _NAMES]
-    found: dict[Decoder, dict[str, Cut]] = {decoder: {} for decoder in decoders}
+    found: dict[Decoder, dict[str, TileConfig]] = {decoder: {} for decoder in decoders}
     for decoder, name in progress(searches, f"Cuts for {subject.name}"):
         trial = _Trial(decoder, caches[decoder], name, found[decoder])
-        fastest_cut = fastest(trial.space(), trial.known, trial.compile, trial.time)
-        found[decoder][name] = fastest_cut.cut
-        yield trial.task, fastest_cut
+        fastest_config = fastest(trial.space(), trial.known, trial.compile, trial.time)
+        found[decoder][name] = fastest_config.config
+        yield trial.task, fastest_config
 
 
 @torch.inference_mode()
-def _cache_of(decoder: Decoder, subject: Subject) -> KeyValueCache:
+def _cache_of(decoder: Decoder, subject: BenchmarkModel) -> KeyValueCache:
     """Return a cache that holds the prompt: after an empty one, other channels are kept."""
     weights = decoder.weights
     cache = KeyValueCache(decoder.architecture, 1, subject.capacity, weights.dtype, weights.device)
     reason = obstacle(decoder, cache)
     if reason:
         raise UserError(
-            f"There are no cuts to search: {reason}. Run --tune on a GPU with a model that "
+            f"There are no configs to search: {reason}. Run --tune on a GPU with a model that "
             "decodes by the fused step."
         )
     decoder.prefill(torch.tensor(subject.prompt), cache)
@@ -77,10 +77,10 @@ def _cache_of(decoder: Decoder, subject: Subject) -> KeyValueCache:
 
 
 class _Trial:
-    """Steps of a decoder with one product cut in several ways, the others as found before."""
+    """Steps of a decoder with one product config in several ways, the others as found before."""
 
     def __init__(
-        self, decoder: Decoder, cache: KeyValueCache, name: str, found: "dict[str, Cut]"
+        self, decoder: Decoder, cache: KeyValueCache, name: str, found: "dict[str, TileConfig]"
     ) -> None:
         self._decoder, self._cache, self._name, self._found = decoder, cache, name, found
         device = decoder.weights.device
@@ -88,13 +88,13 @@ class _Trial:
         self._memory = step.memory
         self._projections = getattr(step.layers[0], name)
         self.task = decode_step.task_of(self._projections)
-        self.known = decode_step.cut_for(self._projections, clusters=nvrtc.has_clusters(device))
+        self.known = decode_step.config_for(self._projections, clusters=nvrtc.has_clusters(device))
         self._token = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def space(self) -> "CutSpace":
-        """Return the cuts that are tried."""
-        has_norm = self._projections.gain is not None
-        return CutSpace(
+    def space(self) -> "TileConfigSpace":
+        """Return the configs that are tried."""
+        has_norm = self._projections.norm_weight is not None
+        return TileConfigSpace(
             bits=bits_of(self._projections.weight.dtype),
             chunks=_CHUNKS_OF_CLUSTERS if has_norm else _CHUNKS,
             clusters=_CLUSTERS if has_norm else (1,),
@@ -102,16 +102,16 @@ class _Trial:
             most_threads=_MOST_THREADS,
         )
 
-    def compile(self, cut: "Cut") -> "Kernel":
-        """Return the kernel of a cut; a `RuntimeError` says that this cannot be."""
-        projections, device = replace(self._projections, cut=cut), self._token.device
-        cut = decode_step.cut_for(projections, clusters=nvrtc.has_clusters(device))
-        return decode_step.kernel_of(projections, cut, self._memory)
+    def compile(self, config: "TileConfig") -> "Kernel":
+        """Return the kernel of a config; a `RuntimeError` says that this cannot be."""
+        projections, device = replace(self._projections, config=config), self._token.device
+        config = decode_step.config_for(projections, clusters=nvrtc.has_clusters(device))
+        return decode_step.kernel_of(projections, config, self._memory)
 
     @torch.inference_mode()
-    def time(self, cut: "Cut") -> float:
-        """Return the microseconds of a step; a `RuntimeError` says that the cut is none."""
-        step = FusedStep(self._decoder, self._cache, cuts={**self._found, self._name: cut})
+    def time(self, config: "TileConfig") -> float:
+        """Return the microseconds of a step; a `RuntimeError` says that the config is none."""
+        step = FusedStep(self._decoder, self._cache, configs={**self._found, self._name: config})
 
         # And back, to the same position every time: others keep other channels.
         def work() -> None:

@@ -1,4 +1,4 @@
-"""Finds the fastest cut of the CUDA kernel for one product on its own."""
+"""Finds the fastest config of the CUDA kernel for one product on its own."""
 
 import functools
 from dataclasses import replace
@@ -6,11 +6,11 @@ from dataclasses import replace
 from teal.benchmark.gemv import Product
 
 try:
-    from teal.benchmark.tuning.search import CutSpace, Found, fastest
+    from teal.benchmark.tuning.search import Found, TileConfigSpace, fastest
     from teal.kernels.cuda import gemv as cuda_gemv
     from teal.kernels.cuda import gemv_config, nvrtc
     from teal.kernels.cuda.nvrtc import Kernel
-    from teal.kernels.cuda.tile_config import WARP, Cut
+    from teal.kernels.cuda.tile_config import WARP, TileConfig
     from teal.kernels.cuda.tuned_configs import Task
 except ImportError:
     cuda_gemv = None  # type: ignore[assignment]
@@ -27,27 +27,27 @@ _WARPS_N_OF_ROWS = {False: (1, 2, 4), True: (2, 4, 8)}
 _MOST_THREADS = 1024
 
 
-def is_cut(product: Product) -> bool:
+def has_kernel(product: Product) -> bool:
     """Tell whether the CUDA kernel computes a product at `SPARSITY`."""
-    operands, grid = product.operands(0, product.threshold(SPARSITY))
-    return cuda_gemv is not None and product.x.is_cuda and cuda_gemv.can_compute(operands, grid)
+    operands, quant = product.operands(0, product.threshold(SPARSITY))
+    return cuda_gemv is not None and product.x.is_cuda and cuda_gemv.can_compute(operands, quant)
 
 
 def tune(product: Product) -> "tuple[Task, Found]":
-    """Search the cut of a product at 50 % sparsity, on weights that no cache holds.
+    """Search the config of a product at 50 % sparsity, on weights that no cache holds.
 
     Args:
-        product: Shape and inputs, such that `is_cut`.
+        product: Shape and inputs, such that `has_kernel`.
     """
     threshold = product.threshold(SPARSITY)
     product.check(threshold)
     trial = _Trial(product, threshold)
     found = fastest(trial.space(), trial.known, trial.compile, trial.time)
-    return trial.task, replace(found, cut=trial.chunked(found.cut))
+    return trial.task, replace(found, config=trial.chunked(found.config))
 
 
 class _Trial:
-    """A product, cut in several ways."""
+    """A product, config in several ways."""
 
     def __init__(self, product: Product, threshold: float) -> None:
         self._product = product
@@ -56,12 +56,12 @@ class _Trial:
         self.task = gemv_config.task_of(self._sizes)
         clusters = nvrtc.has_clusters(product.x.device)
         self._clusters = _CLUSTERS if clusters else (1,)
-        self.known = replace(gemv_config.cut_for(self._sizes, clusters=clusters), chunk=WARP)
+        self.known = replace(gemv_config.config_for(self._sizes, clusters=clusters), chunk=WARP)
 
-    def space(self) -> "CutSpace":
-        """Return the cuts that are tried; how many channels a block has follows from the rest."""
+    def space(self) -> "TileConfigSpace":
+        """Return the configs to try; the channels of a block follow from the rest."""
         warps_n = _WARPS_N if self._sizes.rows == 1 else _WARPS_N_OF_ROWS
-        return CutSpace(
+        return TileConfigSpace(
             bits=self._sizes.bits,
             chunks=(WARP,),
             clusters=self._clusters,
@@ -70,18 +70,18 @@ class _Trial:
             rows=self._sizes.rows,
         )
 
-    def compile(self, cut: "Cut") -> "Kernel":
-        """Return the kernel of a cut; a `RuntimeError` says that this cannot be."""
+    def compile(self, config: "TileConfig") -> "Kernel":
+        """Return the kernel of a config; a `RuntimeError` says that this cannot be."""
         device = self._product.x.device.index
-        return cuda_gemv.kernel_of(*self._operands(0), self.chunked(cut), device)
+        return cuda_gemv.kernel_of(*self._operands(0), self.chunked(config), device)
 
-    def time(self, cut: "Cut") -> float:
-        """Return the microseconds of the product; a `RuntimeError` says that the cut is none."""
-        cut, copies = self.chunked(cut), self._product.copies
+    def time(self, config: "TileConfig") -> float:
+        """Return the microseconds of the product; a `RuntimeError` says that the config is none."""
+        config, copies = self.chunked(config), self._product.copies
         return self._product.time(
-            lambda i: cuda_gemv.compute(*self._operands(i % copies), cut)
+            lambda i: cuda_gemv.compute(*self._operands(i % copies), config)
         ).median
 
-    def chunked(self, cut: "Cut") -> "Cut":
-        """Return a cut with the channels that a block has."""
-        return gemv_config.chunked(self._sizes, cut)
+    def chunked(self, config: "TileConfig") -> "TileConfig":
+        """Return a config with the channels that a block has."""
+        return gemv_config.chunked(self._sizes, config)

@@ -1,4 +1,4 @@
-"""A search for the fastest cut of a CUDA kernel: draws, then rounds of neighbours of the best."""
+"""Search for the fastest tile configuration: random draws, then neighbours of the best."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,14 +8,14 @@ from itertools import compress
 from random import Random
 
 from teal.kernels.cuda.nvrtc import Kernel
-from teal.kernels.cuda.tile_config import Cut
+from teal.kernels.cuda.tile_config import TileConfig
 
 _LEAST_THREADS = 64
 # Of a multiprocessor.
 _REGISTERS, _MOST_THREADS = 65536, 2048
-# Of a thread, beside what it holds of strips and sums.
+# Of a thread, beside what it holds of weight rows and sums.
 _OTHER_REGISTERS = 36
-# Of strips that a thread has under way: fewer leave memory idle.
+# Of weight rows that a thread has under way: fewer leave memory idle.
 _LEAST_BYTES = 16
 
 # Of a warp, while it lists.
@@ -34,7 +34,7 @@ class _Choices:
     warps_k: Sequence[int]
     unrolls: Sequence[int]
     sums: int  # of a column
-    most_bytes: int  # of strips under way: more take too many registers
+    most_bytes: int  # of weight rows under way: more take too many registers
 
 
 _ONE_ROW = {
@@ -55,7 +55,7 @@ _SEVERAL_ROWS = _Choices(
 
 
 @dataclass(frozen=True, kw_only=True)
-class CutSpace:
+class TileConfigSpace:
     """Cuts that are worth a try.
 
     Attributes:
@@ -74,11 +74,11 @@ class CutSpace:
     most_threads: int
     rows: int = 1
 
-    def draw(self, random: Random) -> Cut:
+    def draw(self, random: Random) -> TileConfig:
         """Return one of them."""
         choices = self._choices
         while True:
-            cut = Cut(
+            config = TileConfig(
                 chunk=random.choice(self.chunks),
                 per_lane=random.choice(choices.per_lane),
                 warps_n=random.choice(self.warps_n),
@@ -89,114 +89,120 @@ class CutSpace:
                 depth=random.choice((1, 1, 2)),
                 early=random.choice(_EARLY),
             )
-            cut = replace(cut, blocks=max(1, self._most_blocks(cut) + random.choice((-1, 0, 0, 1))))
-            if self.holds(cut):
-                return cut
+            config = replace(
+                config, blocks=max(1, self._most_blocks(config) + random.choice((-1, 0, 0, 1)))
+            )
+            if self.holds(config):
+                return config
 
-    def near(self, cut: Cut, random: Random) -> Cut:
-        """Return one that differs from `cut` in one or two respects."""
-        names = [field.name for field in fields(Cut)]
+    def near(self, config: TileConfig, random: Random) -> TileConfig:
+        """Return one that differs from `config` in one or two respects."""
+        names = [field.name for field in fields(TileConfig)]
         while True:
             other = self.draw(random)
             changed = random.sample(names, random.choice((1, 2)))
-            near = replace(cut, **{name: getattr(other, name) for name in changed})
-            if near != cut and self.holds(near):
+            near = replace(config, **{name: getattr(other, name) for name in changed})
+            if near != config and self.holds(near):
                 return near
 
-    def holds(self, cut: Cut) -> bool:
-        """Tell whether a cut is one of them."""
+    def holds(self, config: TileConfig) -> bool:
+        """Tell whether a config is one of them."""
         return (
-            _LEAST_THREADS <= cut.threads <= self.most_threads
-            and cut.blocks <= max(1, self._most_blocks(cut)) + 1
-            and cut.threads * cut.blocks <= _MOST_THREADS
-            and _LEAST_BYTES <= self._bytes_under_way(cut) <= self._choices.most_bytes
+            _LEAST_THREADS <= config.threads <= self.most_threads
+            and config.blocks <= max(1, self._most_blocks(config)) + 1
+            and config.threads * config.blocks <= _MOST_THREADS
+            and _LEAST_BYTES <= self._bytes_under_way(config) <= self._choices.most_bytes
         )
 
     @property
     def _choices(self) -> _Choices:
         return _ONE_ROW[self.bits] if self.rows == 1 else _SEVERAL_ROWS
 
-    def _most_blocks(self, cut: Cut) -> int:
-        sums = cut.per_lane * self._choices.sums
-        registers = _OTHER_REGISTERS + sums + self._bytes_under_way(cut) // 4
-        return min(_REGISTERS // registers, _MOST_THREADS) // cut.threads
+    def _most_blocks(self, config: TileConfig) -> int:
+        sums = config.per_lane * self._choices.sums
+        registers = _OTHER_REGISTERS + sums + self._bytes_under_way(config) // 4
+        return min(_REGISTERS // registers, _MOST_THREADS) // config.threads
 
-    def _bytes_under_way(self, cut: Cut) -> int:
-        return cut.unroll * cut.depth * cut.per_lane * self.bits // 8
+    def _bytes_under_way(self, config: TileConfig) -> int:
+        return config.unroll * config.depth * config.per_lane * self.bits // 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The fastest cut of a search.
+    """The fastest config of a search.
 
     Attributes:
-        cut: It.
+        config: It.
         microseconds: What it takes, mean of two measurements.
-        known_microseconds: What the cut takes that was known before.
+        known_microseconds: What the config takes that was known before.
     """
 
-    cut: Cut
+    config: TileConfig
     microseconds: float
     known_microseconds: float
 
     def __str__(self) -> str:
-        return f"{self.known_microseconds:.1f} → {self.microseconds:.1f} µs: {self.cut}"
+        return f"{self.known_microseconds:.1f} → {self.microseconds:.1f} µs: {self.config}"
 
 
 def fastest(
-    space: CutSpace,
-    known: Cut,
-    compile_cut: Callable[[Cut], Kernel],
-    time_cut: Callable[[Cut], float],
+    space: TileConfigSpace,
+    known: TileConfig,
+    compile_config: Callable[[TileConfig], Kernel],
+    time_config: Callable[[TileConfig], float],
     seed: int = 0,
 ) -> Found:
-    """Search the fastest cut.
+    """Search the fastest config.
 
-    A cut that is not `known` may be one that does not compile, or that takes more of the GPU than
-    there is: it is left out where a call raises `RuntimeError`, or where registers spill.
+    A config that is not `known` may be one that does not compile, or that takes more of the GPU
+    than there is: it is left out where a call raises `RuntimeError`, or where registers spill.
 
     Args:
         space: What is tried.
-        known: A cut that computes, tried too.
-        compile_cut: Returns a kernel; called for several cuts side by side.
-        time_cut: Returns microseconds; called for one cut after the other.
+        known: A config that computes, tried too.
+        compile_config: Returns a kernel; called for several configs side by side.
+        time_config: Returns microseconds; called for one config after the other.
         seed: Of the draws.
     """
     random = Random(seed)
-    times = {known: time_cut(known)}
+    times = {known: time_config(known)}
 
-    def measure(cuts: Iterable[Cut]) -> None:
-        new = [cut for cut in dict.fromkeys(cuts) if cut not in times]
-        times.update(_times_of(new, compile_cut, time_cut))
+    def measure(configs: Iterable[TileConfig]) -> None:
+        new = [config for config in dict.fromkeys(configs) if config not in times]
+        times.update(_times_of(new, compile_config, time_config))
 
     measure(space.draw(random) for _ in range(_DRAWN))
     for _ in range(_ROUNDS):
         parents = _best_of(times)
         measure(space.near(random.choice(parents), random) for _ in range(_NEIGHBOURS))
     # The first of many is partly the luckiest: the best are measured again.
-    again = {cut: (times[cut] + time_cut(cut)) / 2 for cut in {*_best_of(times), known}}
-    best = min(again, key=lambda cut: again[cut])
-    return Found(cut=best, microseconds=again[best], known_microseconds=again[known])
+    again = {
+        config: (times[config] + time_config(config)) / 2 for config in {*_best_of(times), known}
+    }
+    best = min(again, key=lambda config: again[config])
+    return Found(config=best, microseconds=again[best], known_microseconds=again[known])
 
 
-def _best_of(times: Mapping[Cut, float]) -> list[Cut]:
-    return sorted(times, key=lambda cut: times[cut])[:_PARENTS]
+def _best_of(times: Mapping[TileConfig, float]) -> list[TileConfig]:
+    return sorted(times, key=lambda config: times[config])[:_PARENTS]
 
 
 def _times_of(
-    cuts: Sequence[Cut], compile_cut: Callable[[Cut], Kernel], time_cut: Callable[[Cut], float]
-) -> dict[Cut, float]:
-    def holds(cut: Cut) -> bool:
-        """Tell whether the kernel of a cut compiles, and registers hold what threads have."""
+    configs: Sequence[TileConfig],
+    compile_config: Callable[[TileConfig], Kernel],
+    time_config: Callable[[TileConfig], float],
+) -> dict[TileConfig, float]:
+    def holds(config: TileConfig) -> bool:
+        """Tell whether the kernel of a config compiles, and registers hold what threads have."""
         try:
-            return compile_cut(cut).local_bytes == 0
+            return compile_config(config).local_bytes == 0
         except RuntimeError:
             return False
 
     with ThreadPoolExecutor() as pool:
-        usable = list(compress(cuts, pool.map(holds, cuts)))
+        usable = list(compress(configs, pool.map(holds, configs)))
     times = {}
-    for cut in usable:
+    for config in usable:
         with suppress(RuntimeError):
-            times[cut] = time_cut(cut)
+            times[config] = time_config(config)
     return times

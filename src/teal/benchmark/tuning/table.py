@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from teal.foundation.artifact import write_text
 from teal.kernels.triton import tile_config as triton_tile_config
-from teal.kernels.triton.tile_config import TileRow
+from teal.kernels.triton.tile_config import TunedConfig
 
 if TYPE_CHECKING:
-    from teal.kernels.cuda.tile_config import Cut
+    from teal.kernels.cuda.tile_config import TileConfig
     from teal.kernels.cuda.tuned_configs import Task
 
 try:
@@ -18,7 +18,7 @@ except ImportError:
     tuned_configs = None  # type: ignore[assignment]
 
 
-def write_tiles(folder: Path, rows: Sequence[TileRow], measured_on: str) -> Path:
+def write_triton_table(folder: Path, rows: Sequence[TunedConfig], measured_on: str) -> Path:
     """Add rows to the table of tiles in a folder, or to the one in use where there is none.
 
     Args:
@@ -38,12 +38,12 @@ def write_tiles(folder: Path, rows: Sequence[TileRow], measured_on: str) -> Path
     return path
 
 
-def write_cuts(folder: Path, cuts: "Mapping[Task, Cut]", measured_on: str) -> Path:
-    """Add cuts to the table in a folder, or to the one in use where there is none.
+def write_cuda_table(folder: Path, configs: "Mapping[Task, TileConfig]", measured_on: str) -> Path:
+    """Add configs to the table in a folder, or to the one in use where there is none.
 
     Args:
         folder: Where the table is written, under the name that the package's has.
-        cuts: What was found.
+        configs: What was found.
         measured_on: Name of the device.
 
     Returns:
@@ -51,5 +51,5 @@ def write_cuts(folder: Path, cuts: "Mapping[Task, Cut]", measured_on: str) -> Pa
     """
     path = folder / tuned_configs.TABLE.file
     known = tuned_configs.read_table(path if path.exists() else tuned_configs.TABLE.path_in_use())
-    write_text(path, tuned_configs.table_text(known | dict(cuts), measured_on))
+    write_text(path, tuned_configs.table_text(known | dict(configs), measured_on))
     return path

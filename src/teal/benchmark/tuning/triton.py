@@ -1,4 +1,4 @@
-"""Finds the fastest tile of the GPU kernel for a shape."""
+"""Finds the fastest config of the GPU kernel for a shape."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from teal.benchmark.gemv import Product
 from teal.benchmark.shapes import Shape
 from teal.foundation.errors import UserError
 from teal.foundation.progress import Progress, silent
-from teal.kernels.triton.tile_config import Tile, TileRow
+from teal.kernels.triton.tile_config import TileConfig, TunedConfig
 
 try:
     from teal.kernels.triton import gemv as triton_gemv
@@ -26,27 +26,27 @@ _WARPS = (1, 2, 4)
 _UNROLLS = (4, 8, 16)
 # Channels that each warp lists: fewer leave nothing to overlap, more delay the first load.
 _CHANNELS_PER_WARP = (128, 256)
-# Gate and up double the strips in flight, and the registers that they take.
+# Gate and up double the weight rows in flight, and the registers that they take.
 _MOST_STRIPS = 16
 _LEAST_PROGRAMS = 200
 _MOST_PROGRAMS = 2800
 
 
-def candidates(shape: Shape) -> Iterator[Tile]:
+def candidates(shape: Shape) -> Iterator[TileConfig]:
     """Yield the tiles that are worth measuring for `shape`."""
     gated = shape.form == "gated"
-    columns = shape.widths[0] if gated else shape.out_features
+    columns = shape.output_sizes[0] if gated else shape.out_features
     for block_n, warps, unroll in itertools.product(_BLOCKS_N, _WARPS, _UNROLLS):
         for channels in _CHANNELS_PER_WARP:
             block_k = warps * channels
             programs = math.ceil(columns / block_n) * math.ceil(shape.in_features / block_k)
             fits = _LEAST_PROGRAMS <= programs <= _MOST_PROGRAMS
             if fits and unroll * (1 + gated) <= _MOST_STRIPS:
-                yield Tile(block_n=block_n, block_k=block_k, warps=warps, unroll=unroll)
+                yield TileConfig(block_n=block_n, block_k=block_k, warps=warps, unroll=unroll)
 
 
-def tune(product: Product, progress: Progress = silent) -> TileRow:
-    """Measure every candidate tile on one row at 50 % sparsity and return the fastest.
+def tune(product: Product, progress: Progress = silent) -> TunedConfig:
+    """Measure every candidate config on one row at 50 % sparsity and return the fastest.
 
     Args:
         product: Shape and inputs, on a GPU.
@@ -62,21 +62,21 @@ def tune(product: Product, progress: Progress = silent) -> TileRow:
     shape, threshold = product.shape, product.threshold(SPARSITY)
     product.check(threshold)
     times = {
-        tile: _time(product, tile, threshold)
-        for tile in progress(list(candidates(shape)), f"Tiles of {shape.name}")
+        config: _time(product, config, threshold)
+        for config in progress(list(candidates(shape)), f"Tiles of {shape.name}")
     }
-    return TileRow(
+    return TunedConfig(
         form=shape.form,
         in_features=shape.in_features,
         out_features=shape.out_features,
-        tile=min(times, key=lambda tile: times[tile]),
+        config=min(times, key=lambda config: times[config]),
     )
 
 
-def _time(product: Product, tile: Tile, threshold: float) -> float:
+def _time(product: Product, config: TileConfig, threshold: float) -> float:
     def call(i: int) -> Tensor:
         operands, _ = product.operands(i % product.copies, threshold)
-        return triton_gemv.launch(operands, tile)
+        return triton_gemv.launch(operands, config)
 
     median = product.time(call).median
     torch.cuda.empty_cache()

@@ -94,16 +94,16 @@ class _FolderSource:
         self.names = set(self._files) or self._names_of_single_file()
         self.read: set[str] = set()
 
-    def matrix(self, widths: Mapping[str, int], in_features: int) -> Tensor:
-        fused = self._empty(in_features, sum(widths.values()))
+    def matrix(self, output_sizes: Mapping[str, int], in_features: int) -> Tensor:
+        fused = self._empty(in_features, sum(output_sizes.values()))
         for (name, width), part in zip(
-            widths.items(), transposed_parts(fused, widths), strict=True
+            output_sizes.items(), transposed_parts(fused, output_sizes), strict=True
         ):
             part.copy_(self._load(name, (width, in_features)))
         return fused
 
-    def vector(self, widths: Mapping[str, int]) -> Tensor:
-        loaded = [self._load(name, (width,)) for name, width in widths.items()]
+    def vector(self, output_sizes: Mapping[str, int]) -> Tensor:
+        loaded = [self._load(name, (width,)) for name, width in output_sizes.items()]
         return torch.cat(loaded).to(self._dtype)
 
     def rows(self, name: str, shape: tuple[int, int]) -> Tensor:

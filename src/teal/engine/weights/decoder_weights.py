@@ -112,23 +112,23 @@ class DecoderWeights:
 class Source(Protocol):
     """Where weights come from: a model, a folder, or nowhere."""
 
-    def matrix(self, widths: Mapping[str, int], in_features: int) -> Matrix:
+    def matrix(self, output_sizes: Mapping[str, int], in_features: int) -> Matrix:
         """Return projections beside each other, channel-major.
 
         Args:
-            widths: out_features by full parameter name.
+            output_sizes: out_features by full parameter name.
             in_features: Of all of them.
 
         Returns:
-            (in_features, sum of the widths), contiguous.
+            (in_features, sum of the output sizes), contiguous.
         """
         ...
 
-    def vector(self, widths: Mapping[str, int]) -> Tensor:
-        """Return vectors one after the other, (sum of the widths,).
+    def vector(self, output_sizes: Mapping[str, int]) -> Tensor:
+        """Return vectors one after the other, (sum of the output sizes,).
 
         Args:
-            widths: Length by full parameter name.
+            output_sizes: Length by full parameter name.
         """
         ...
 
@@ -163,22 +163,22 @@ def assemble(
     return DecoderWeights(
         embedding=embedding,
         layers=tuple(_layer(architecture, source, layer) for layer in layers),
-        final_norm=_gain(architecture, source, f"{base}.norm", architecture.hidden_size),
+        final_norm=_norm_weight(architecture, source, f"{base}.norm", architecture.hidden_size),
         head=embedding if tied_head else source.rows("lm_head.weight", shape),
     )
 
 
-def transposed_parts(fused: Tensor, widths: Mapping[str, int]) -> list[Tensor]:
+def transposed_parts(fused: Tensor, output_sizes: Mapping[str, int]) -> list[Tensor]:
     """Return the columns of each projection as `nn.Linear` has them.
 
     Args:
-        fused: Projections beside each other, (in_features, sum of the widths).
-        widths: out_features by full parameter name.
+        fused: Projections beside each other, (in_features, sum of the output sizes).
+        output_sizes: out_features by full parameter name.
 
     Returns:
         Views, (out_features, in_features).
     """
-    return [part.t() for part in torch.split(fused, list(widths.values()), dim=1)]
+    return [part.t() for part in torch.split(fused, list(output_sizes.values()), dim=1)]
 
 
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -235,7 +235,7 @@ def _layer(architecture: Architecture, source: Source, layer: int) -> LayerWeigh
         if name is None:
             return None
         full_name = f"{architecture.layer_name(layer)}.{name}"
-        return _gain(architecture, source, full_name, architecture.hidden_size)
+        return _norm_weight(architecture, source, full_name, architecture.hidden_size)
 
     return LayerWeights(
         qkv=_matrix(source, attention),
@@ -250,36 +250,37 @@ def _layer(architecture: Architecture, source: Source, layer: int) -> LayerWeigh
         mlp_norm=norm(form.mlp_norm),
         attention_post_norm=norm(form.attention_post_norm),
         mlp_post_norm=norm(form.mlp_post_norm),
-        q_norm=_head_gain(architecture, source, layer, "q_norm", architecture.q_size),
-        k_norm=_head_gain(architecture, source, layer, "k_norm", architecture.kv_size),
+        q_norm=_head_norm_weight(architecture, source, layer, "q_norm", architecture.q_size),
+        k_norm=_head_norm_weight(architecture, source, layer, "k_norm", architecture.kv_size),
     )
 
 
 def _matrix(source: Source, entry: ProjectionInput) -> Matrix:
-    widths = {f"{name}.weight": width for name, width in entry.widths.items()}
-    return source.matrix(widths, entry.in_features)
+    output_sizes = {f"{name}.weight": width for name, width in entry.output_sizes.items()}
+    return source.matrix(output_sizes, entry.in_features)
 
 
 def _bias(source: Source, entry: ProjectionInput, present: bool) -> Tensor | None:
-    widths = {f"{name}.bias": width for name, width in entry.widths.items()}
-    return source.vector(widths) if present else None
+    output_sizes = {f"{name}.bias": width for name, width in entry.output_sizes.items()}
+    return source.vector(output_sizes) if present else None
 
 
-def _gain(architecture: Architecture, source: Source, name: str, size: int) -> Tensor:
-    gain = source.vector({f"{name}.weight": size})
-    if gain.device.type == "cpu" and architecture.form.norm_offset == 0:
-        # A product on the CPU applies a norm itself whose gain has the dtype of the activations.
-        return gain
-    return gain.float() + architecture.form.norm_offset
+def _norm_weight(architecture: Architecture, source: Source, name: str, size: int) -> Tensor:
+    norm_weight = source.vector({f"{name}.weight": size})
+    if norm_weight.device.type == "cpu" and architecture.form.norm_offset == 0:
+        # A product on the CPU applies a norm itself whose norm weight has the dtype of the
+        # activations.
+        return norm_weight
+    return norm_weight.float() + architecture.form.norm_offset
 
 
-def _head_gain(
+def _head_norm_weight(
     architecture: Architecture, source: Source, layer: int, name: str, size: int
 ) -> Tensor | None:
     if architecture.form.qk_norm == "none":
         return None
     per_head = architecture.form.qk_norm == "head"
     attention = f"{architecture.layer_name(layer)}.{architecture.family.attention}"
-    return _gain(
+    return _norm_weight(
         architecture, source, f"{attention}.{name}", architecture.head_dim if per_head else size
     )

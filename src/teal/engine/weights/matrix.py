@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from teal.kernels.ops import dense_rows, sparse_gated, sparse_parts
-from teal.kernels.ops_quantized import quantized_gated, quantized_parts
+from teal.kernels.ops import lm_head_gemv, sparse_glu, sparse_linear
+from teal.kernels.ops_quantized import quantized_glu, quantized_linear
 from teal.kernels.reference import matmul as reference
 from teal.quantization import FLOAT, QuantizedWeight
 
@@ -18,43 +18,47 @@ Matrix = Tensor | QuantizedWeight
 
 
 def parts(
-    x: Tensor, weight: Matrix, thresholds: Sequence[float], widths: Sequence[int], *rest: object
+    x: Tensor,
+    weight: Matrix,
+    thresholds: Sequence[float],
+    output_sizes: Sequence[int],
+    *rest: object,
 ) -> Tensor:
-    """Compute products beside each other; `rest` is that of `ops.sparse_parts`.
+    """Compute products beside each other; `rest` is that of `ops.sparse_linear`.
 
     Args:
         x: Activations, (T, in_features).
         weight: Of all parts.
         thresholds: One per part.
-        widths: Columns of each part.
-        rest: scale, shift, bias, residual, gain and epsilon, as far as given.
+        output_sizes: Columns of each part.
+        rest: scale, shift, bias, residual, norm weight and epsilon, as far as given.
 
     Returns:
         (T, out_features), in the dtype of `x`.
     """
     if isinstance(weight, Tensor):
-        return sparse_parts(x, weight, thresholds, widths, *rest)  # type: ignore[arg-type]
-    return quantized_parts(x, *_operands(weight), thresholds, widths, *rest)  # type: ignore[arg-type]
+        return sparse_linear(x, weight, thresholds, output_sizes, *rest)  # type: ignore[arg-type]
+    return quantized_linear(x, *_operands(weight), thresholds, output_sizes, *rest)  # type: ignore[arg-type]
 
 
 def gated(
     x: Tensor, weight: Matrix, thresholds: Sequence[float], activation: str, *rest: object
 ) -> Tensor:
-    """Compute `activation(x · gate) · (x · up)`; `rest` is that of `ops.sparse_gated`.
+    """Compute `activation(x · gate) · (x · up)`; `rest` is that of `ops.sparse_glu`.
 
     Args:
         x: Activations, (T, in_features).
         weight: Gate and up beside each other.
         thresholds: Of gate and of up.
         activation: Of the gate.
-        rest: scale, shift, bias, gain and epsilon, as far as given.
+        rest: scale, shift, bias, norm weight and epsilon, as far as given.
 
     Returns:
         (T, out_features / 2), in the dtype of `x`.
     """
     if isinstance(weight, Tensor):
-        return sparse_gated(x, weight, thresholds, activation, *rest)  # type: ignore[arg-type]
-    return quantized_gated(x, *_operands(weight), thresholds, activation, *rest)  # type: ignore[arg-type]
+        return sparse_glu(x, weight, thresholds, activation, *rest)  # type: ignore[arg-type]
+    return quantized_glu(x, *_operands(weight), thresholds, activation, *rest)  # type: ignore[arg-type]
 
 
 def head_product(hidden: Tensor, head: Matrix) -> Tensor:
@@ -68,7 +72,7 @@ def head_product(hidden: Tensor, head: Matrix) -> Tensor:
         (..., vocab_size), in the dtype of `hidden`.
     """
     if isinstance(head, Tensor):
-        return dense_rows(hidden, head)
+        return lm_head_gemv(hidden, head)
     return parts(hidden, head, [KEEP_ALL], [head.out_features])
 
 
@@ -95,7 +99,7 @@ def bytes_of(weight: Matrix) -> int:
     return weight.nbytes if isinstance(weight, Tensor) else weight.bytes
 
 
-def strips(weight: Matrix) -> Tensor:
+def weight_rows(weight: Matrix) -> Tensor:
     """Return the tensor that holds a strip per input channel, (in_features, …)."""
     return weight if isinstance(weight, Tensor) else weight.codes
 

@@ -38,9 +38,9 @@ class RoundedSource:
         self.vector = source.vector
         self.rows = source.rows
 
-    def matrix(self, widths: Mapping[str, int], in_features: int) -> Matrix:
+    def matrix(self, output_sizes: Mapping[str, int], in_features: int) -> Matrix:
         """Return projections beside each other; see `Source`."""
-        dense = self._source.matrix(widths, in_features)
+        dense = self._source.matrix(output_sizes, in_features)
         assert isinstance(dense, Tensor)
         return round_to_nearest(dense, self._scheme)
 
@@ -71,16 +71,16 @@ class CheckpointSource:
         self._read = read
         self.vector = dense.vector
 
-    def matrix(self, widths: Mapping[str, int], in_features: int) -> Matrix:
+    def matrix(self, output_sizes: Mapping[str, int], in_features: int) -> Matrix:
         """Return projections beside each other; see `Source`.
 
         Raises:
             UserError: Only some of them are quantized, or in different ways; or they are damaged.
         """
-        quantized = {name.removesuffix(".weight"): width for name, width in widths.items()}
+        quantized = {name.removesuffix(".weight"): width for name, width in output_sizes.items()}
         found = [name for name in quantized if name in self._checkpoint.names]
         if not found:
-            return self._dense.matrix(widths, in_features)
+            return self._dense.matrix(output_sizes, in_features)
         if len(found) < len(quantized):
             raise UserError(
                 f"Of {', '.join(quantized)}, which share an input, only {', '.join(found)} "

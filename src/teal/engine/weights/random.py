@@ -47,17 +47,19 @@ class _RandomSource:
     def __init__(
         self, architecture: Architecture, dtype: torch.dtype, device: torch.device, seed: int
     ) -> None:
-        self._gain = 1.0 - architecture.form.norm_offset
+        self._norm_weight = 1.0 - architecture.form.norm_offset
         self._dtype = dtype
         self._device = device
         self._generator = torch.Generator(device).manual_seed(seed)
 
-    def matrix(self, widths: Mapping[str, int], in_features: int) -> Tensor:
-        return self._normal((in_features, sum(widths.values())), in_features**-0.5)
+    def matrix(self, output_sizes: Mapping[str, int], in_features: int) -> Tensor:
+        return self._normal((in_features, sum(output_sizes.values())), in_features**-0.5)
 
-    def vector(self, widths: Mapping[str, int]) -> Tensor:
-        value = 0.0 if next(iter(widths)).endswith(".bias") else self._gain
-        return torch.full((sum(widths.values()),), value, dtype=self._dtype, device=self._device)
+    def vector(self, output_sizes: Mapping[str, int]) -> Tensor:
+        value = 0.0 if next(iter(output_sizes)).endswith(".bias") else self._norm_weight
+        return torch.full(
+            (sum(output_sizes.values()),), value, dtype=self._dtype, device=self._device
+        )
 
     def rows(self, name: str, shape: tuple[int, int]) -> Tensor:
         del name

@@ -71,19 +71,23 @@ class _ModelSource:
     def tied(self, name: str, other: Tensor) -> bool:
         return self._parameters.get(name) is other
 
-    def matrix(self, widths: Mapping[str, int], in_features: int) -> Tensor:
-        parameters = [self._take(name, (width, in_features)) for name, width in widths.items()]
+    def matrix(self, output_sizes: Mapping[str, int], in_features: int) -> Tensor:
+        parameters = [
+            self._take(name, (width, in_features)) for name, width in output_sizes.items()
+        ]
         fused = _fused_already(parameters)
         if fused is None:
-            fused = parameters[0].new_empty((in_features, sum(widths.values())))
-            for parameter, part in zip(parameters, transposed_parts(fused, widths), strict=True):
+            fused = parameters[0].new_empty((in_features, sum(output_sizes.values())))
+            for parameter, part in zip(
+                parameters, transposed_parts(fused, output_sizes), strict=True
+            ):
                 part.copy_(parameter)
                 # Here the parameter's own memory is freed.
                 parameter.data = part
         return fused
 
-    def vector(self, widths: Mapping[str, int]) -> Tensor:
-        return torch.cat([self._take(name, (width,)).data for name, width in widths.items()])
+    def vector(self, output_sizes: Mapping[str, int]) -> Tensor:
+        return torch.cat([self._take(name, (width,)).data for name, width in output_sizes.items()])
 
     def rows(self, name: str, shape: tuple[int, int]) -> Tensor:
         return self._take(name, shape).data
@@ -106,14 +110,14 @@ class _ModelSource:
 def _fused_already(parameters: list[nn.Parameter]) -> Tensor | None:
     """Return the matrix that the parameters are neighbouring views of, if they are."""
     first = parameters[0]
-    widths = [len(parameter) for parameter in parameters]
-    starts = accumulate(widths[:-1], initial=first.storage_offset())
+    output_sizes = [len(parameter) for parameter in parameters]
+    starts = accumulate(output_sizes[:-1], initial=first.storage_offset())
     found = [
         (parameter.untyped_storage().data_ptr(), parameter.storage_offset(), parameter.stride())
         for parameter in parameters
     ]
-    storage, stride = first.untyped_storage().data_ptr(), (1, sum(widths))
+    storage, stride = first.untyped_storage().data_ptr(), (1, sum(output_sizes))
     if found != [(storage, start, stride) for start in starts]:
         return None
-    shape = (first.shape[1], sum(widths))
-    return first.data.as_strided(shape, (sum(widths), 1), first.storage_offset())
+    shape = (first.shape[1], sum(output_sizes))
+    return first.data.as_strided(shape, (sum(output_sizes), 1), first.storage_offset())

@@ -35,9 +35,9 @@ def attend(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-    q_gain: Tensor | None = None,
-    k_gain: Tensor | None = None,
-    epsilon: float = 0.0,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """Append one token per stream to its cache, in place, and attend from it to the cache.
 
@@ -50,7 +50,10 @@ def attend(
     rows, kv_heads, capacity, head_dim = keys.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     dtype = qkv.dtype
-    q_gain, k_gain = _gain(q_gain, dtype), _gain(k_gain, dtype)
+    q_norm_weight, k_norm_weight = (
+        _norm_weight(q_norm_weight, dtype),
+        _norm_weight(k_norm_weight, dtype),
+    )
     result = torch.empty((rows, heads * head_dim), dtype=dtype)
     threads = available_threads()
     fits = run_threaded(
@@ -59,9 +62,9 @@ def attend(
         ELEMENTS[dtype],
         (qkv.data_ptr(), keys.data_ptr(), values.data_ptr(), result.data_ptr()),
         (positions.data_ptr(), cosines.data_ptr(), sines.data_ptr()),
-        (_address(q_gain), _address(k_gain)),
+        (_address(q_norm_weight), _address(k_norm_weight)),
         (rows, heads, kv_heads, capacity, head_dim, cosines.shape[1]),
-        (scale, softcap, epsilon),
+        (scale, softcap, eps),
         window,
         threads,
     )
@@ -73,8 +76,8 @@ def attend(
     return result
 
 
-def _gain(gain: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if gain is None else gain.to(dtype).contiguous()
+def _norm_weight(norm_weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if norm_weight is None else norm_weight.to(dtype).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -86,7 +89,7 @@ def attention(
     element: np.generic,
     tensors: tuple[int, int, int, int],
     tables: tuple[int, int, int],
-    gains: tuple[int, int],
+    norm_weights: tuple[int, int],
     sizes: tuple[int, int, int, int, int, int],
     factors: tuple[float, float, float],
     window: int,
@@ -98,9 +101,9 @@ def attention(
         element: Any uint16 where the tensors are bfloat16, int16 for float16, float32 for float32.
         tensors: Addresses of qkv, keys, values and the result.
         tables: Addresses of positions, cosines and sines.
-        gains: Addresses of the weights of the norms, 0 for none.
+        norm_weights: Addresses of the weights of the norms, 0 for none.
         sizes: Rows, heads, key heads, capacity, head_dim, and half of the rotated entries.
-        factors: Scale, soft cap and epsilon.
+        factors: Scale, soft cap and eps.
         window: Tokens covered at most; 0 for all.
         threads: How many shares of the tasks there are, one for each of numba's threads.
 
@@ -110,7 +113,7 @@ def attention(
     places = _place(array(np.int64(0), tables[0], sizes[0]), sizes, window)
     if len(places) == 0:
         return sizes[0] == 0
-    queries, keys, values = _append(element, tensors, tables, gains, sizes, factors[2])
+    queries, keys, values = _append(element, tensors, tables, norm_weights, sizes, factors[2])
     partials = _partials(queries, keys, places)
     shares = 1 if len(places) * CHUNK * keys.shape[3] < _ENTRIES_PER_CALL else threads
     # As in cpu_compiled: a small body, and one type of index.
@@ -156,9 +159,9 @@ def _append(
     element: np.generic,
     tensors: tuple[int, int, int, int],
     tables: tuple[int, int, int],
-    gains: tuple[int, int],
+    norm_weights: tuple[int, int],
     sizes: tuple[int, int, int, int, int, int],
-    epsilon: float,
+    eps: float,
 ) -> tuple[Array, Array, Array]:
     """Write the new keys and values; return queries, (T, heads, head_dim), and the caches."""
     rows, heads, kv_heads, capacity, head_dim, half = sizes
@@ -176,12 +179,12 @@ def _append(
         position = positions[row]
         cosine, sine = cosines[position], sines[position]
         for head in range(heads):
-            _turn(rotated, qkv[row, head], gains[0], np.float32(epsilon), cosine, sine)
+            _turn(rotated, qkv[row, head], norm_weights[0], np.float32(eps), cosine, sine)
             for c in range(head_dim):
                 queries[row, head, c] = widen(rotated[c])
         for kv in range(kv_heads):
             key, value = qkv[row, heads + kv], qkv[row, heads + kv_heads + kv]
-            _turn(keys[row, kv, position], key, gains[1], np.float32(epsilon), cosine, sine)
+            _turn(keys[row, kv, position], key, norm_weights[1], np.float32(eps), cosine, sine)
             for c in range(head_dim):
                 values[row, kv, position, c] = value[c]
     return queries, keys, values
@@ -189,12 +192,12 @@ def _append(
 
 @compiled(fuse=True)
 def _turn(
-    result: Array, head: Array, gain: int, epsilon: np.float32, cosine: Array, sine: Array
+    result: Array, head: Array, norm_weight: int, eps: np.float32, cosine: Array, sine: Array
 ) -> None:
     """Apply the norm, where there is one, and RoPE to one head."""
     source = head
-    if gain != 0:
-        norm_into(result, head, array(head[0], gain, len(head)), epsilon)
+    if norm_weight != 0:
+        norm_into(result, head, array(head[0], norm_weight, len(head)), eps)
         source = result
     half = len(cosine)
     for i in range(half):

@@ -18,7 +18,7 @@ ELEMENTS = {
     torch.float16: np.int16(0),
     torch.float32: np.float32(0),
 }
-# With more rows most strips are kept by one of them, and torch's product is the faster one.
+# With more rows most weight rows are kept by one of them, and torch's product is the faster one.
 MAX_ROWS = 8
 MAX_PARTS = 3
 
@@ -29,7 +29,7 @@ def can_compute(operands: Operands) -> bool:
     """Say whether the kernel computes this, or the reference has to."""
     return (
         operands.x.dtype in ELEMENTS
-        and len(operands.widths) <= MAX_PARTS
+        and len(operands.output_sizes) <= MAX_PARTS
         and operands.rows <= MAX_ROWS
     )
 
@@ -73,35 +73,47 @@ def launch(
     Returns:
         As `compute`.
     """
-    x, _, thresholds, widths, scale, shift, bias, residual, gain, epsilon, activation = operands
+    (
+        x,
+        _,
+        thresholds,
+        output_sizes,
+        score_scale,
+        shift,
+        bias,
+        residual,
+        norm_weight,
+        eps,
+        activation,
+    ) = operands
     dtype = x.dtype
-    if gain is not None and gain.dtype != dtype:
-        x, gain = reference.rms_norm(x, gain, epsilon), None
+    if norm_weight is not None and norm_weight.dtype != dtype:
+        x, norm_weight = reference.rms_norm(x, norm_weight, eps), None
     if reference.keeps_everything(thresholds):
-        thresholds, scale = [-1.0], None
+        thresholds, score_scale = [-1.0], None
     in_features, out_features = shape
-    if scale is None and min(thresholds) == max(thresholds):
+    if score_scale is None and min(thresholds) == max(thresholds):
         # One list of kept channels serves all parts.
-        thresholds, widths = thresholds[:1], [out_features]
+        thresholds, output_sizes = thresholds[:1], [out_features]
     rows = operands.rows
     threads = thread_count(in_features, out_features)
     # Copies have to live until the kernel is done.
     x, bias, residual = x.contiguous(), _contiguous(bias), _contiguous(residual)
-    gain, scale, shift = _contiguous(gain), _float(scale), _float(shift)
+    norm_weight, score_scale, shift = _contiguous(norm_weight), _float(score_scale), _float(shift)
     columns = out_features if activation is None else out_features // 2
     result = torch.empty((*operands.x.shape[:-1], columns), dtype=dtype)
     run_threaded(
         threads,
         kernel,
         ELEMENTS[dtype],
-        (_address(x), _address(gain), _address(scale), _address(shift)),
+        (_address(x), _address(norm_weight), _address(score_scale), _address(shift)),
         weight,
         (_address(bias), _address(residual), result.data_ptr()),
         (rows, in_features, out_features),
-        (len(widths), *widths, 0, 0)[:4],
+        (len(output_sizes), *output_sizes, 0, 0)[:4],
         (*thresholds, 0.0, 0.0)[:3],
         _FORMS[activation],
-        epsilon,
+        eps,
         threads,
     )
     return result

@@ -1,4 +1,4 @@
-"""CPU kernel of the products: strips of kept channels are read once, the others never.
+"""CPU kernel of the products: weight rows of kept channels are read once, the others never.
 
 Legend: `T` rows, `K` in_features, `N` out_features. docs/kernels.md explains the scheme.
 """
@@ -17,9 +17,9 @@ from teal.kernels.cpu.threads import compiled
 # Strips read side by side: more streams keep more of the memory busy, and their 8 factors still
 # fit the registers of AVX2.
 GROUP = 8
-# Parts of short strips for each thread would keep the memory waiting between them: threads share
-# the channels then, in as many shares whatever their number. To add up few shares of longer
-# strips takes no longer than many of short ones.
+# Parts of short weight rows for each thread would keep the memory waiting between them: threads
+# share the channels then, in as many shares whatever their number. To add up few shares of longer
+# weight rows takes no longer than many of short ones.
 SHORT_STRIP_BYTES, SHARES_OF_SHORT = 8192, 8
 LONG_STRIP_BYTES, SHARES = 32768, 2
 
@@ -37,7 +37,7 @@ def product(
     parts: tuple[int, int, int, int],
     thresholds: tuple[float, float, float],
     form: int,
-    epsilon: float,
+    eps: float,
     threads: int,
 ) -> None:
     """Write `Σ_{j kept} (x_j - shift_j) · W[j, :] + bias + residual`, summed in float32.
@@ -47,21 +47,21 @@ def product(
 
     Args:
         element: Any uint16 where the tensors are bfloat16, int16 for float16, float32 for float32.
-        inputs: x (T, K) contiguous; gain of an RMSNorm (K,); scale (lists, K) and shift (K,), both
-            float32.
-        weights: The weight (K, N) and the distance between its strips, in elements.
+        inputs: x (T, K) contiguous; norm weight of an RMSNorm (K,); score_scale (lists, K) and
+            shift (K,), both float32.
+        weights: The weight (K, N) and the distance between its weight rows, in elements.
         outputs: bias (N,), residual and result, contiguous.
         sizes: T, K, N.
         parts: How many lists of kept channels there are, and the columns that use each. The last
             list serves all parts that follow.
         thresholds: Cut-off per list in score units, rounded to float32.
         form: `BESIDE` for parts beside each other; `SILU` or `GELU` for gate and up.
-        epsilon: Of the norm.
+        eps: Of the norm.
         threads: How many slabs of columns there are, one for each of numba's threads.
     """
     _, in_features, out_features = sizes
     weight = array(element, weights[0], max(0, in_features - 1) * weights[1] + out_features)
-    lists = make_lists(element, inputs, sizes, parts[0], thresholds, epsilon)
+    lists = make_lists(element, inputs, sizes, parts[0], thresholds, eps)
     shares = _shares_of(out_features * weight.itemsize)
     partial = np.empty((shares, sizes[0], out_features), np.float32)
 
@@ -112,7 +112,7 @@ def _work(
     shares = len(partial)
     slabs = 1 if threads <= shares else threads // math.gcd(threads, shares)
     tasks = shares * slabs
-    # One behind the other: a share asks for the first strips of the next.
+    # One behind the other: a share asks for the first weight rows of the next.
     for task in range(tasks * thread // threads, tasks * (thread + 1) // threads):
         _share(partial, weight, stride, parts, lists, task // slabs, (task % slabs, slabs))
 
@@ -280,8 +280,8 @@ def _add_strips(
 ) -> None:
     """Add `Σ_i values[i] · W[channels[i], first : first + width]` to `sums`, (T, width).
 
-    `entries` are channels and values, of which those from `low` to `high` count. While strips are
-    added, those of the next entries are asked for, line by line: only the list tells where they
+    `entries` are channels and values, of which those from `low` to `high` count. While weight rows
+    are added, those of the next entries are asked for, line by line: only the list tells where they
     are.
     """
     channels, values = entries
@@ -318,7 +318,7 @@ def _add_up(values: Array, weight: Array, starts: tuple[int, ...], column: int) 
 
 @compiled()
 def _starts(channels: Array, i: int, stride: int, first: int) -> tuple[int, ...]:
-    """Return where the strips of GROUP channels begin; behind the last one it is again."""
+    """Return where the weight rows of GROUP channels begin; behind the last one it is again."""
     last = len(channels) - 1
     return (
         channels[min(i, last)] * stride + first,

@@ -20,7 +20,7 @@ def can_compute(x: Tensor, weight: Tensor) -> bool:
     return x.dtype in ELEMENTS and weight.stride(1) == 1 and math.prod(x.shape[:-1]) <= MAX_ROWS
 
 
-def dense_rows(x: Tensor, weight: Tensor) -> Tensor:
+def lm_head_gemv(x: Tensor, weight: Tensor) -> Tensor:
     """Return `x @ weight.T`, accumulating in float32.
 
     The result has the same bits whatever the number of threads.

@@ -79,12 +79,12 @@ def mean_square(x: Array) -> np.float32:
 
 
 @compiled()
-def norm_into(result: Array, x: Array, gain: Array, epsilon: np.float32) -> None:
-    """Write the RMSNorm of `x`, rounded before and after `gain` as `reference.rms_norm` does."""
-    factor = _ONE / np.sqrt(mean_square(x) + epsilon)
+def norm_into(result: Array, x: Array, norm_weight: Array, eps: np.float32) -> None:
+    """Write the RMSNorm of `x`, rounded twice as `reference.rms_norm` does."""
+    factor = _ONE / np.sqrt(mean_square(x) + eps)
     for i in range(len(x)):
         normed = widen(narrow(x[i], widen(x[i]) * factor))
-        result[i] = narrow(x[i], widen(gain[i]) * normed)
+        result[i] = narrow(x[i], widen(norm_weight[i]) * normed)
 
 
 @compiled()

@@ -11,8 +11,8 @@ from teal.kernels.cpu.simd import LINE_BYTES
 from teal.kernels.cpu.threads import compiled
 from teal.kernels.cpu.unpack import code_value, high_nibble, low_nibble
 
-# Lines of each of the next strips that are asked for: strips of codes are short, and the hardware
-# follows none of them for long.
+# Lines of each of the next weight rows that are asked for: weight rows of codes are short, and the
+# hardware follows none of them for long.
 _AHEAD = 8
 
 _ZERO = np.float32(0)
@@ -137,7 +137,7 @@ def _value(values: Array, i: int, row: int, end: int) -> np.float32:
 
 @compiled()
 def _prefetch_strips(codes: Array, stride: int, first: int, channels: Array, begin: int) -> None:
-    """Ask for the first lines of the next strips, also of the next group."""
+    """Ask for the first lines of the next weight rows, also of the next group."""
     for j in range(begin, min(begin + GROUP, len(channels))):
         for line in range(_AHEAD):
             prefetch(codes, channels[j] * stride + first + line * LINE_BYTES)

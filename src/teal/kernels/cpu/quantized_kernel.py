@@ -21,7 +21,7 @@ from teal.kernels.cpu.unpack import FP8_FACTOR, HIGH_FACTOR, NIBBLE_BASE
 INT8_CODES, FP8_CODES, INT4_CODES = 0, 1, 2
 
 # The channels of a list are summed in so many runs, one after the other or by threads of their own:
-# a thread reads longer strips from fewer pages than if all threads shared every strip.
+# a thread reads longer weight rows from fewer pages than if all threads shared every strip.
 _CHUNKS = 2
 # Columns that are summed at once: their sums stay in the first-level cache.
 TILE = 4096
@@ -32,7 +32,7 @@ _HIGH_FACTOR, _FP8_FACTOR = np.float32(HIGH_FACTOR), np.float32(FP8_FACTOR)
 _BASE, _ONE = np.float32(NIBBLE_BASE), np.float32(1)
 
 # Addresses of codes, scales (groups, N) and zeros (groups, N) uint8, 0 for none; the bytes between
-# strips of codes; how codes are read; channels per group; any scale, for its type.
+# weight rows of codes; how codes are read; channels per group; any score_scale, for its type.
 Weight = tuple[int, int, int, int, int, int, Any]
 
 
@@ -46,7 +46,7 @@ def product(
     parts: tuple[int, int, int, int],
     thresholds: tuple[float, float, float],
     form: int,
-    epsilon: float,
+    eps: float,
     threads: int,
 ) -> None:
     """Write `Σ_groups scale · Σ_{j kept} (x_j - shift_j) · (code_j - zero)` + bias + residual.
@@ -55,18 +55,18 @@ def product(
 
     Args:
         element: As in `cpu_compiled.product`, which explains what is not named here.
-        inputs: x, gain, scale and shift.
+        inputs: x, norm weight, score_scale and shift.
         weight: The quantized weight.
         outputs: bias, residual and result.
         sizes: T, K, N.
         parts: Lists and the columns that use each.
         thresholds: Cut-off per list.
         form: `BESIDE`, `SILU` or `GELU`.
-        epsilon: Of the norm.
+        eps: Of the norm.
         threads: Shares of the work.
     """
     rows, _, out_features = sizes
-    lists = make_lists(element, inputs, sizes, parts[0], thresholds, epsilon)
+    lists = make_lists(element, inputs, sizes, parts[0], thresholds, eps)
     sums = np.empty((_CHUNKS, rows, out_features), np.float32)
     # As in cpu_compiled: a small body, and one type of index.
     if threads == 1:

@@ -1,4 +1,4 @@
-"""Cache lines of strips, as vectors of the machine.
+"""Cache lines of weight rows, as vectors of the machine.
 
 The compiler makes vectors of plain loops too, but of none that asks for what comes next. As with
 cpu_numbers, numba's cache on disk does not see a change here.
@@ -59,7 +59,7 @@ def add_line(
             strict=True,
         ):
             place = builder.gep(data, [builder.add(start, args[1])])
-            # Aligned as single numbers are: strips may begin anywhere.
+            # Aligned as single numbers are: weight rows may begin anywhere.
             bits = builder.load(builder.bitcast(place, of_weight.as_pointer()))
             bits.align = weight.dtype.bitwidth // 8
             numbers = widened(builder, weight.dtype, bits, size)

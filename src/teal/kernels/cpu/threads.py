@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 # Below this many weights per thread, waking a thread costs more than it saves.
 WEIGHTS_PER_THREAD = 1 << 16
-# A strip shorter than this per thread keeps the memory waiting between strips.
+# A strip shorter than this per thread keeps the memory waiting between weight_rows.
 COLUMNS_PER_THREAD = 128
 
 _WORKQUEUE_LOCK = threading.Lock()

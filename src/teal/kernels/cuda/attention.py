@@ -29,17 +29,18 @@ class Attention:
         scale: Multiplies scores.
         window: Newest positions that are attended to; 0 for all.
         softcap: Scores end smoothly here; 0 for no cap.
-        q_gain: Gain of an RMSNorm of each query head, (head_dim,), float32; `None` for no norms.
-        k_gain: The same for keys.
-        epsilon: Of these norms.
+        q_norm_weight: Gain of an RMSNorm of each query head, (head_dim,), float32; `None` for no
+            norms.
+        k_norm_weight: The same for keys.
+        eps: Of these norms.
     """
 
     scale: float
     window: int = 0
     softcap: float = 0.0
-    q_gain: Tensor | None = None
-    k_gain: Tensor | None = None
-    epsilon: float = 0.0
+    q_norm_weight: Tensor | None = None
+    k_norm_weight: Tensor | None = None
+    eps: float = 0.0
 
 
 def can_attend(heads: int, kv_heads: int, head_dim: int, cosines: Tensor) -> bool:
@@ -108,14 +109,14 @@ def attend(
             positions,
             cosines,
             sines,
-            a.q_gain,
-            a.k_gain,
+            a.q_norm_weight,
+            a.k_norm_weight,
             memory.parts,
             (capacity, INT),
             (a.window, INT),
             (a.scale, FLOAT),
             (a.softcap, FLOAT),
-            (a.epsilon, FLOAT),
+            (a.eps, FLOAT),
         ],
         dependent=dependent,
     )
@@ -134,7 +135,7 @@ def definitions_of(attention: Attention, keys: Tensor, memory: StepMemory) -> De
     return (
         ("BFLOAT16", int(keys.dtype == torch.bfloat16)),
         ("FRACTION_BITS", FRACTION_BITS),
-        ("HAS_GAINS", int(attention.q_gain is not None)),
+        ("HAS_NORM_WEIGHTS", int(attention.q_norm_weight is not None)),
         ("HAS_SOFTCAP", int(attention.softcap > 0.0)),
         ("HEAD_DIM", head_dim),
         ("QUERIES", heads // kv_heads),

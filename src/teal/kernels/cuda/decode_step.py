@@ -17,9 +17,15 @@ from teal.kernels.cuda.nvrtc import (
     has_clusters,
     launch,
 )
-from teal.kernels.cuda.tile_config import FRACTION_BITS, WARP, Cut, bits_of, strip_definitions
-from teal.kernels.cuda.tuned_configs import Task, measured_cut
-from teal.kernels.operands import Grid
+from teal.kernels.cuda.tile_config import (
+    FRACTION_BITS,
+    WARP,
+    TileConfig,
+    bits_of,
+    weight_definitions,
+)
+from teal.kernels.cuda.tuned_configs import Task, tuned_config
+from teal.kernels.operands import QuantParams
 from teal.kernels.reference.quantized import INT4
 
 SOURCE = "decode_step.cu"
@@ -41,30 +47,30 @@ class Projections:
 
     Attributes:
         weight: Channel-major floats or codes, (K, …), contiguous; K a multiple of `ALIGNMENT`.
-        widths: Columns of each, which sum to N; see `tile_config.can_load`.
+        output_sizes: Columns of each, which sum to N; see `tile_config.can_load`.
         thresholds: One for each, (3,), float32, on the device; below zero to drop nothing.
         input: What the input is made from: the residual stream through an RMSNorm, what the splits
             of attention gave, or sums of gate and up.
         is_dense: Nothing is dropped whatever the input is.
         bias: (N,), contiguous, or `None`.
-        gain: Gain of the RMSNorm, (K,), float32, for "hidden".
-        epsilon: Of that norm.
+        norm_weight: Gain of the RMSNorm, (K,), float32, for "hidden".
+        eps: Of that norm.
         multiplier: Of the result.
-        grid: What codes stand for; `None` for floats.
-        cut: How to cut the product; by default what was measured to be fast for its size.
+        quant: What codes stand for; `None` for floats.
+        config: How to config the product; by default what was measured to be fast for its size.
     """
 
     weight: Tensor
-    widths: Sequence[int]
+    output_sizes: Sequence[int]
     thresholds: Tensor
     input: Input
     is_dense: bool
     bias: Tensor | None = None
-    gain: Tensor | None = None
-    epsilon: float = 0.0
+    norm_weight: Tensor | None = None
+    eps: float = 0.0
     multiplier: float = 1.0
-    grid: Grid | None = None
-    cut: Cut | None = None
+    quant: QuantParams | None = None
+    config: TileConfig | None = None
 
 
 class StepMemory:
@@ -121,59 +127,62 @@ def project(
         dependent: The launch may begin before the one in front has ended.
     """
     weight = projections.weight
-    cut = cut_for(projections, clusters=has_clusters(weight.device))
+    config = config_for(projections, clusters=has_clusters(weight.device))
     launch(
-        kernel_of(projections, cut, memory),
-        (cut.tiles(projections.widths), _chunks(len(weight), cut)),
-        cut.threads,
+        kernel_of(projections, config, memory),
+        (config.tiles(projections.output_sizes), _chunks(len(weight), config)),
+        config.threads,
         [
             source,
-            projections.gain,
+            projections.norm_weight,
             projections.thresholds,
             weight,
-            *grid_tensors(projections.grid),
+            *quant_tensors(projections.quant),
             projections.bias,
             sums,
             clear,
             memory.overflow,
             (0 if clear is None else clear.numel(), INT),
-            (projections.epsilon, FLOAT),
+            (projections.eps, FLOAT),
             (projections.multiplier, FLOAT),
         ],
         dependent=dependent,
     )
 
 
-def kernel_of(projections: Projections, cut: Cut, memory: StepMemory) -> Kernel:
+def kernel_of(projections: Projections, config: TileConfig, memory: StepMemory) -> Kernel:
     """Return the kernel that `project` launches, compiled at the first call.
 
     Args:
         projections: What is computed.
-        cut: From `cut_for`.
+        config: From `config_for`.
         memory: As `definitions_of`.
     """
-    definitions, device = definitions_of(projections, cut, memory), projections.weight.device.index
+    definitions, device = (
+        definitions_of(projections, config, memory),
+        projections.weight.device.index,
+    )
     return function_of_step(SOURCE, _name_of(projections), definitions, device)
 
 
-def cut_for(projections: Projections, *, clusters: bool) -> Cut:
-    """Return how a product is cut.
+def config_for(projections: Projections, *, clusters: bool) -> TileConfig:
+    """Return how a product is config.
 
     Args:
         projections: What is computed.
         clusters: Whether the device has clusters of blocks.
     """
-    grid, in_features = projections.grid, len(projections.weight)
-    cut = projections.cut or measured_cut(task_of(projections))
-    if grid is not None and projections.weight.dtype == INT4:
-        cut = _of_groups(cut, grid)
+    quant, in_features = projections.quant, len(projections.weight)
+    config = projections.config or tuned_config(task_of(projections))
+    if quant is not None and projections.weight.dtype == INT4:
+        config = _of_groups(config, quant)
     # A thread has columns of one projection.
-    cut = replace(cut, per_lane=math.gcd(cut.per_lane, *projections.widths))
-    return replace(cut, cluster=_cluster(in_features, cut) if clusters else 1)
+    config = replace(config, per_lane=math.gcd(config.per_lane, *projections.output_sizes))
+    return replace(config, cluster=_cluster(in_features, config) if clusters else 1)
 
 
 def task_of(projections: Projections) -> Task:
-    """Return what the cut of a product depends on."""
+    """Return what the config of a product depends on."""
     is_plain = projections.input in ("hidden", "attention")
     return Task(
         kernel="step",
@@ -181,20 +190,20 @@ def task_of(projections: Projections) -> Task:
         bits=bits_of(projections.weight.dtype),
         is_dense=projections.is_dense,
         in_features=len(projections.weight),
-        out_features=sum(projections.widths),
+        out_features=sum(projections.output_sizes),
     )
 
 
-def definitions_of(projections: Projections, cut: Cut, memory: StepMemory) -> Definitions:
+def definitions_of(projections: Projections, config: TileConfig, memory: StepMemory) -> Definitions:
     """Return what the kernel `project` is compiled with.
 
     Args:
         projections: What is computed.
-        cut: How it is cut.
+        config: How it is config.
         memory: Where the dtype of activations and the shape of attention are.
     """
-    widths, columns = projections.widths, sum(projections.widths)
-    starts = [sum(widths[:part]) for part in range(1, len(widths))]
+    output_sizes, columns = projections.output_sizes, sum(projections.output_sizes)
+    starts = [sum(output_sizes[:part]) for part in range(1, len(output_sizes))]
     start_1, start_2 = [*starts, columns, columns][:2]
     splits, row = memory.parts.shape[2:]
     given: dict[str, int | str] = {
@@ -206,42 +215,42 @@ def definitions_of(projections: Projections, cut: Cut, memory: StepMemory) -> De
         "SPLITS": splits,
         "HAS_BIAS": int(projections.bias is not None),
     }
-    strips = strip_definitions(
-        projections.weight, projections.grid, columns, memory.normed.dtype, cut
+    weight_rows = weight_definitions(
+        projections.weight, projections.quant, columns, memory.normed.dtype, config
     )
-    return (*strips, *sorted(given.items()))
+    return (*weight_rows, *sorted(given.items()))
 
 
-def grid_tensors(grid: Grid | None) -> tuple[Tensor | None, Tensor | None]:
+def quant_tensors(quant: QuantParams | None) -> tuple[Tensor | None, Tensor | None]:
     """Return scales and zeros as a kernel takes them."""
-    return (None, None) if grid is None else (grid.scales, grid.zeros)
+    return (None, None) if quant is None else (quant.scales, quant.zeros)
 
 
 def _name_of(projections: Projections) -> str:
     """Return the name that a profile shows."""
     if projections.input == "hidden":
-        return "project_gate_up" if len(projections.widths) == _GATE_AND_UP else "project_qkv"
+        return "project_gate_up" if len(projections.output_sizes) == _GATE_AND_UP else "project_qkv"
     return "project_o" if projections.input == "attention" else "project_down"
 
 
-def _of_groups(cut: Cut, grid: Grid) -> Cut:
-    """Return about the same cut, chunks of whole groups or of parts that warps share evenly."""
-    shared, size = WARP * cut.warps_k, grid.group_size
-    part = max(1, cut.chunk // shared) * shared
-    if len(grid.scales) == 1 or (cut.chunk < size and size % part == 0):
-        return replace(cut, chunk=part)
-    cut = replace(cut, chunk=max(1, cut.chunk // size) * size)
+def _of_groups(config: TileConfig, quant: QuantParams) -> TileConfig:
+    """Return about the same config, chunks of whole groups or of parts that warps share evenly."""
+    shared, size = WARP * config.warps_k, quant.group_size
+    part = max(1, config.chunk // shared) * shared
+    if len(quant.scales) == 1 or (config.chunk < size and size % part == 0):
+        return replace(config, chunk=part)
+    config = replace(config, chunk=max(1, config.chunk // size) * size)
     # Of several turns, each has sums beside those of all: they take registers.
-    return cut if cut.turns(size) == 1 else replace(cut, blocks=1)
+    return config if config.turns(size) == 1 else replace(config, blocks=1)
 
 
-def _cluster(in_features: int, cut: Cut) -> int:
+def _cluster(in_features: int, config: TileConfig) -> int:
     """Return how many chunks work together, such that few are added that have no channels."""
-    chunks = math.ceil(in_features / cut.chunk)
-    sizes = range(min(chunks, cut.cluster // 2 + 1), cut.cluster + 1)
+    chunks = math.ceil(in_features / config.chunk)
+    sizes = range(min(chunks, config.cluster // 2 + 1), config.cluster + 1)
     return min(sizes, key=lambda size: (-chunks % size, -size))
 
 
-def _chunks(in_features: int, cut: Cut) -> int:
+def _chunks(in_features: int, config: TileConfig) -> int:
     """Return how many there are; the last ones may have no channels."""
-    return math.ceil(in_features / (cut.chunk * cut.cluster)) * cut.cluster
+    return math.ceil(in_features / (config.chunk * config.cluster)) * config.cluster

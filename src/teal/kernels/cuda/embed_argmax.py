@@ -49,31 +49,33 @@ def embed(
 
 
 def finish(
-    gain: Tensor, epsilon: float, memory: StepMemory, position: Tensor, *, dependent: bool
+    norm_weight: Tensor, eps: float, memory: StepMemory, position: Tensor, *, dependent: bool
 ) -> None:
     """Write the normed residual stream to `memory.normed`, and move on by a position.
 
     It is NaN everywhere after an overflow.
 
     Args:
-        gain: Of the final norm, (hidden_size,), float32.
-        epsilon: Of that norm.
+        norm_weight: Of the final norm, (hidden_size,), float32.
+        eps: Of that norm.
         memory: Where the stream is.
         position: Of the token, (1,), int64; one more afterwards.
         dependent: The launch may begin before the one in front has ended.
     """
     launch(
-        function_of_step(SOURCE, "finish", definitions_of(memory.normed.dtype), gain.device.index),
+        function_of_step(
+            SOURCE, "finish", definitions_of(memory.normed.dtype), norm_weight.device.index
+        ),
         (1, 1),
         _THREADS,
         [
             memory.hidden,
-            gain,
+            norm_weight,
             memory.overflow,
             memory.normed,
             position,
-            (epsilon, FLOAT),
-            (gain.numel(), INT),
+            (eps, FLOAT),
+            (norm_weight.numel(), INT),
         ],
         dependent=dependent,
     )

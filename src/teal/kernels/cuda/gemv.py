@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from teal.kernels.cuda.gemv_config import Product, cut_for, tiles
+from teal.kernels.cuda.gemv_config import Product, config_for, tiles
 from teal.kernels.cuda.nvrtc import (
     FLOAT,
     Definitions,
@@ -17,8 +17,8 @@ from teal.kernels.cuda.nvrtc import (
     has_clusters,
     launch,
 )
-from teal.kernels.cuda.tile_config import Cut, can_load, strip_definitions
-from teal.kernels.operands import Grid, Operands
+from teal.kernels.cuda.tile_config import TileConfig, can_load, weight_definitions
+from teal.kernels.operands import Operands, QuantParams
 from teal.kernels.reference import matmul as reference
 from teal.kernels.reference.quantized import INT4
 
@@ -43,7 +43,7 @@ class _Signature(NamedTuple):
 
     dtype: torch.dtype
     weight: tuple[torch.Size, torch.dtype]
-    widths: tuple[int, ...]
+    output_sizes: tuple[int, ...]
     activation: str | None
     has_one_list: bool
     has_scale: bool = False
@@ -64,22 +64,22 @@ class _Prepared(NamedTuple):
     dependent: bool
 
 
-def can_compute(operands: Operands, grid: Grid | None) -> bool:
+def can_compute(operands: Operands, quant: QuantParams | None) -> bool:
     """Tell whether the kernel computes a product, and is the fastest that does.
 
     Args:
-        operands: Checked, on one CUDA device; codes as the weight where there is a grid.
-        grid: What the codes stand for; `None` for floats.
+        operands: Checked, on one CUDA device; codes as the weight where there is a quant.
+        quant: What the codes stand for; `None` for floats.
     """
     weight, rows = operands.weight, operands.rows
     capability = torch.cuda.get_device_capability(operands.x.device)
     return (
-        (grid is not None or _is_wanted_of_floats(operands))
+        (quant is not None or _is_wanted_of_floats(operands))
         and 1 <= rows <= MAX_ROWS
         and len(weight) > 0
-        and len(operands.widths) <= MAX_PARTS
-        and can_load(weight, grid, operands.widths, operands.x.dtype)
-        and (operands.gain is None or len(weight) % _NORM_PIECE == 0)
+        and len(operands.output_sizes) <= MAX_PARTS
+        and can_load(weight, quant, operands.output_sizes, operands.x.dtype)
+        and (operands.norm_weight is None or len(weight) % _NORM_PIECE == 0)
         and can_compile(capability)
     )
 
@@ -94,7 +94,9 @@ def _is_wanted_of_floats(operands: Operands) -> bool:
     return is_wanted and (operands.rows > 1 or len(operands.weight) <= _LONGEST)
 
 
-def compute(operands: Operands, grid: Grid | None = None, cut: Cut | None = None) -> Tensor:
+def compute(
+    operands: Operands, quant: QuantParams | None = None, config: TileConfig | None = None
+) -> Tensor:
     """Multiply the kept activations with a weight, rows of floats at once, of codes one by one.
 
     Sums are in float32 and in one fixed order, so the same input gives the same bits. The result is
@@ -102,8 +104,8 @@ def compute(operands: Operands, grid: Grid | None = None, cut: Cut | None = None
 
     Args:
         operands: Such that `can_compute`.
-        grid: What codes stand for; `None` for floats.
-        cut: How to cut the product; by default what is fast for its size and format.
+        quant: What codes stand for; `None` for floats.
+        config: How to config the product; by default what is fast for its size and format.
 
     Returns:
         (..., out_features), or (..., out_features / 2) with an activation, in the dtype of `x`.
@@ -112,21 +114,21 @@ def compute(operands: Operands, grid: Grid | None = None, cut: Cut | None = None
         UserError: The kernel is not loaded yet, and the stream is being captured.
     """
     x, weight, residual = operands.x, operands.weight, operands.residual
-    columns = sum(operands.widths) // (2 if operands.activation else 1)
+    columns = sum(operands.output_sizes) // (2 if operands.activation else 1)
     with torch.cuda.device(x.device):
-        prepared = _prepared(_signature(operands, grid), cut, x.device.index)
+        prepared = _prepared(_signature(operands, quant), config, x.device.index)
         rows = _readable(x.reshape(-1, x.shape[-1]))
         result = torch.empty(len(rows), columns, dtype=x.dtype, device=x.device)
         common = (
             weight,
-            *((None, None) if grid is None else grid[:2]),
-            *map(_as_floats, (operands.gain, operands.scale, operands.shift)),
+            *((None, None) if quant is None else quant[:2]),
+            *map(_as_floats, (operands.norm_weight, operands.score_scale, operands.shift)),
             None if operands.bias is None else operands.bias.contiguous(),
         )
         thresholds = (*operands.thresholds, 0.0, 0.0)[:MAX_PARTS]
-        numbers = [(number, FLOAT) for number in (*thresholds, operands.epsilon)]
+        numbers = [(number, FLOAT) for number in (*thresholds, operands.eps)]
         added = None if residual is None else residual.reshape(-1, columns).contiguous()
-        for row in range(0, len(rows), _rows_at_once(operands, grid)):
+        for row in range(0, len(rows), _rows_at_once(operands, quant)):
             launch(
                 prepared.kernel,
                 prepared.blocks,
@@ -143,94 +145,100 @@ def compute(operands: Operands, grid: Grid | None = None, cut: Cut | None = None
     return result.view(*x.shape[:-1], columns)
 
 
-def product_of(operands: Operands, grid: Grid | None) -> Product:
-    """Return what the cut of a product depends on.
+def product_of(operands: Operands, quant: QuantParams | None) -> Product:
+    """Return what the config of a product depends on.
 
     Args:
         operands: As `compute`; only shapes and dtypes are read.
-        grid: As `compute`.
+        quant: As `compute`.
     """
-    is_grouped = grid is not None and len(grid.scales) > 1
+    is_grouped = quant is not None and len(quant.scales) > 1
     return Product(
         in_features=len(operands.weight),
-        widths=tuple(operands.widths),
+        output_sizes=tuple(operands.output_sizes),
         dtype=operands.weight.dtype,
         is_gated=operands.activation is not None,
-        group_size=grid.group_size if grid is not None and is_grouped else 0,
-        group_bytes=0 if grid is None else grid.scales.itemsize + (grid.zeros is not None),
-        rows=_rows_at_once(operands, grid),
+        group_size=quant.group_size if quant is not None and is_grouped else 0,
+        group_bytes=0 if quant is None else quant.scales.itemsize + (quant.zeros is not None),
+        rows=_rows_at_once(operands, quant),
     )
 
 
-def definitions_of(operands: Operands, grid: Grid | None, cut: Cut) -> Definitions:
+def definitions_of(
+    operands: Operands, quant: QuantParams | None, config: TileConfig
+) -> Definitions:
     """Return what the kernel is compiled with.
 
     Args:
         operands: As `compute`; only shapes and dtypes are read, and whether thresholds differ.
-        grid: As `compute`.
-        cut: How the product is cut.
+        quant: As `compute`.
+        config: How the product is config.
     """
-    widths, columns = operands.widths, sum(operands.widths)
-    starts = [*(sum(widths[:part]) for part in range(1, len(widths))), columns, columns]
+    output_sizes, columns = operands.output_sizes, sum(operands.output_sizes)
+    starts = [*(sum(output_sizes[:part]) for part in range(1, len(output_sizes))), columns, columns]
     given = {
         "ACTIVATION": _ACTIVATIONS.index(operands.activation),
-        "HAS_NORM": int(operands.gain is not None),
+        "HAS_NORM": int(operands.norm_weight is not None),
         "HAS_ONE_LIST": int(_has_one_list(operands)),
-        "HAS_SCALE": int(operands.scale is not None),
+        "HAS_SCALE": int(operands.score_scale is not None),
         "HAS_SHIFT": int(operands.shift is not None),
         "PREFETCH": _PREFETCH,
         "START_1": starts[0],
         "START_2": starts[1],
     }
-    rows = _rows_at_once(operands, grid)
-    strips = strip_definitions(operands.weight, grid, columns, operands.x.dtype, cut, rows)
-    return (*strips, *sorted(given.items()))
+    rows = _rows_at_once(operands, quant)
+    weight_rows = weight_definitions(
+        operands.weight, quant, columns, operands.x.dtype, config, rows
+    )
+    return (*weight_rows, *sorted(given.items()))
 
 
-def kernel_of(operands: Operands, grid: Grid | None, cut: Cut, device: int) -> Kernel:
+def kernel_of(
+    operands: Operands, quant: QuantParams | None, config: TileConfig, device: int
+) -> Kernel:
     """Return the kernel that `compute` launches, compiled at the first call.
 
     Args:
         operands: As `definitions_of`, and so the rest.
-        grid: What the codes stand for.
-        cut: How the product is cut.
+        quant: What the codes stand for.
+        config: How the product is config.
         device: Index of the CUDA device.
     """
-    return function(SOURCE, "multiply", definitions_of(operands, grid, cut), device)
+    return function(SOURCE, "multiply", definitions_of(operands, quant, config), device)
 
 
 @functools.cache
-def _prepared(signature: _Signature, cut: Cut | None, device: int) -> _Prepared:
-    operands, grid = _shapes_of(signature)
-    product = product_of(operands, grid)
+def _prepared(signature: _Signature, config: TileConfig | None, device: int) -> _Prepared:
+    operands, quant = _shapes_of(signature)
+    product = product_of(operands, quant)
     clusters = has_clusters(device)
-    cut = cut or cut_for(product, clusters=clusters)
-    kernel = kernel_of(operands, grid, cut, device)
-    return _Prepared(kernel, (tiles(product, cut), cut.cluster), cut.threads, clusters)
+    config = config or config_for(product, clusters=clusters)
+    kernel = kernel_of(operands, quant, config, device)
+    return _Prepared(kernel, (tiles(product, config), config.cluster), config.threads, clusters)
 
 
-def _signature(operands: Operands, grid: Grid | None) -> _Signature:
+def _signature(operands: Operands, quant: QuantParams | None) -> _Signature:
     weight = operands.weight
     signature = _Signature(
         operands.x.dtype,
         (weight.shape, weight.dtype),
-        tuple(operands.widths),
+        tuple(operands.output_sizes),
         operands.activation,
         _has_one_list(operands),
-        operands.scale is not None,
+        operands.score_scale is not None,
         operands.shift is not None,
-        operands.gain is not None,
-        rows=_rows_at_once(operands, grid),
+        operands.norm_weight is not None,
+        rows=_rows_at_once(operands, quant),
     )
-    if grid is None:
+    if quant is None:
         return signature
-    scales, zeros, group_size = grid
+    scales, zeros, group_size = quant
     return signature._replace(
         scales=(scales.shape, scales.dtype), has_zeros=zeros is not None, group_size=group_size
     )
 
 
-def _shapes_of(signature: _Signature) -> tuple[Operands, Grid | None]:
+def _shapes_of(signature: _Signature) -> tuple[Operands, QuantParams | None]:
     """Return operands without numbers, but for thresholds that differ."""
 
     def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -243,22 +251,22 @@ def _shapes_of(signature: _Signature) -> tuple[Operands, Grid | None]:
         x,
         weight,
         [0.0] if signature.has_one_list else [0.0, 1.0],
-        signature.widths,
-        scale=vector if signature.has_scale else None,
+        signature.output_sizes,
+        score_scale=vector if signature.has_scale else None,
         shift=vector if signature.has_shift else None,
-        gain=vector if signature.has_norm else None,
+        norm_weight=vector if signature.has_norm else None,
         activation=signature.activation,
     )
     if signature.scales is None:
         return operands, None
     scales = empty(*signature.scales)
     zeros = empty(scales.shape, INT4) if signature.has_zeros else None
-    return operands, Grid(scales, zeros, signature.group_size)
+    return operands, QuantParams(scales, zeros, signature.group_size)
 
 
 def _has_one_list(operands: Operands) -> bool:
     """Tell whether gate and up keep the same channels; other parts are in blocks of their own."""
-    keeps_alike = operands.scale is None and len(set(operands.thresholds)) == 1
+    keeps_alike = operands.score_scale is None and len(set(operands.thresholds)) == 1
     return operands.activation is None or keeps_alike
 
 
@@ -271,5 +279,5 @@ def _as_floats(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.float().contiguous()
 
 
-def _rows_at_once(operands: Operands, grid: Grid | None) -> int:
-    return operands.rows if grid is None else 1
+def _rows_at_once(operands: Operands, quant: QuantParams | None) -> int:
+    return operands.rows if quant is None else 1

@@ -1,4 +1,4 @@
-"""How one product on its own is cut into blocks, chosen by its size and format."""
+"""How one product on its own is config into blocks, chosen by its size and format."""
 
 import functools
 import math
@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from teal.kernels.cuda.tile_config import WARP, Cut, bits_of
-from teal.kernels.cuda.tuned_configs import Task, measured_cut, nearest
+from teal.kernels.cuda.tile_config import WARP, TileConfig, bits_of
+from teal.kernels.cuda.tuned_configs import Task, nearest, tuned_config
 
 # A thread has so many activations of a chunk at most: they take registers.
 _INPUTS_OF_ONE_ROW, _INPUTS_OF_ROWS = 8, 40
@@ -25,11 +25,11 @@ _SHARED_BYTES = 96 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """What a cut depends on.
+    """What a config depends on.
 
     Attributes:
         in_features: Channels.
-        widths: Columns of each part; of gate and of up.
+        output_sizes: Columns of each part; of gate and of up.
         dtype: Of weights or codes.
         is_gated: Gate and up share a block.
         group_size: Channels that share a scale; 0 where all of them do.
@@ -38,7 +38,7 @@ class Product:
     """
 
     in_features: int
-    widths: tuple[int, ...]
+    output_sizes: tuple[int, ...]
     dtype: torch.dtype
     is_gated: bool = False
     group_size: int = 0
@@ -48,7 +48,7 @@ class Product:
     @property
     def outputs(self) -> tuple[int, ...]:
         """Columns of the result, in parts."""
-        return self.widths[:1] if self.is_gated else self.widths
+        return self.output_sizes[:1] if self.is_gated else self.output_sizes
 
     @property
     def bits(self) -> int:
@@ -57,122 +57,124 @@ class Product:
 
 
 @functools.cache
-def cut_for(product: Product, *, clusters: bool) -> Cut:
-    """Return how a product is cut: as was measured to be fast for the nearest size.
+def config_for(product: Product, *, clusters: bool) -> TileConfig:
+    """Return how a product is config: as was measured to be fast for the nearest size.
 
     Args:
         product: Its size and format.
         clusters: Whether the device has clusters of blocks.
     """
     task = task_of(product)
-    cut, known = measured_cut(task), nearest(task)
+    config, known = tuned_config(task), nearest(task)
     if known.rows == 1 < product.rows:
-        cut = _for_rows(cut)
+        config = _for_rows(config)
     # A thread has columns of one part.
-    cut = replace(cut, chunk=WARP, per_lane=math.gcd(cut.per_lane, *product.widths))
+    config = replace(config, chunk=WARP, per_lane=math.gcd(config.per_lane, *product.output_sizes))
     if not clusters:
         # More channels for a block take more registers.
-        warps_k = min(cut.warps_k, _WARPS_WITHOUT_CLUSTERS // cut.warps_n)
-        cut = replace(cut, cluster=1, blocks=1, warps_k=warps_k)
-    whole = chunked(product, cut)
+        warps_k = min(config.warps_k, _WARPS_WITHOUT_CLUSTERS // config.warps_n)
+        config = replace(config, cluster=1, blocks=1, warps_k=warps_k)
+    whole = chunked(product, config)
     if tile_columns(product, whole) > whole.threads * whole.cluster:
         # A thread finishes one column.
-        least = min(cut.per_lane, _LEAST_PER_LANE[product.bits])
-        return chunked(product, replace(cut, per_lane=least))
+        least = min(config.per_lane, _LEAST_PER_LANE[product.bits])
+        return chunked(product, replace(config, per_lane=least))
     return whole
 
 
 def task_of(product: Product) -> Task:
-    """Return what the cut of a product depends on."""
+    """Return what the config of a product depends on."""
     return Task(
         kernel="product",
         form="gated" if product.is_gated else "plain",
         bits=product.bits,
         is_dense=False,
         in_features=product.in_features,
-        out_features=sum(product.widths),
+        out_features=sum(product.output_sizes),
         rows=product.rows,
     )
 
 
-def tiles(product: Product, cut: Cut) -> int:
+def tiles(product: Product, config: TileConfig) -> int:
     """Return how many blocks lie beside each other."""
-    return sum(math.ceil(width / tile_columns(product, cut)) for width in product.outputs)
+    return sum(math.ceil(width / tile_columns(product, config)) for width in product.outputs)
 
 
-def tile_columns(product: Product, cut: Cut) -> int:
+def tile_columns(product: Product, config: TileConfig) -> int:
     """Return how many columns of the result a block computes."""
-    return cut.columns // 2 if product.is_gated else cut.columns
+    return config.columns // 2 if product.is_gated else config.columns
 
 
-def chunked(product: Product, cut: Cut) -> Cut:
-    """Return `cut` with chunks that every block of a cluster has one of, and that fit into it."""
+def chunked(product: Product, config: TileConfig) -> TileConfig:
+    """Return `config` with a chunk for every block of a cluster that fits into its memory."""
     inputs = _INPUTS_OF_ONE_ROW if product.rows == 1 else _INPUTS_OF_ROWS
-    longest = cut.threads * (inputs // product.rows)
-    passes = math.ceil(product.in_features / (longest * cut.cluster))
+    longest = config.threads * (inputs // product.rows)
+    passes = math.ceil(product.in_features / (longest * config.cluster))
     while True:
-        unit = _unit(product, cut)
-        chunk = math.ceil(product.in_features / (cut.cluster * passes * unit)) * unit
-        if cut.cluster > 1 and (cut.cluster - 1) * chunk >= product.in_features:
-            cut = replace(cut, cluster=cut.cluster // 2)
+        unit = _unit(product, config)
+        chunk = math.ceil(product.in_features / (config.cluster * passes * unit)) * unit
+        if config.cluster > 1 and (config.cluster - 1) * chunk >= product.in_features:
+            config = replace(config, cluster=config.cluster // 2)
             continue
-        even = _with_even_shares(product, replace(cut, chunk=chunk))
+        even = _with_even_shares(product, replace(config, chunk=chunk))
         if chunk == unit or shared_bytes(product, even) <= _SHARED_BYTES:
             return even
         passes += 1
 
 
-def shared_bytes(product: Product, cut: Cut) -> int:
+def shared_bytes(product: Product, config: TileConfig) -> int:
     """Return about how much shared memory a block takes."""
     halves = 2 if product.is_gated else 1
-    columns = halves * tile_columns(product, cut)
-    lists = halves * (9 if product.rows == 1 else 5 + 2 * product.rows) * cut.chunk
+    columns = halves * tile_columns(product, config)
+    lists = halves * (9 if product.rows == 1 else 5 + 2 * product.rows) * config.chunk
     # Every warp has those of its own groups; one for a column is shared.
-    turns = cut.turns(product.group_size or cut.chunk)
-    groups = turns * cut.warps_k if product.bits == _INT4_BITS else 1
-    return lists + columns * (groups * product.group_bytes + _bytes_of_sums(product, cut))
+    turns = config.turns(product.group_size or config.chunk)
+    groups = turns * config.warps_k if product.bits == _INT4_BITS else 1
+    return lists + columns * (groups * product.group_bytes + _bytes_of_sums(product, config))
 
 
-def _bytes_of_sums(product: Product, cut: Cut) -> int:
+def _bytes_of_sums(product: Product, config: TileConfig) -> int:
     """Return the bytes of a column's sums, of each warp and of each block of the cluster."""
     if product.rows == 1:
         # Those of threads lie apart; see accumulate.cuh.
-        return 4 * (cut.warps_k * (cut.per_lane + 4) // cut.per_lane + 1)
-    return 8 * math.ceil(product.rows / 2) * (cut.warps_k + 1)
+        return 4 * (config.warps_k * (config.per_lane + 4) // config.per_lane + 1)
+    return 8 * math.ceil(product.rows / 2) * (config.warps_k + 1)
 
 
-def _for_rows(cut: Cut) -> Cut:
-    """Return a cut for several rows: it fills operands of tensor cores (multi_row_mma.cuh)."""
-    return replace(cut, per_lane=4, warps_n=4, warps_k=4, unroll=16, blocks=1, depth=1)
+def _for_rows(config: TileConfig) -> TileConfig:
+    """Return a config for several rows: it fills operands of tensor cores (multi_row_mma.cuh)."""
+    return replace(config, per_lane=4, warps_n=4, warps_k=4, unroll=16, blocks=1, depth=1)
 
 
-def _unit(product: Product, cut: Cut) -> int:
+def _unit(product: Product, config: TileConfig) -> int:
     """Return what a chunk is a multiple of."""
     # Groups are scaled whole; where all channels are one, warps share a chunk evenly.
-    return product.group_size or WARP * (cut.warps_k if product.bits == _INT4_BITS else 1)
+    return product.group_size or WARP * (config.warps_k if product.bits == _INT4_BITS else 1)
 
 
-def _with_even_shares(product: Product, cut: Cut) -> Cut:
+def _with_even_shares(product: Product, config: TileConfig) -> TileConfig:
     """Choose as many warps as can share the groups of a chunk evenly."""
     group_size = product.group_size
     if not group_size:
-        return cut
+        return config
 
     def waste(warps: int) -> float:
-        shared = replace(cut, warps_k=warps)
-        return shared.turns(group_size) * shared.segment(group_size) * warps / cut.chunk
+        shared = replace(config, warps_k=warps)
+        return shared.turns(group_size) * shared.segment(group_size) * warps / config.chunk
 
     # A thread finishes one column at most.
-    least = math.ceil(tile_columns(product, cut) / (cut.cluster * WARP * cut.warps_n))
-    most = min(3 * cut.warps_k // 2, _MOST_THREADS // (WARP * cut.warps_n))
-    around = range(max(least, cut.warps_k // 2), most + 1)
+    least = math.ceil(tile_columns(product, config) / (config.cluster * WARP * config.warps_n))
+    most = min(3 * config.warps_k // 2, _MOST_THREADS // (WARP * config.warps_n))
+    around = range(max(least, config.warps_k // 2), most + 1)
     if not around:
-        # It is no cut of this product, which the compiler will say.
-        return cut
-    warps = min(around, key=lambda number: (waste(number), abs(number - cut.warps_k)))
-    shared = replace(cut, warps_k=warps)
-    has_one_sum = shared.turns(group_size) == 1 and cut.chunk * cut.cluster >= product.in_features
+        # It is no config of this product, which the compiler will say.
+        return config
+    warps = min(around, key=lambda number: (waste(number), abs(number - config.warps_k)))
+    shared = replace(config, warps_k=warps)
+    has_one_sum = (
+        shared.turns(group_size) == 1 and config.chunk * config.cluster >= product.in_features
+    )
     if not has_one_sum:
-        return replace(shared, blocks=1, unroll=min(cut.unroll, _UNROLL_OF_GROUPS))
+        return replace(shared, blocks=1, unroll=min(config.unroll, _UNROLL_OF_GROUPS))
     # As many registers for a thread as before.
-    return replace(shared, blocks=max(1, cut.blocks * cut.warps_k // warps))
+    return replace(shared, blocks=max(1, config.blocks * config.warps_k // warps))

@@ -1,4 +1,4 @@
-"""How the CUDA kernels cut a product into blocks, and what they are told of its weight."""
+"""How the CUDA kernels config a product into blocks, and what they are told of its weight."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from teal.kernels.cuda.nvrtc import Definitions
-from teal.kernels.operands import Grid
+from teal.kernels.operands import QuantParams
 from teal.kernels.reference.quantized import FP8, INT4, INT8
 
 # Of activations.
@@ -33,8 +33,8 @@ _SCALES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
-    """How a product is cut into blocks.
+class TileConfig:
+    """How a product is config into blocks.
 
     Attributes:
         chunk: Channels that a block lists at a time, a multiple of 32; of int4 a multiple of the
@@ -47,9 +47,9 @@ class Cut:
             channels that a group of threads does, a multiple of 16.
         blocks: Blocks that fit into one multiprocessor, for the compiler.
         cluster: Blocks that work together.
-        depth: 2 where a thread asks for strips while it adds the ones before, else 1.
-        early: Channels of a warp whose strips, if kept, are asked for while the block makes its
-            list; at most 32.
+        depth: 2 where a thread asks for weight rows while it adds the ones before, else 1.
+        early: Channels of a warp whose weight rows, if kept, are asked for while the block makes
+            its list; at most 32.
     """
 
     chunk: int
@@ -81,9 +81,9 @@ class Cut:
         """Return how often a warp does that."""
         return math.ceil(self.chunk / self.segment(group_size) / self.warps_k)
 
-    def tiles(self, widths: Sequence[int]) -> int:
-        """Blocks beside each other for parts of some widths."""
-        return sum(math.ceil(width / self.columns) for width in widths)
+    def tiles(self, output_sizes: Sequence[int]) -> int:
+        """Blocks beside each other for parts of some output_sizes."""
+        return sum(math.ceil(width / self.columns) for width in output_sizes)
 
 
 def bits_of(dtype: torch.dtype) -> int:
@@ -92,44 +92,44 @@ def bits_of(dtype: torch.dtype) -> int:
 
 
 def can_load(
-    weight: Tensor, grid: Grid | None, widths: Sequence[int], activations: torch.dtype
+    weight: Tensor, quant: QuantParams | None, output_sizes: Sequence[int], activations: torch.dtype
 ) -> bool:
-    """Tell whether the kernels know the format of a weight, and loads divide its strips and parts.
+    """Tell whether the kernels know the format of a weight and vector loads divide its rows.
 
     Args:
         weight: Floats or codes.
-        grid: What the codes stand for.
-        widths: Columns of each part.
+        quant: What the codes stand for.
+        output_sizes: Columns of each part.
         activations: Their dtype.
     """
     if weight.dtype not in _FORMATS or activations not in DTYPES:
         return False
-    if grid is None and weight.dtype != activations:
+    if quant is None and weight.dtype != activations:
         return False
-    if grid is not None and not _has_known_scales(weight, grid):
+    if quant is not None and not _has_known_scales(weight, quant):
         return False
-    if not all(map(_is_aligned, (weight, *(grid or ())[:2]))):
+    if not all(map(_is_aligned, (weight, *(quant or ())[:2]))):
         return False
-    columns = _COLUMNS_OF_FLOATS if grid is None else _COLUMNS_OF_CODES
-    return all(width % columns == 0 for width in widths)
+    columns = _COLUMNS_OF_FLOATS if quant is None else _COLUMNS_OF_CODES
+    return all(width % columns == 0 for width in output_sizes)
 
 
-def strip_definitions(
+def weight_definitions(
     weight: Tensor,
-    grid: Grid | None,
+    quant: QuantParams | None,
     columns: int,
     activations: torch.dtype,
-    cut: Cut,
+    config: TileConfig,
     rows: int = 1,
 ) -> Definitions:
     """Return what accumulate.cuh is compiled with, and the size of blocks and clusters.
 
     Args:
         weight: Floats or codes, a strip per input channel.
-        grid: What the codes stand for.
+        quant: What the codes stand for.
         columns: Of the weight as floats.
         activations: Their dtype.
-        cut: How the product is cut.
+        config: How the product is config.
         rows: Of activations, multiplied at once.
     """
     in_features = weight.shape[0]
@@ -139,31 +139,33 @@ def strip_definitions(
         "K": in_features,
         "N": columns,
         "FORMAT": _FORMATS[weight.dtype][0],
-        "CHUNK": cut.chunk,
-        "PER_LANE": cut.per_lane,
-        "WARPS_N": cut.warps_n,
-        "WARPS_K": cut.warps_k,
-        "UNROLL": cut.unroll,
-        "BLOCKS": cut.blocks,
-        "CLUSTER": cut.cluster,
-        "DEPTH": cut.depth,
-        "EARLY": cut.early,
+        "CHUNK": config.chunk,
+        "PER_LANE": config.per_lane,
+        "WARPS_N": config.warps_n,
+        "WARPS_K": config.warps_k,
+        "UNROLL": config.unroll,
+        "BLOCKS": config.blocks,
+        "CLUSTER": config.cluster,
+        "DEPTH": config.depth,
+        "EARLY": config.early,
         "ROWS": rows,
     }
-    if grid is not None:
-        has_one_group = grid.scales.shape[0] == 1
+    if quant is not None:
+        has_one_group = quant.scales.shape[0] == 1
         definitions |= {
-            "GROUP": _next_multiple(in_features, cut.chunk) if has_one_group else grid.group_size,
-            "SCALES": _SCALES[grid.scales.dtype],
-            "HAS_ZEROS": int(grid.zeros is not None),
+            "GROUP": _next_multiple(in_features, config.chunk)
+            if has_one_group
+            else quant.group_size,
+            "SCALES": _SCALES[quant.scales.dtype],
+            "HAS_ZEROS": int(quant.zeros is not None),
         }
     return tuple(sorted(definitions.items()))
 
 
-def _has_known_scales(codes: Tensor, grid: Grid) -> bool:
+def _has_known_scales(codes: Tensor, quant: QuantParams) -> bool:
     """Tell whether there is a scale per output, or int4 in groups of whole words of the list."""
-    is_whole = codes.dtype == INT4 and grid.group_size % WARP == 0
-    return grid.scales.dtype in _SCALES and (len(grid.scales) == 1 or is_whole)
+    is_whole = codes.dtype == INT4 and quant.group_size % WARP == 0
+    return quant.scales.dtype in _SCALES and (len(quant.scales) == 1 or is_whole)
 
 
 def _is_aligned(tensor: Tensor | None) -> bool:

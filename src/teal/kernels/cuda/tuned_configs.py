@@ -1,4 +1,4 @@
-"""How the CUDA kernels cut products into blocks: a small measured table, shipped as JSON."""
+"""How the CUDA kernels config products into blocks: a small measured table, shipped as JSON."""
 
 import functools
 from collections.abc import Mapping
@@ -6,22 +6,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from teal.kernels.cuda.tile_config import Cut
+from teal.kernels.cuda.tile_config import TileConfig
 from teal.kernels.tuning import Table, distance
 
-TABLE = Table(file="cuda_tile_configs.json", key="cuts", schema_version=2)
+TABLE = Table(file="cuda_tile_configs.json", key="configs", schema_version=2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a cut depends on.
+    """What a config depends on.
 
     Attributes:
         kernel: A product on its own (gemv.cu), or one of a fused decode step (decode_step.cu).
         form: Of a product "plain" or "gated"; in a step what its input is made from: "hidden",
             "attention" or "gated".
         bits: Of a weight or code.
-        is_dense: Nothing is dropped; false for products on their own, which are cut one way.
+        is_dense: Nothing is dropped; false for products on their own, which are config one way.
         in_features: Channels.
         out_features: Columns of all parts.
         rows: Of activations, multiplied at once.
@@ -36,8 +36,8 @@ class Task:
     rows: int = 1
 
 
-def read_table(path: Path | None = None) -> dict[Task, Cut]:
-    """Read a table of cuts; by default the one shipped with the package.
+def read_table(path: Path | None = None) -> dict[Task, TileConfig]:
+    """Read a table of configs; by default the one shipped with the package.
 
     Raises:
         UserError: It is of a newer schema, or no table at all.
@@ -45,19 +45,19 @@ def read_table(path: Path | None = None) -> dict[Task, Cut]:
     return dict(TABLE.read(path, _from_row))
 
 
-def table_text(cuts: Mapping[Task, Cut], measured_on: str) -> str:
+def table_text(configs: Mapping[Task, TileConfig], measured_on: str) -> str:
     """Return the JSON text of a table, one row a line.
 
     Args:
-        cuts: The fastest of each task.
+        configs: The fastest of each task.
         measured_on: Name of the device.
     """
-    rows = ({**asdict(task), "cut": asdict(cut)} for task, cut in cuts.items())
+    rows = ({**asdict(task), "config": asdict(config)} for task, config in configs.items())
     return TABLE.text(rows, measured_on)
 
 
-def measured_cut(task: Task) -> Cut:
-    """Return the cut of the measured task that is nearest.
+def tuned_config(task: Task) -> TileConfig:
+    """Return the config of the measured task that is nearest.
 
     It is that of another size: the caller sees to it that it fits.
     """
@@ -81,7 +81,7 @@ def _nearest(task: Task, path: Path | None) -> Task:
 
 
 @functools.cache
-def _table(path: Path | None) -> Mapping[Task, Cut]:
+def _table(path: Path | None) -> Mapping[Task, TileConfig]:
     return read_table() | read_table(path)
 
 
@@ -93,6 +93,6 @@ def _size(task: Task) -> tuple[int, int]:
     return task.in_features, task.out_features
 
 
-def _from_row(row: dict[str, Any]) -> tuple[Task, Cut]:
-    task = {name: value for name, value in row.items() if name != "cut"}
-    return Task(**task), Cut(**row["cut"])
+def _from_row(row: dict[str, Any]) -> tuple[Task, TileConfig]:
+    task = {name: value for name, value in row.items() if name != "config"}
+    return Task(**task), TileConfig(**row["config"])

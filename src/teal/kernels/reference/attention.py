@@ -17,9 +17,9 @@ def attend(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-    q_gain: Tensor | None = None,
-    k_gain: Tensor | None = None,
-    epsilon: float = 0.0,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """Append one token per stream to its cache, in place, and attend from it to the cache.
 
@@ -39,9 +39,9 @@ def attend(
         scale: Factor of the scores.
         window: How many tokens attention covers at most, the new one included; 0 for all.
         softcap: Where positive, a score becomes `softcap · tanh(score / softcap)`.
-        q_gain: Weight of an RMSNorm per head before RoPE, (head_dim,).
-        k_gain: The same for keys.
-        epsilon: Of these norms.
+        q_norm_weight: Weight of an RMSNorm per head before RoPE, (head_dim,).
+        k_norm_weight: The same for keys.
+        eps: Of these norms.
 
     Returns:
         (T, heads · head_dim), in the dtype of `qkv`.
@@ -49,8 +49,8 @@ def attend(
     rows, kv_heads, capacity, head_dim = keys.shape
     q, k, v = qkv.view(rows, -1, head_dim).tensor_split([-2 * kv_heads, -kv_heads], dim=1)
     cosine, sine = cosines[positions, None], sines[positions, None]
-    q = placed(q, q_gain, epsilon, cosine, sine)
-    k = placed(k, k_gain, epsilon, cosine, sine)
+    q = placed(q, q_norm_weight, eps, cosine, sine)
+    k = placed(k, k_norm_weight, eps, cosine, sine)
     streams = torch.arange(rows, device=qkv.device)
     keys[streams, :, positions] = k
     values[streams, :, positions] = v
@@ -65,21 +65,21 @@ def attend(
 
 
 def placed(
-    heads: Tensor, gain: Tensor | None, epsilon: float, cosine: Tensor, sine: Tensor
+    heads: Tensor, norm_weight: Tensor | None, eps: float, cosine: Tensor, sine: Tensor
 ) -> Tensor:
-    """Norm heads, where there is a gain, and turn them to their positions.
+    """Norm heads, where there is a norm weight, and turn them to their positions.
 
     Args:
         heads: Queries or keys, (..., head_dim).
-        gain: Weight of an RMSNorm per head, (head_dim,).
-        epsilon: Of that norm.
+        norm_weight: Weight of an RMSNorm per head, (head_dim,).
+        eps: Of that norm.
         cosine: As `rotate`.
         sine: As `rotate`.
 
     Returns:
         (..., head_dim), in the dtype of `heads`.
     """
-    return rotate(heads if gain is None else rms_norm(heads, gain, epsilon), cosine, sine)
+    return rotate(heads if norm_weight is None else rms_norm(heads, norm_weight, eps), cosine, sine)
 
 
 def covered(positions: Tensor, length: int, window: int) -> Tensor:

@@ -14,9 +14,12 @@ GATES: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def keep_mask(
-    x: Tensor, threshold: float | Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    x: Tensor,
+    threshold: float | Tensor,
+    score_scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """Decide which activations are kept: those with a score `|x - shift| * scale` > threshold.
+    """Decide which activations are kept: `|x - shift| * score_scale > threshold`.
 
     The comparison is written as "dropped when ≤", so NaN and inf are kept and stay visible. All
     arithmetic is in float32, whatever the dtype of `x`.
@@ -24,7 +27,7 @@ def keep_mask(
     Args:
         x: Activations, (..., in_features), any float dtype.
         threshold: Cut-off in score units, rounded to float32 where it is a Python float.
-        scale: Score weight per channel, (in_features,). `None` means all ones.
+        score_scale: Score weight per channel, (in_features,). `None` means all ones.
         shift: Centre per channel, (in_features,). `None` means zero.
 
     Returns:
@@ -34,34 +37,37 @@ def keep_mask(
     if shift is not None:
         score = score - shift.float()
     score = score.abs()
-    if scale is not None:
-        score = score * scale.float()
+    if score_scale is not None:
+        score = score * score_scale.float()
     return ~(score <= threshold)
 
 
 def sparse_activation(
-    x: Tensor, threshold: float | Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    x: Tensor,
+    threshold: float | Tensor,
+    score_scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Replace the dropped activations by `shift`, or by zero where there is none.
 
     Args:
         x: Activations, (..., in_features).
         threshold: As in `keep_mask`.
-        scale: As in `keep_mask`.
+        score_scale: As in `keep_mask`.
         shift: As in `keep_mask`.
 
     Returns:
         Activations with the dropped entries replaced, (..., in_features), in the dtype of `x`.
     """
     filler = torch.zeros((), dtype=x.dtype, device=x.device) if shift is None else shift.to(x.dtype)
-    return torch.where(keep_mask(x, threshold, scale, shift), x, filler)
+    return torch.where(keep_mask(x, threshold, score_scale, shift), x, filler)
 
 
 def sparse_gemv(
     x: Tensor,
     weight: Tensor,
     threshold: float | Tensor,
-    scale: Tensor | None = None,
+    score_scale: Tensor | None = None,
     shift: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
@@ -74,7 +80,7 @@ def sparse_gemv(
         x: Activations, (..., in_features), any float dtype.
         weight: Channel-major weight, (in_features, out_features), in the dtype of `x`.
         threshold: As in `keep_mask`. Below zero everything is kept: the dense product.
-        scale: As in `keep_mask`; not negative.
+        score_scale: As in `keep_mask`; not negative.
         shift: As in `keep_mask`.
         bias: Added to the product, (out_features,).
 
@@ -83,7 +89,7 @@ def sparse_gemv(
     """
     kept = x if shift is None else (x.float() - shift.float()).to(x.dtype)
     if isinstance(threshold, Tensor) or threshold >= 0:
-        keep = keep_mask(x, threshold, scale, shift)
+        keep = keep_mask(x, threshold, score_scale, shift)
         kept = torch.where(keep, kept, torch.zeros((), dtype=x.dtype, device=x.device))
     product = kept @ weight
     return product if bias is None else product + bias
@@ -109,29 +115,29 @@ def fold_shift(weight: Tensor, shift: Tensor, bias: Tensor | None = None) -> Ten
     return (constant if bias is None else constant + bias.float()).to(weight.dtype)
 
 
-def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
-    """Divide `x` by its root mean square and multiply with `gain`, as LlamaRMSNorm does.
+def rms_norm(x: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
+    """Divide `x` by its root mean square and multiply with `norm_weight`, as LlamaRMSNorm does.
 
     Args:
         x: Hidden states, (..., in_features).
-        gain: Weight of the norm, (in_features,).
-        epsilon: Added to the mean square.
+        norm_weight: Weight of the norm, (in_features,).
+        eps: Added to the mean square.
 
     Returns:
         (..., in_features), in the dtype of `x`; computed in float32, rounded before and after the
-        multiplication with `gain`.
+        multiplication with `norm_weight`.
     """
     mean_square = x.float().square().mean(-1, keepdim=True)
-    normed = (x.float() * torch.rsqrt(mean_square + epsilon)).to(x.dtype)
-    return (gain.float() * normed.float()).to(x.dtype)
+    normed = (x.float() * torch.rsqrt(mean_square + eps)).to(x.dtype)
+    return (norm_weight.float() * normed.float()).to(x.dtype)
 
 
-def sparse_parts(
+def sparse_linear(
     x: Tensor,
     weight: Tensor,
     thresholds: Sequence[float],
-    widths: Sequence[int],
-    scale: Tensor | None = None,
+    output_sizes: Sequence[int],
+    score_scale: Tensor | None = None,
     shift: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
@@ -141,8 +147,8 @@ def sparse_parts(
         x: Activations, (..., in_features).
         weight: Channel-major weights of all parts, (in_features, out_features).
         thresholds: One per part.
-        widths: Columns of each part, summing to out_features.
-        scale: As in `keep_mask`, a row per part, (parts, in_features).
+        output_sizes: Columns of each part, summing to out_features.
+        score_scale: As in `keep_mask`, a row per part, (parts, in_features).
         shift: As in `keep_mask`, shared by the parts.
         bias: Added to the product, (out_features,).
 
@@ -151,9 +157,9 @@ def sparse_parts(
     """
     if keeps_everything(thresholds):
         return sparse_gemv(x, weight, -1.0, None, shift, bias)
-    columns = torch.split(weight, list(widths), dim=1)
-    biases = [None] * len(widths) if bias is None else torch.split(bias, list(widths))
-    scales = [None] * len(widths) if scale is None else scale.unbind()
+    columns = torch.split(weight, list(output_sizes), dim=1)
+    biases = [None] * len(output_sizes) if bias is None else torch.split(bias, list(output_sizes))
+    scales = [None] * len(output_sizes) if score_scale is None else score_scale.unbind()
     parts = zip(columns, thresholds, scales, biases, strict=True)
     return torch.cat([sparse_gemv(x, w, t, s, shift, b) for w, t, s, b in parts], dim=-1)
 

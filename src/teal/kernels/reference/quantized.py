@@ -84,7 +84,7 @@ def quantized_gemv(
     zeros: Tensor | None,
     group_size: int,
     threshold: float | Tensor,
-    scale: Tensor | None = None,
+    score_scale: Tensor | None = None,
     shift: Tensor | None = None,
     bias: Tensor | None = None,
     accumulate: torch.dtype = torch.float32,
@@ -101,7 +101,7 @@ def quantized_gemv(
         zeros: As in `dequantized`.
         group_size: As in `dequantized`.
         threshold: As in `keep_mask`. Below zero everything is kept: the dense product.
-        scale: Score weight per channel, as in `keep_mask`.
+        score_scale: Score weight per channel, as in `keep_mask`.
         shift: Centre per channel, as in `keep_mask`; its part is folded into `bias`.
         bias: Added to the product, (out_features,).
         accumulate: Dtype of all sums; float64 gives the product that kernels are measured
@@ -112,7 +112,7 @@ def quantized_gemv(
     """
     kept = x if shift is None else (x.float() - shift.float()).to(x.dtype)
     if isinstance(threshold, Tensor) or threshold >= 0:
-        keep = keep_mask(x, threshold, scale, shift)
+        keep = keep_mask(x, threshold, score_scale, shift)
         kept = torch.where(keep, kept, torch.zeros((), dtype=x.dtype, device=x.device))
     out_features = scales.shape[1]
     product = torch.zeros(*x.shape[:-1], out_features, dtype=accumulate, device=x.device)

@@ -39,9 +39,9 @@ def attend_parts(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-    q_gain: Tensor | None = None,
-    k_gain: Tensor | None = None,
-    epsilon: float = 0.0,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 0.0,
 ) -> None:
     """Append the new tokens to the cache and attend, split by split; see `ops.attend`.
 
@@ -57,9 +57,9 @@ def attend_parts(
         scale: Multiplies scores.
         window: Newest positions that are attended to; 0 for all.
         softcap: Scores end smoothly here; 0 for no cap.
-        q_gain: Gain of an RMSNorm of each query head, (head_dim,).
-        k_gain: The same for keys.
-        epsilon: Of these norms.
+        q_norm_weight: Gain of an RMSNorm of each query head, (head_dim,).
+        k_norm_weight: The same for keys.
+        eps: Of these norms.
     """
     streams, kv_heads, capacity, head_dim = keys.shape
     heads, splits = parts.shape[1:3]
@@ -70,10 +70,10 @@ def attend_parts(
         positions,
         cosines,
         sines,
-        keys if q_gain is None else q_gain,
-        keys if k_gain is None else k_gain,
+        keys if q_norm_weight is None else q_norm_weight,
+        keys if k_norm_weight is None else k_norm_weight,
         parts,
-        epsilon,
+        eps,
         scale,
         softcap,
         capacity,
@@ -82,7 +82,7 @@ def attend_parts(
         HALF=head_dim // 2,
         QUERIES=max(_LEAST_QUERIES, triton.next_power_of_2(heads // kv_heads)),
         WINDOW=window,
-        HAS_GAIN=q_gain is not None,
+        HAS_GAIN=q_norm_weight is not None,
         HAS_SOFTCAP=softcap > 0.0,
         BLOCK_T=_BLOCK_T,
         num_warps=_WARPS,

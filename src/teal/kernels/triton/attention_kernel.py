@@ -18,13 +18,13 @@ def _read_heads(qkv_ptr, column, inside):
 
 
 @triton.jit
-def _norm_halves(low, high, gain_ptr, epsilon, dtype: tl.constexpr, HALF: tl.constexpr):
+def _norm_halves(low, high, norm_weight_ptr, eps, dtype: tl.constexpr, HALF: tl.constexpr):
     """Apply an RMSNorm to heads that come in two halves, (heads, HALF) each."""
     squares = tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)
-    factor = tl.rsqrt(squares / (2 * HALF) + epsilon)[:, None]
+    factor = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
     half = tl.arange(0, HALF)
-    gain_low = tl.load(gain_ptr + half).to(tl.float32)[None, :]
-    gain_high = tl.load(gain_ptr + HALF + half).to(tl.float32)[None, :]
+    gain_low = tl.load(norm_weight_ptr + half).to(tl.float32)[None, :]
+    gain_high = tl.load(norm_weight_ptr + HALF + half).to(tl.float32)[None, :]
     low = ((low * factor).to(dtype).to(tl.float32) * gain_low).to(dtype).to(tl.float32)
     high = ((high * factor).to(dtype).to(tl.float32) * gain_high).to(dtype).to(tl.float32)
     return low, high
@@ -52,10 +52,10 @@ def attend_kernel(
     position_ptr,
     cosine_ptr,
     sine_ptr,
-    q_gain_ptr,
-    k_gain_ptr,
+    q_norm_weight_ptr,
+    k_norm_weight_ptr,
     part_ptr,
-    epsilon,
+    eps,
     scale,
     softcap,
     capacity,
@@ -105,8 +105,8 @@ def attend_kernel(
     k_low = _read_heads(qkv_ptr, k_column, half[None, :] < HALF)
     k_high = _read_heads(qkv_ptr, k_column + HALF, half[None, :] < HALF)
     if HAS_GAIN:
-        q_low, q_high = _norm_halves(q_low, q_high, q_gain_ptr, epsilon, dtype, HALF)
-        k_low, k_high = _norm_halves(k_low, k_high, k_gain_ptr, epsilon, dtype, HALF)
+        q_low, q_high = _norm_halves(q_low, q_high, q_norm_weight_ptr, eps, dtype, HALF)
+        k_low, k_high = _norm_halves(k_low, k_high, k_norm_weight_ptr, eps, dtype, HALF)
     q_low, q_high = _rotate(q_low, q_high, cosine, sine, dtype)
     k_low, k_high = _rotate(k_low, k_high, cosine, sine, dtype)
     if (first <= position) & (position < last):

@@ -1,4 +1,4 @@
-"""Triton kernel of the sparse product: every program reads only the weight strips that are kept.
+"""Triton kernel of the sparse product: every program reads only the weight rows that are kept.
 
 Legend: `T` rows, `K` in_features, `N` columns of the weight. A group of threads reads one strip.
 docs/kernels.md explains the scheme with a drawing.
@@ -9,20 +9,20 @@ import triton.language as tl
 
 
 @triton.jit
-def _inverse_rms(x_ptr, K, epsilon, BLOCK: tl.constexpr):
+def _inverse_rms(x_ptr, K, eps, BLOCK: tl.constexpr):
     """Return 1 / rms of one row, a scalar, summed in float32."""
     squares = tl.zeros([BLOCK], tl.float32)
     for first in range(0, K, BLOCK):
         channel = first + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + channel, mask=channel < K, other=0.0).to(tl.float32)
         squares += x * x
-    return tl.rsqrt(tl.sum(squares) / K + epsilon)
+    return tl.rsqrt(tl.sum(squares) / K + eps)
 
 
 @triton.jit
 def _read(
     x_ptr,
-    gain_ptr,
+    norm_weight_ptr,
     scale_ptr,
     shift_ptr,
     inverse_rms,
@@ -37,9 +37,9 @@ def _read(
     x = tl.load(x_ptr + channel, mask=inside, other=0.0, eviction_policy="evict_last")
     x = x.to(tl.float32)
     if HAS_NORM:
-        gain = tl.load(gain_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        norm_weight = tl.load(norm_weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
         # Rounded twice, as Hugging Face's LlamaRMSNorm does.
-        x = ((x * inverse_rms).to(dtype).to(tl.float32) * gain).to(dtype).to(tl.float32)
+        x = ((x * inverse_rms).to(dtype).to(tl.float32) * norm_weight).to(dtype).to(tl.float32)
     centred = x
     if HAS_SHIFT:
         x -= tl.load(shift_ptr + channel, mask=inside, other=0.0).to(tl.float32)
@@ -54,7 +54,7 @@ def _read(
 def _list_kept(
     list_ptr,
     x_ptr,
-    gain_ptr,
+    norm_weight_ptr,
     scale_ptr,
     shift_ptr,
     inverse_rms,
@@ -80,7 +80,7 @@ def _list_kept(
     keep_up = keep
     for r in tl.static_range(ROWS):
         _x, score = _read(
-            x_ptr + r * K, gain_ptr, scale_ptr, shift_ptr, inverse_rms[r], channel, inside,
+            x_ptr + r * K, norm_weight_ptr, scale_ptr, shift_ptr, inverse_rms[r], channel, inside,
             HAS_NORM, HAS_SCALE, HAS_SHIFT,
         )  # fmt: skip
         # Dropped when ≤, so that NaN is kept.
@@ -88,8 +88,8 @@ def _list_kept(
         if PAIR:
             if HAS_SCALE:
                 _x, score = _read(
-                    x_ptr + r * K, gain_ptr, scale_ptr + K, shift_ptr, inverse_rms[r], channel,
-                    inside, HAS_NORM, HAS_SCALE, HAS_SHIFT,
+                    x_ptr + r * K, norm_weight_ptr, scale_ptr + K, shift_ptr, inverse_rms[r],
+                    channel, inside, HAS_NORM, HAS_SCALE, HAS_SHIFT,
                 )  # fmt: skip
             keep_up |= inside & ((score <= threshold_up) == 0)
     kept = keep.to(tl.int32)
@@ -121,7 +121,7 @@ def _load_strips(
     inside_column,
     x_ptr,
     weight_ptr,
-    gain_ptr,
+    norm_weight_ptr,
     scale_ptr,
     shift_ptr,
     inverse_rms,
@@ -136,8 +136,8 @@ def _load_strips(
     GROUPS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Load weight strips and activations of UNROLL kept channels for every group of threads."""
-    strips = ()
+    """Load weight rows and activations of UNROLL kept channels for every group of threads."""
+    weight_rows = ()
     values = ()
     for u in tl.static_range(UNROLL):
         channel = channels[u]
@@ -151,26 +151,26 @@ def _load_strips(
             other=0.0,
             eviction_policy="evict_first",
         )
-        strips = strips + (strip,)
+        weight_rows = weight_rows + (strip,)
         for r in tl.static_range(ROWS):
             x, score = _read(
-                x_ptr + r * K, gain_ptr, scale_ptr, shift_ptr, inverse_rms[r], channel, live,
+                x_ptr + r * K, norm_weight_ptr, scale_ptr, shift_ptr, inverse_rms[r], channel, live,
                 HAS_NORM, HAS_SCALE, HAS_SHIFT,
             )  # fmt: skip
             # The list of a single row is its mask; of several rows, each has its own.
             if ROWS > 1:
                 x = tl.where(score <= threshold, 0.0, x)
             values = values + (x,)
-    return strips, values
+    return weight_rows, values
 
 
 @triton.jit
-def _add_strips(sums, strips, values, ROWS: tl.constexpr, UNROLL: tl.constexpr):
+def _add_strips(sums, weight_rows, values, ROWS: tl.constexpr, UNROLL: tl.constexpr):
     """Add what `_load_strips` loaded, in a function of its own so that all loads come first."""
     for u in tl.static_range(UNROLL):
         added = ()
         for r in tl.static_range(ROWS):
-            product = values[u * ROWS + r][:, None] * strips[u].to(tl.float32)
+            product = values[u * ROWS + r][:, None] * weight_rows[u].to(tl.float32)
             added = added + (sums[r] + product,)
         sums = added
     return sums
@@ -216,7 +216,7 @@ def sparse_gemv_kernel(
     x_ptr,
     weight_ptr,
     out_ptr,
-    gain_ptr,
+    norm_weight_ptr,
     scale_ptr,
     shift_ptr,
     bias_ptr,
@@ -229,7 +229,7 @@ def sparse_gemv_kernel(
     threshold_2,
     start_1,
     start_2,
-    epsilon,
+    eps,
     K,
     N,
     PARTS: tl.constexpr,
@@ -279,41 +279,41 @@ def sparse_gemv_kernel(
     inverse_rms = ()
     for r in tl.static_range(ROWS):
         if HAS_NORM:
-            inverse_rms = inverse_rms + (_inverse_rms(x_ptr + r * K, K, epsilon, 1024),)
+            inverse_rms = inverse_rms + (_inverse_rms(x_ptr + r * K, K, eps, 1024),)
         else:
             inverse_rms = inverse_rms + (1.0,)
 
     program = tile * tl.num_programs(1) + chunk
     list_ptr += program.to(tl.int64) * (BLOCK_K * (2 if PAIR else 1))
     count = _list_kept(
-        list_ptr, x_ptr, gain_ptr, scale_ptr, shift_ptr, inverse_rms, threshold, threshold_1,
+        list_ptr, x_ptr, norm_weight_ptr, scale_ptr, shift_ptr, inverse_rms, threshold, threshold_1,
         chunk * BLOCK_K, K, PAIR, HAS_NORM, HAS_SCALE, HAS_SHIFT, ROWS, BLOCK_K,
     )  # fmt: skip
     count_up = count >> 16
     count = count & 65535
     longest = tl.maximum(count, count_up)
     tl.debug_barrier()
-    # The channels of the next round are loaded while the strips of this one are under way.
+    # The channels of the next round are loaded while the weight rows of this one are under way.
     STEP: tl.constexpr = GROUPS * UNROLL
     channels = _next_channels(list_ptr, group, count, GROUPS, UNROLL)
     if PAIR:
         channels_up = _next_channels(list_ptr + BLOCK_K, group, count_up, GROUPS, UNROLL)
     for first in range(0, longest, STEP):
         entry = first + group
-        strips, values = _load_strips(
-            channels, entry, count, column, inside_column, x_ptr, weight_ptr, gain_ptr, scale_ptr,
-            shift_ptr, inverse_rms, threshold, K, N,
+        weight_rows, values = _load_strips(
+            channels, entry, count, column, inside_column, x_ptr, weight_ptr, norm_weight_ptr,
+            scale_ptr, shift_ptr, inverse_rms, threshold, K, N,
             EVEN, HAS_NORM, HAS_SCALE, HAS_SHIFT, ROWS, GROUPS, UNROLL,
         )  # fmt: skip
         channels = _next_channels(list_ptr, entry + STEP, count, GROUPS, UNROLL)
         if PAIR:
             strips_up, values_up = _load_strips(
                 channels_up, entry, count_up, column + start_1, inside_column, x_ptr, weight_ptr,
-                gain_ptr, scale_ptr + K, shift_ptr, inverse_rms, threshold_1, K, N,
+                norm_weight_ptr, scale_ptr + K, shift_ptr, inverse_rms, threshold_1, K, N,
                 EVEN, HAS_NORM, HAS_SCALE, HAS_SHIFT, ROWS, GROUPS, UNROLL,
             )  # fmt: skip
             channels_up = _next_channels(list_ptr + BLOCK_K, entry + STEP, count_up, GROUPS, UNROLL)
-        sums = _add_strips(sums, strips, values, ROWS, UNROLL)
+        sums = _add_strips(sums, weight_rows, values, ROWS, UNROLL)
         if PAIR:
             sums_up = _add_strips(sums_up, strips_up, values_up, ROWS, UNROLL)
 

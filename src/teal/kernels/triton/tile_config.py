@@ -1,4 +1,4 @@
-"""Which tile the GPU kernel uses for a shape: a small measured table, shipped as JSON."""
+"""Which config the GPU kernel uses for a shape: a small measured table, shipped as JSON."""
 
 import functools
 from dataclasses import asdict, dataclass
@@ -8,11 +8,11 @@ from typing import Any
 from teal.foundation.errors import UserError
 from teal.kernels.tuning import Table, distance
 
-TABLE = Table(file="triton_tile_configs.json", key="tiles", schema_version=1)
+TABLE = Table(file="triton_tile_configs.json", key="configs", schema_version=2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tile:
+class TileConfig:
     """How a product is cut into programs.
 
     Attributes:
@@ -30,45 +30,45 @@ class Tile:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if not isinstance(value, int) or value < 1 or value & (value - 1):
-                raise UserError(f"Tile has {name} {value!r}. Give a power of two.")
+                raise UserError(f"TileConfig has {name} {value!r}. Give a power of two.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TileRow:
+class TunedConfig:
     """One measured row of the table.
 
     Attributes:
         form: "plain", "parts" or "gated".
         in_features: K of the shape it was measured on.
         out_features: N of that shape, all parts together.
-        tile: The fastest tile there.
+        config: The fastest config there.
     """
 
     form: str
     in_features: int
     out_features: int
-    tile: Tile
+    config: TileConfig
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON form."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "TileRow":
+    def from_dict(cls, content: dict[str, Any]) -> "TunedConfig":
         """Rebuild from `to_dict`."""
-        return cls(**{**content, "tile": Tile(**content["tile"])})
+        return cls(**{**content, "config": TileConfig(**content["config"])})
 
 
-def read_table(path: Path | None = None) -> list[TileRow]:
+def read_table(path: Path | None = None) -> list[TunedConfig]:
     """Read a table of tiles; by default the one shipped with the package.
 
     Raises:
         UserError: It is of a newer schema, or no table at all.
     """
-    return TABLE.read(path, TileRow.from_dict)
+    return TABLE.read(path, TunedConfig.from_dict)
 
 
-def table_text(rows: list[TileRow], measured_on: str) -> str:
+def table_text(rows: list[TunedConfig], measured_on: str) -> str:
     """Return the JSON text of a table, one row a line.
 
     Args:
@@ -78,8 +78,8 @@ def table_text(rows: list[TileRow], measured_on: str) -> str:
     return TABLE.text((row.to_dict() for row in rows), measured_on)
 
 
-def tile_for(form: str, in_features: int, out_features: int) -> Tile:
-    """Return the tile of the measured shape that is nearest, by ratio of sizes.
+def config_for(form: str, in_features: int, out_features: int) -> TileConfig:
+    """Return the config of the measured shape that is nearest, by ratio of sizes.
 
     Args:
         form: "plain", "parts" or "gated".
@@ -90,12 +90,12 @@ def tile_for(form: str, in_features: int, out_features: int) -> Tile:
 
 
 @functools.cache
-def _tile_for(form: str, size: tuple[int, int], path: Path | None) -> Tile:
+def _tile_for(form: str, size: tuple[int, int], path: Path | None) -> TileConfig:
     rows = (row for row in _table(path) if row.form == form)
-    return min(rows, key=lambda row: distance((row.in_features, row.out_features), size)).tile
+    return min(rows, key=lambda row: distance((row.in_features, row.out_features), size)).config
 
 
 @functools.cache
-def _table(path: Path | None) -> tuple[TileRow, ...]:
+def _table(path: Path | None) -> tuple[TunedConfig, ...]:
     # Of two as near, the first counts.
     return (*read_table(path), *read_table())

@@ -6,7 +6,7 @@
 // into the registers that they multiply, the first tile of each before the queries are known: after
 // that there is one way to memory and back, unless the context is long.
 //
-// Set on the compiler's command line, beside what attention_mma.cuh wants: SPLITS, HAS_GAINS,
+// Set on the compiler's command line, beside what attention_mma.cuh wants: SPLITS, HAS_NORM_WEIGHTS,
 // HAS_SOFTCAP.
 
 #include "attention_mma.cuh"
@@ -20,22 +20,22 @@ constexpr int TURN = WARPS * SPLITS * TILE;
 
 // The heads of the new token that a warp places, one in WARPS.
 struct Heads {
-  Pairs<float> angles, gains[HEADS_OF_WARP];
+  Pairs<float> angles, norm_weights[HEADS_OF_WARP];
 
   // `cosines` and `sines` are those of the position.
-  __device__ __forceinline__ void ask(const float* cosines, const float* sines, const float* q_gain,
-                                      const float* k_gain) {
+  __device__ __forceinline__ void ask(const float* cosines, const float* sines, const float* q_norm_weight,
+                                      const float* k_norm_weight) {
     angles.ask(cosines, sines);
 #pragma unroll
     for (int i = 0; i < HEADS_OF_WARP; i++) {
-      const float* gain = head(i) < KEY ? q_gain : k_gain;
-      if (HAS_GAINS && head(i) <= KEY) gains[i].ask(gain, gain + HALF);
+      const float* norm_weight = head(i) < KEY ? q_norm_weight : k_norm_weight;
+      if (HAS_NORM_WEIGHTS && head(i) <= KEY) norm_weights[i].ask(norm_weight, norm_weight + HALF);
     }
   }
 
   // Bring the queries to shared memory; where the split `has_newest` position, also its key and
   // value, and these to their rows of the cache.
-  __device__ __forceinline__ void place(const i64* qkv, float epsilon, bool has_newest, u16* key,
+  __device__ __forceinline__ void place(const i64* qkv, float eps, bool has_newest, u16* key,
                                         u16* value, Shared& shared) const {
     Pairs<i64> sums[HEADS_OF_WARP];
     // All that a warp may need, so that nothing stands between the loads.
@@ -51,7 +51,7 @@ struct Heads {
       if (head(i) >= (has_newest ? HEADS : QUERIES)) continue;
       Pairs<float> activations = activations_of(sums[i]);
       if (head(i) != VALUE) {
-        if (HAS_GAINS) norm(activations, gains[i], epsilon);
+        if (HAS_NORM_WEIGHTS) norm(activations, norm_weights[i], eps);
         turn(activations, angles);
       }
       activations.write(shared.heads[head(i)]);
@@ -98,8 +98,8 @@ __device__ __forceinline__ void combine(const Shared& shared, int warps, float* 
 // the largest score and the sum of weights, HEAD_DIM + 2 entries beside each other.
 extern "C" __global__ void __launch_bounds__(THREADS)
 attend(const i64* qkv, u16* keys, u16* values, const i64* positions, const float* cosines,
-       const float* sines, const float* q_gain, const float* k_gain, float* parts, int capacity,
-       int window, float scale, float softcap, float epsilon) {
+       const float* sines, const float* q_norm_weight, const float* k_norm_weight, float* parts, int capacity,
+       int window, float scale, float softcap, float eps) {
   __shared__ Shared shared;
   int split = blockIdx.y, warp = threadIdx.x / WARP;
   keys += (u64)blockIdx.x * capacity * HEAD_DIM;
@@ -116,11 +116,11 @@ attend(const i64* qkv, u16* keys, u16* values, const i64* positions, const float
   Tile::prefetch(keys, first + TURN, position);
   Tile::prefetch(values, first + TURN, position);
   Heads heads;
-  heads.ask(cosines + (u64)position * HALF, sines + (u64)position * HALF, q_gain, k_gain);
+  heads.ask(cosines + (u64)position * HALF, sines + (u64)position * HALF, q_norm_weight, k_norm_weight);
   wait_for_input();
 
   u64 newest = (u64)position * HEAD_DIM;
-  heads.place(qkv, epsilon, (tiles - 1) % SPLITS == split, keys + newest, values + newest, shared);
+  heads.place(qkv, eps, (tiles - 1) % SPLITS == split, keys + newest, values + newest, shared);
   __syncthreads();
   Softmax softmax;
   bool is_first = true;

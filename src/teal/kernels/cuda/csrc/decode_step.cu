@@ -74,7 +74,7 @@ __device__ __forceinline__ float share_of_squares(const i64* hidden, const float
 struct Channels {
   int first;  // of the chunk
 #if SOURCE == HIDDEN
-  float gains[PER_THREAD];
+  float norm_weights[PER_THREAD];
 #endif
 
   __device__ __forceinline__ bool is_inside(int i) const {
@@ -85,24 +85,24 @@ struct Channels {
   __device__ __forceinline__ int channel(int i) const { return first + place_in_chunk(i); }
 
   // Read what does not depend on the input.
-  __device__ __forceinline__ void begin(const float* gain) {
+  __device__ __forceinline__ void begin(const float* norm_weight) {
 #if SOURCE == HIDDEN
 #pragma unroll
-    for (int i = 0; i < PER_THREAD; i++) gains[i] = is_inside(i) ? load_early(gain + channel(i)) : 0.0f;
+    for (int i = 0; i < PER_THREAD; i++) norm_weights[i] = is_inside(i) ? load_early(norm_weight + channel(i)) : 0.0f;
 #endif
   }
 
   // Read their activations, rounded to their dtype.
-  __device__ __forceinline__ void read(const void* source, float epsilon, Squares& squares,
+  __device__ __forceinline__ void read(const void* source, float eps, Squares& squares,
                                        float (&x)[PER_THREAD]) const {
 #if SOURCE == HIDDEN
     const i64* hidden = static_cast<const i64*>(source);
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++)
       x[i] = is_inside(i) ? to_float(__ldcg(hidden + channel(i))) : 0.0f;
-    float factor = squares.inverse_rms(share_of_squares(hidden, x), epsilon);
+    float factor = squares.inverse_rms(share_of_squares(hidden, x), eps);
 #pragma unroll
-    for (int i = 0; i < PER_THREAD; i++) x[i] = normed(x[i], factor, gains[i]);
+    for (int i = 0; i < PER_THREAD; i++) x[i] = normed(x[i], factor, norm_weights[i]);
 #else
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
@@ -148,9 +148,9 @@ extern "C" __global__ void
 __cluster_dims__(1, CLUSTER)
 #endif
 __launch_bounds__(THREADS, BLOCKS)
-NAME(const void* source, const float* gain, const float* thresholds, const u8* weight,
+NAME(const void* source, const float* norm_weight, const float* thresholds, const u8* weight,
         const void* all_scales, const u8* all_zeros, const u16* bias, i64* sums, i64* clear,
-        int* overflow, int clear_size, float epsilon, float multiplier) {
+        int* overflow, int clear_size, float eps, float multiplier) {
   extern __shared__ uint4 memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   constexpr int TILES_1 = (START_1 + BLOCK_N - 1) / BLOCK_N;
@@ -175,12 +175,12 @@ NAME(const void* source, const float* gain, const float* thresholds, const u8* w
   shared.group_scales.ask(all_scales, all_zeros, first_channel, start_of_thread);
   float threshold = load_early(thresholds + part);
   Channels channels{first_channel};
-  channels.begin(gain);
+  channels.begin(norm_weight);
   wait_for_input();
 
   float x[ROWS][PER_THREAD];
   bool keeps[PER_THREAD];
-  channels.read(source, epsilon, shared.squares, x[0]);
+  channels.read(source, eps, shared.squares, x[0]);
 #pragma unroll
   for (int i = 0; i < PER_THREAD; i++)
     // Dropped when <=, so that NaN is kept.

@@ -81,10 +81,10 @@ __device__ __forceinline__ float block_squares(const i64* hidden, int pairs, int
 }
 
 // An RMSNorm's output, rounded twice as Hugging Face's LlamaRMSNorm does.
-__device__ __forceinline__ float normed(float hidden, float factor, float gain) {
-  return rounded(rounded(hidden * factor) * gain);
+__device__ __forceinline__ float normed(float hidden, float factor, float norm_weight) {
+  return rounded(rounded(hidden * factor) * norm_weight);
 }
 
-__device__ __forceinline__ float normed(i64 hidden, float factor, float gain) {
-  return normed(to_float(hidden), factor, gain);
+__device__ __forceinline__ float normed(i64 hidden, float factor, float norm_weight) {
+  return normed(to_float(hidden), factor, norm_weight);
 }

@@ -32,15 +32,15 @@ extern "C" __global__ void embed(const i64* token, const u16* embedding, i64* hi
 // Write the normed residual stream for the head, NaN everywhere after an overflow, and move the
 // stream on by a position.
 extern "C" __global__ void __launch_bounds__(THREADS)
-finish(const i64* hidden, const float* gain, const int* overflow, u16* out, i64* position,
-       float epsilon, int size) {
+finish(const i64* hidden, const float* norm_weight, const int* overflow, u16* out, i64* position,
+       float eps, int size) {
   wait_for_input();
   if (threadIdx.x == 0) *position += 1;
   float sum = block_squares<THREADS>(hidden, size / 2, threadIdx.x, THREADS);
-  float factor = rsqrtf(sum / size + epsilon);
+  float factor = rsqrtf(sum / size + eps);
   float fault = *overflow ? __int_as_float(0x7fffffff) : 0.0f;
   for (int i = threadIdx.x; i < size; i += THREADS)
-    out[i] = to_bits(normed(__ldcg(hidden + i), factor, gain[i]) + fault);
+    out[i] = to_bits(normed(__ldcg(hidden + i), factor, norm_weight[i]) + fault);
 }
 
 // Number `i` of logits beside each other.

@@ -44,7 +44,7 @@ struct Shared {
 extern "C" __constant__ int shared_bytes = sizeof(Shared);
 
 // 1 / rms of the input, which every block reads whole.
-__device__ __forceinline__ float inverse_rms(const u16* x, float epsilon) {
+__device__ __forceinline__ float inverse_rms(const u16* x, float eps) {
   float sum = 0.0f;
 #pragma unroll 4
   for (int i = threadIdx.x; i < K / 8; i += THREADS) {
@@ -56,7 +56,7 @@ __device__ __forceinline__ float inverse_rms(const u16* x, float epsilon) {
       sum += a * a + b * b;
     }
   }
-  return rsqrtf(block_sum<THREADS>(sum) / K + epsilon);
+  return rsqrtf(block_sum<THREADS>(sum) / K + eps);
 }
 
 // This thread's activations of a chunk.
@@ -69,10 +69,10 @@ struct Activations {
   }
 
   // Read them, through a norm where there is one; `factors` are the norm's once they are known.
-  __device__ __forceinline__ void read(const u16* input, const float* gain, float epsilon, int first,
+  __device__ __forceinline__ void read(const u16* input, const float* norm_weight, float eps, int first,
                                        float (&factors)[ROWS]) {
 #if HAS_NORM
-    float gains[PER_THREAD];
+    float norm_weights[PER_THREAD];
 #endif
 #pragma unroll
     for (int i = 0; i < PER_THREAD; i++) {
@@ -80,15 +80,15 @@ struct Activations {
 #pragma unroll
       for (int row = 0; row < ROWS; row++) x[row][i] = low_half(__ldcg(input + row * K + channel));
 #if HAS_NORM
-      gains[i] = gain[channel];
+      norm_weights[i] = norm_weight[channel];
 #endif
     }
 #if HAS_NORM
 #pragma unroll
     for (int row = 0; row < ROWS; row++) {
-      if (factors[row] == 0.0f) factors[row] = inverse_rms(input + row * K, epsilon);
+      if (factors[row] == 0.0f) factors[row] = inverse_rms(input + row * K, eps);
 #pragma unroll
-      for (int i = 0; i < PER_THREAD; i++) x[row][i] = normed(x[row][i], factors[row], gains[i]);
+      for (int i = 0; i < PER_THREAD; i++) x[row][i] = normed(x[row][i], factors[row], norm_weights[i]);
     }
 #endif
   }
@@ -203,9 +203,9 @@ __cluster_dims__(1, CLUSTER)
 #endif
 __launch_bounds__(THREADS, BLOCKS)
 multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_zeros,
-         const float* gain, const float* scale, const float* shift, const u16* bias,
+         const float* norm_weight, const float* scale, const float* shift, const u16* bias,
          const u16* residual, u16* out, float threshold_0, float threshold_1, float threshold_2,
-         float epsilon) {
+         float eps) {
   extern __shared__ uint4 memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   constexpr int TILES_1 = (START_1 + TILE_N - 1) / TILE_N;
@@ -259,7 +259,7 @@ multiply(const u16* x, const u8* weight, const void* all_scales, const u8* all_z
     if (first_channel != rank * CHUNK) __syncthreads();
     shared.group_scales.ask(all_scales, all_zeros, first_channel, offset);
     Activations activations;
-    activations.read(x, gain, epsilon, first_channel, factors);
+    activations.read(x, norm_weight, eps, first_channel, factors);
     activations.list(shared.lists[0], threshold, scale + part * K, shift, first_channel, tile_columns);
     if (LISTS > 1)
       activations.list(shared.lists[LISTS - 1], threshold_1, scale + K, shift, first_channel,

@@ -27,14 +27,14 @@ struct Squares {
   __device__ __forceinline__ void open() { inbox.open(sizeof(of_blocks)); }
 
   // `sum` is this block's share of the squares.
-  __device__ __forceinline__ float inverse_rms(float sum, float epsilon) {
+  __device__ __forceinline__ float inverse_rms(float sum, float eps) {
     int rank = cluster_rank();
     cluster_wait();  // every block of the cluster has begun
     if (threadIdx.x < CLUSTER) inbox.send(of_blocks + rank, threadIdx.x, sum);
     inbox.wait();
     sum = 0.0f;
     for (int block = 0; block < CLUSTER; block++) sum += of_blocks[block];
-    return rsqrtf(sum / K + epsilon);
+    return rsqrtf(sum / K + eps);
   }
 };
 

@@ -59,12 +59,12 @@ __device__ __forceinline__ Pairs<float> activations_of(const Pairs<i64>& sums) {
 }
 
 // Rounded twice, as Hugging Face's LlamaRMSNorm does.
-__device__ __forceinline__ void norm(Pairs<float>& head, const Pairs<float>& gains, float epsilon) {
+__device__ __forceinline__ void norm(Pairs<float>& head, const Pairs<float>& norm_weights, float eps) {
   float squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < PAIRS; i++)
     squares += head.low[i] * head.low[i] + head.high[i] * head.high[i];
-  float factor = rsqrtf(warp_sum(squares) / HEAD_DIM + epsilon);
+  float factor = rsqrtf(warp_sum(squares) / HEAD_DIM + eps);
 #pragma unroll
   for (int i = 0; i < PAIRS; i++) {
     head.low[i] *= factor;
@@ -73,8 +73,8 @@ __device__ __forceinline__ void norm(Pairs<float>& head, const Pairs<float>& gai
   head.round();
 #pragma unroll
   for (int i = 0; i < PAIRS; i++) {
-    head.low[i] *= gains.low[i];
-    head.high[i] *= gains.high[i];
+    head.low[i] *= norm_weights.low[i];
+    head.high[i] *= norm_weights.high[i];
   }
   head.round();
 }
