@@ -77,8 +77,8 @@ class Backend(Protocol):
         """Compute a product that it can run, as `reference` defines it.
 
         Args:
-            operands: As in `can_run`.
-            quant: As in `can_run`.
+            operands: Operands for which `can_run` returns `None`.
+            quant: Decodes the weight; `None` for floats.
 
         Returns:
             (..., N), or (..., N / 2) with an activation, in the dtype of `x`.
@@ -292,7 +292,7 @@ def _sparse_gemv(
     )  # fmt: skip
 
 
-def _linear_operands(
+def _sparse_linear(
     x: Tensor,
     weight: Tensor,
     thresholds: Sequence[float],
@@ -304,11 +304,14 @@ def _linear_operands(
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     tuning: str = "",
-) -> Operands:
-    return Operands(
+    *,
+    quant: QuantParams | None = None,
+) -> Tensor:
+    operands = Operands(
         x, weight, thresholds, output_sizes, score_scale, shift, bias, residual, norm_weight, eps,
         None, tuning,
     )  # fmt: skip
+    return _computed(operands, quant)
 
 
 def _glu_operands(
@@ -331,10 +334,6 @@ def _glu_operands(
     )  # fmt: skip
 
 
-def _sparse_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return _computed(_linear_operands(x, weight, *rest))
-
-
 def _sparse_glu(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return _computed(_glu_operands(x, weight, weight.shape, *rest))
 
@@ -342,8 +341,7 @@ def _sparse_glu(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 def _quantized_linear(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, *rest: Any
 ) -> Tensor:
-    quant = QuantParams(scales, zeros, group_size)
-    return _computed(_linear_operands(x, codes, *rest), quant)
+    return _sparse_linear(x, codes, *rest, quant=QuantParams(scales, zeros, group_size))
 
 
 def _quantized_glu(
