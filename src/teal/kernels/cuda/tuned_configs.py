@@ -9,7 +9,7 @@ from typing import Any, Literal
 from teal.kernels.cuda.tile_config import TileConfig
 from teal.kernels.tuning import Table, distance
 
-TABLE = Table(file="cuda_tile_configs.json", key="configs", schema_version=2)
+TABLE = Table(file="cuda_tile_configs.json", key="configs", schema_version=3)
 
 
 @dataclass(frozen=True, kw_only=True)
