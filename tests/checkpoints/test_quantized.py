@@ -139,12 +139,12 @@ def test_a_missing_part_is_refused_when_it_is_needed(tmp_path):
     written(tmp_path)
     index = {"weight_map": {f"{NAMES[0]}.qweight": "part-9.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"part-9.safetensors is missing"):
+    with pytest.raises(UserError, match=r"part-9\.safetensors' is missing or damaged"):
         QuantizedCheckpoint(tmp_path).read(NAMES[0])
 
 
 def test_an_index_without_a_map_is_refused(tmp_path):
     written(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="has no weight_map"):
         QuantizedCheckpoint(tmp_path)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from teal.checkpoints.location import folder_of, load_config
 from teal.engine.detokenizer import Tokenizer
 from teal.engine.weights.checkpoint import from_folder
 from teal.engine.weights.decoder_weights import DecoderWeights
@@ -16,13 +17,8 @@ from teal.engine.weights.transformers import from_model
 from teal.foundation.errors import UserError
 from teal.models.architectures import Architecture, architecture_of
 from teal.models.families import model_type_of
-from teal.models.loading import (
-    folder_of,
-    load_config,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
-)
+from teal.models.loading import load_tokenizer
+from teal.models.placement import resolve_device, resolve_dtype
 from teal.models.weight_format import weight_format_of
 from teal.quantization import FLOAT, Scheme
 

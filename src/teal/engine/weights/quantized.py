@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -139,8 +138,3 @@ def bytes_needed(architecture: Architecture, dtype: torch.dtype, scheme: Scheme 
     projections = sum(map(identity.weight_size, identity.shapes))
     rest = architecture.num_weights - projections
     return int(projections * _BYTES[scheme.format]) + rest * dtype.itemsize
-
-
-def bytes_in(folder: Path) -> int:
-    """Return the bytes of all weights in a folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
