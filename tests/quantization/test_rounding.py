@@ -3,7 +3,7 @@ import torch
 
 from teal.foundation.errors import UserError
 from teal.quantization import Scheme, round_to_nearest
-from teal.quantization.rounding import QuantParams
+from teal.quantization.rounding import GroupQuantizer
 from tests.helpers import relative_error
 
 SCHEMES = {
@@ -73,9 +73,13 @@ def test_scales_take_the_dtype_of_the_weight_and_codes_make_up_for_their_roundin
 
 @every_scheme
 def test_what_lies_beyond_the_grid_gets_the_value_at_its_end(name):
-    quant = QuantParams.fit(dense(), SCHEMES[name], torch.float32)
-    ends = quant.values(quant.codes(torch.stack([dense().amin(0) - 9, dense().amax(0) + 9])))
-    beyond = quant.values(quant.codes(torch.stack([dense().amin(0) - 999, dense().amax(0) + 999])))
+    quantizer = GroupQuantizer.fit(dense(), SCHEMES[name], torch.float32)
+    ends = quantizer.values(
+        quantizer.codes(torch.stack([dense().amin(0) - 9, dense().amax(0) + 9]))
+    )
+    beyond = quantizer.values(
+        quantizer.codes(torch.stack([dense().amin(0) - 999, dense().amax(0) + 999]))
+    )
     assert torch.equal(beyond, ends)
     assert torch.isfinite(beyond).all()
 
