@@ -53,7 +53,7 @@ def test_opened_model_has_the_weights_that_were_saved(saved: Path) -> None:
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
-def test_model_with_tied_embeddings_lacks_nothing(tmp_path: Path) -> None:
+def test_model_with_tied_embeddings_is_complete(tmp_path: Path) -> None:
     tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), device="cpu")
     assert model.lm_head.weight is model.model.embed_tokens.weight
