@@ -10,9 +10,10 @@ from teal.foundation.errors import UserError
 from teal.models.loading import load_model, load_tokenizer
 from teal.models.weight_format import weight_format_of
 from teal.quantization import Scheme
-from tests.cli.conftest import MODEL
 from tests.helpers import logits_of, tiny_tokens
 from tests.quantized_folders import CHECKPOINTS, write_checkpoint
+
+MODEL = str(Path(__file__).parents[2] / "models/py-16m")
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
