@@ -1,6 +1,7 @@
 """Where a model is, in a folder or on the Hugging Face hub, and its configuration."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ from transformers import AutoConfig
 from teal.foundation.errors import UserError
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# Without it transformers asks on the terminal whether to run Python code of the model folder, and
+# takes a "y" from whatever is piped in.
+NO_CODE: Mapping[str, bool] = {"trust_remote_code": False}
+
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -31,7 +36,7 @@ def load_config(source: str) -> Any:
     """
     check_source(source)
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, **NO_CODE)
     except Exception as error:
         raise unreadable("model configuration", source, error) from error
 
@@ -65,5 +70,10 @@ def unreadable(what: str, source: str, error: Exception) -> UserError:
         source: Model folder, or a name on the Hugging Face hub.
         error: What the library raised; the first line of its message is kept.
     """
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"The {what} of {source!r} needs Python code of its own, which teal never runs. Use a "
+            "model of a type that transformers includes."
+        )
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return UserError(f"Cannot open the {what} of {source!r}: {reason} Check the folder or name.")

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from teal.checkpoints.dequantized import open_dequantized
-from teal.checkpoints.location import check_source, folder_of, load_config, unreadable
+from teal.checkpoints.location import NO_CODE, check_source, folder_of, load_config, unreadable
 from teal.foundation.errors import UserError
 from teal.models.families import family_named
 from teal.models.placement import resolve_device, resolve_dtype
@@ -43,7 +43,7 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Any
             mark_weight_format(model, opened.weight_format)
         else:
             model, report = AutoModelForCausalLM.from_pretrained(
-                source, dtype=weights, output_loading_info=True
+                source, dtype=weights, output_loading_info=True, **NO_CODE
             )
             missing = report["missing_keys"]
     except UserError:
@@ -69,7 +69,7 @@ def load_tokenizer(source: str) -> Any:
     """
     check_source(source)
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, **NO_CODE)
     except Exception as error:
         raise unreadable("tokenizer", source, error) from error
 
