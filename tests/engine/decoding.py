@@ -34,9 +34,9 @@ def rules_of(plan: SparsityPlan) -> dict[str, MaskRule | None]:
     return {name: planned.rule for name, planned in plan.projections.items()}
 
 
-def cache_for(decoder: Decoder, *, rows: int = 1, capacity: int = LENGTH) -> KeyValueCache:
+def cache_for(decoder: Decoder, *, batch_size: int = 1, capacity: int = LENGTH) -> KeyValueCache:
     weights = decoder.weights
-    return KeyValueCache(decoder.architecture, rows, capacity, weights.dtype, weights.device)
+    return KeyValueCache(decoder.architecture, batch_size, capacity, weights.dtype, weights.device)
 
 
 def decoded(decoder: Decoder, tokens: Tensor, prompt: int = PROMPT) -> Tensor:

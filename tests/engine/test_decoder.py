@@ -150,7 +150,7 @@ def test_streams_side_by_side_equal_streams_apart(
     model = tiny_model("gemma2")
     decoder = decoder_of(model, plan_for(model, threshold))
     streams = tiny_tokens(len(lengths), LENGTH)
-    cache = cache_for(decoder, rows=len(lengths))
+    cache = cache_for(decoder, batch_size=len(lengths))
     for row, length in enumerate(lengths):
         decoder.prefill(streams[row, :length], cache, row)
     assert cache.lengths == list(lengths)

@@ -12,7 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from teal.engine.sampler import BROKEN, Sampler, SamplingForm, SamplingSettings
+from teal.engine.sampler import NONFINITE, Sampler, SamplingForm, SamplingSettings
 from teal.foundation.errors import UserError
 
 VOCABULARY = 200
@@ -136,8 +136,8 @@ def test_broken_logits_give_no_token(logits, temperature, value, device) -> None
     both = torch.cat([logits, logits])
     both[1, 17] = value
     sampler = draw(both, steps=1, temperature=temperature, top_p=0.9, device=device)
-    assert sampler.history[0, 0] != BROKEN
-    assert sampler.history[0, 1] == BROKEN
+    assert sampler.history[0, 0] != NONFINITE
+    assert sampler.history[0, 1] == NONFINITE
     # What the next step would read is a token id all the same.
     assert 0 <= sampler.tokens[1] < VOCABULARY
 

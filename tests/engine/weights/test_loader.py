@@ -9,7 +9,7 @@ from teal.engine.weights.loader import open_model
 from teal.foundation.errors import UserError
 from tests.helpers import tiny_model
 
-MODEL = Path(__file__).parents[2] / "models/py-16m"
+MODEL = Path(__file__).parents[3] / "models/py-16m"
 
 
 def test_a_folder_brings_its_tokenizer_and_end_tokens():

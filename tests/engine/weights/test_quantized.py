@@ -34,7 +34,7 @@ from tests.quantization import packers
 from tests.quantized_folders import CHECKPOINTS, write_checkpoint
 
 CPU = torch.device("cpu")
-MODEL = Path(__file__).parents[2] / "models/py-16m"
+MODEL = Path(__file__).parents[3] / "models/py-16m"
 MATRICES = ("qkv", "o", "gate_up", "down")
 SCHEMES = {
     "int8": Scheme(format="int8"),
