@@ -123,6 +123,20 @@ def test_cpu_runs_no_step_ahead_and_none_after_the_end() -> None:
     assert decoder.steps == 3
 
 
+def test_steps_run_ahead_are_as_many_as_allowed_and_change_no_token() -> None:
+    opened = open_model(tiny_model("llama"))
+    decoder, runner = counting(opened), runner_of(opened)
+    runner._ahead = 2
+    request = request_of(decoder)
+    tokens = run(runner, request)
+    first = [next(tokens) for _ in range(3)]
+    # The third token belongs to the second step.
+    assert decoder.steps == 1 + 2
+    rest = list(tokens)
+    assert [token.id for token in (*first, *rest)][::2] == list(range(8, 14))
+    assert decoder.steps == SETTINGS.max_new_tokens - 1
+
+
 def test_no_step_is_run_for_the_last_token() -> None:
     opened = open_model(tiny_model("llama"))
     decoder = counting(opened)

@@ -198,11 +198,11 @@ def _is_plain(call: ProjectionCall) -> bool:
 def _layer(
     decoder: Decoder, calls: LayerCalls, configs: "Mapping[str, tile_config.TileConfig]"
 ) -> Layer:
-    inputs: dict[str, decode_step.Input] = {
+    inputs = {
         "qkv": "hidden",
         "o": "attention",
         "gate_up": "hidden",
-        "down": decoder.architecture.activation,  # type: ignore[dict-item]
+        "down": decoder.architecture.activation,
     }
     projections = {
         name: _projections(call, source, calls, configs.get(name))
@@ -213,7 +213,7 @@ def _layer(
 
 def _projections(
     call: ProjectionCall,
-    source: "decode_step.Input",
+    source: str,
     calls: LayerCalls,
     config: "tile_config.TileConfig | None",
 ) -> "decode_step.Projections":
@@ -224,7 +224,7 @@ def _projections(
         quant=quant,
         output_sizes=call.output_sizes,
         thresholds=torch.tensor(padded, device=codes.device),
-        input=source,
+        input=source,  # type: ignore[arg-type]
         is_dense=call.is_dense,
         bias=call.bias,
         norm_weight=call.norm_weight,

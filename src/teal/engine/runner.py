@@ -45,6 +45,7 @@ class Runner:
         self._vocab_size = architecture.vocab_size
         self._dtype = weights.dtype
         self._device = weights.device
+        self._ahead = _AHEAD if weights.device.type == "cuda" else 0
         self._cache = KeyValueCache(
             architecture, batch_size, capacity, weights.dtype, weights.device
         )
@@ -98,11 +99,10 @@ class Runner:
         advance = self._steps[request.decoder, request.form]
         self._prefill(request, sampler)
         steps = request.settings.max_new_tokens
-        ahead = _AHEAD if self._device.type == "cuda" else 0
         results = _StepResults(sampler, steps)
         try:
             for step in range(steps):
-                while results.sent < min(steps, step + 1 + ahead):
+                while results.sent < min(steps, step + 1 + self._ahead):
                     # The prefill has chosen the first tokens.
                     if results.sent:
                         advance()
