@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from teal.foundation.artifact import load_artifact, save_artifact
 from teal.foundation.errors import UserError
 from teal.foundation.identity import ModelIdentity
 from teal.methods import MaskRule
 from teal.methods.rule_path import RulePath
-from teal.plan import PlannedProjection, SparsityPlan
+from teal.plan import SCHEMA_VERSION, PlannedProjection, SparsityPlan
 from tests.helpers import plan_of
 
 IDENTITY = ModelIdentity(
@@ -189,6 +191,26 @@ def test_plan_of_an_older_schema_loads_without_what_is_newer(version: int, tmp_p
     loaded = SparsityPlan.load(tmp_path / "plan")
     assert (loaded.path is None, loaded.weight_format) == (version == 1, "float")
     assert rules_of(loaded) == rules_of(plan_with_path())
+
+
+def test_plan_that_calls_the_score_scale_scale_is_read(tmp_path: Path) -> None:
+    def old_name(name: str) -> str:
+        return re.sub(r"score_scale$", "scale", name)
+
+    plan = plan_with_path()
+    plan.save(tmp_path / "plan")
+    content, tensors = load_artifact(tmp_path / "plan", "plan", SCHEMA_VERSION)
+    content["schema_version"] = 3
+    for projection in content["projections"].values():
+        projection["vectors"] = [old_name(kind) for kind in projection["vectors"]]
+    old = {old_name(name): tensor for name, tensor in tensors.items()}
+    assert old.keys() != tensors.keys()
+    save_artifact(tmp_path / "old", "plan", content, old)
+    loaded = SparsityPlan.load(tmp_path / "old")
+    for sparsity in (0.5, 0.65, 0.8):
+        assert rules_of(loaded.at(sparsity)) == rules_of(plan.at(sparsity))
+    scale = plan.projections[Q].rule.score_scale
+    assert torch.equal(loaded.at(0.8).projections[Q].rule.score_scale, scale)
 
 
 def test_budget_is_the_mean_weighted_by_weight_size() -> None:

@@ -1,4 +1,4 @@
-"""Quantizing the projections of a model, to the nearest values or by GPTQ, and saving it."""
+"""Quantizing the projections of a model by rounding to nearest or GPTQ, and saving the result."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -44,25 +44,25 @@ def quantize_model(
     batch_size: int = 1,
     progress: Progress = silent,
 ) -> dict[str, QuantizedWeight]:
-    """Quantize every projection; in place, the model's weights become the values of their codes.
+    """Quantize every projection and, in place, replace its weight by the dequantized one.
 
-    With tokens it is GPTQ: block by block, and within a block input by input, so that what comes
-    before is already quantized when an input is observed.
+    With tokens it runs GPTQ, block by block and within a block input by input, so that all earlier
+    projections are already quantized when the activations of an input are measured.
 
     Args:
         model: A dense Hugging Face causal language model of a supported family.
-        scheme: Into what.
-        tokens: Text for GPTQ; without, weights are rounded to the nearest value.
-        device: Where blocks run and are quantized. `None` is where they are.
+        scheme: Format, group size and symmetry.
+        tokens: Text for GPTQ; `None` rounds weights to nearest.
+        device: Device on which blocks run and are quantized; `None` is the device they are on.
         batch_size: Windows per forward pass.
-        progress: Shows how far it is.
+        progress: Shows the blocks while they are quantized.
 
     Returns:
-        Weight of every projection by its dotted module name, on the CPU.
+        Quantized weight of every projection by its dotted module name, on the CPU.
 
     Raises:
-        UserError: The model is sparse or quantized, its sizes do not fit the groups, or its
-            weights or activations hold NaN or infinity.
+        UserError: The model is sparse or quantized, its sizes are no multiple of the group size,
+            or its weights or activations hold NaN or infinity.
     """
     _require_dense(model)
     _require_whole_groups(model, scheme)
@@ -84,9 +84,9 @@ def quantize_model(
 
 @torch.no_grad()
 def quantize_head(model: Any) -> None:
-    """Round the output head to int8; in place, its weight becomes the values of its codes.
+    """Round the output head to int8 and, in place, replace its weight by the dequantized one.
 
-    A tied embedding stays as it is: the head has a weight of its own afterwards.
+    A tied embedding is not changed; the head gets a weight of its own.
 
     Args:
         model: A dense Hugging Face causal language model.
@@ -110,12 +110,12 @@ def save_quantized(
 
     Args:
         folder: Destination, written whole or not at all.
-        model: The model; of its own weights only those of projections are left out.
-        tokenizer: Its tokenizer.
-        weights: What `quantize_model` returned.
-        scheme: What it was given.
-        tokens: What it was given.
-        force: Replace a folder that an earlier call wrote.
+        model: The model; all its weights are written but those of the quantized projections.
+        tokenizer: Tokenizer of the model.
+        weights: Quantized projections, as `quantize_model` returned them.
+        scheme: Scheme given to `quantize_model`.
+        tokens: Text given to `quantize_model`.
+        force: Whether to replace a folder that an earlier call wrote.
 
     Raises:
         UserError: The destination cannot be written.
@@ -140,7 +140,7 @@ def save_quantized(
 
 
 class _SeenEnough(Exception):  # noqa: N818  (no error)
-    """Ends the run of a block whose further outputs nobody needs."""
+    """Ends the run of a block once the activations of interest have been seen."""
 
 
 def _require_dense(model: nn.Module) -> None:
@@ -164,7 +164,7 @@ def _require_whole_groups(model: nn.Module, scheme: Scheme) -> None:
 def _observed(
     linear: nn.Linear, block: Block, batches: Sequence[Batch], index: int
 ) -> SecondMoments | None:
-    """Sum up what one of the block's projections receives; `None` without batches."""
+    """Return the second moments of a projection's input; `None` without batches."""
     if not batches:
         return None
     moments = SecondMoments(linear.in_features, linear.weight.device)
@@ -184,7 +184,7 @@ def _observed(
 
 
 def _quantize(linear: nn.Linear, scheme: Scheme, moments: SecondMoments | None) -> QuantizedWeight:
-    """Quantize a projection and give it the values of its codes."""
+    """Quantize a projection and, in place, replace its weight by the dequantized one."""
     dense = linear.weight.T.contiguous()
     if moments is None:
         weight = round_to_nearest(dense, scheme)
@@ -206,7 +206,7 @@ def _state(
 
 
 def _share(folder: Path) -> None:
-    """Let others read the weights as the umask has it; safetensors hides what it writes."""
+    """Give weight files the permissions of config.json; safetensors makes them private."""
     mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)

@@ -1,4 +1,4 @@
-"""Text → fixed-length windows of token ids, with a record of where they came from."""
+"""Text to fixed-length windows of token ids, with a record of their provenance."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -20,11 +20,11 @@ _DATASET_COLUMN = "text"
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Documents and the name to find them by.
+    """Documents of one source.
 
     Attributes:
-        documents: The texts, in order, none empty.
-        source: File or data set they come from.
+        documents: Documents in order, none empty.
+        source: File or data set that they come from.
         sha256: Hash of the file's bytes, or of all documents in order.
     """
 
@@ -35,11 +35,11 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class TokenWindows:
-    """Token ids in windows of one length.
+    """Token ids in windows of equal length.
 
     Attributes:
         tokens: Token ids, (windows, sequence_length), int64.
-        provenance: Where they came from.
+        provenance: Text and offset that they come from.
     """
 
     tokens: Tensor
@@ -50,11 +50,11 @@ def read_text(source: str | Path, *, separator: str | None = None) -> Text:
     """Read a text file, or a Hugging Face data set named "hf:NAME[:CONFIG]:SPLIT".
 
     Args:
-        source: Path of a UTF-8 file, or name of a data set; each of its rows is a document.
+        source: Path of a UTF-8 file, or name of a data set, each row of which is a document.
         separator: String that separates the documents of a file, such as "<|endoftext|>".
 
     Raises:
-        UserError: Missing, unreadable, not UTF-8, or empty.
+        UserError: The text is missing, unreadable, not UTF-8, or empty.
     """
     if str(source).startswith(DATASET_PREFIX):
         return text_of(_dataset_rows(str(source)), str(source))
@@ -73,10 +73,14 @@ def read_text(source: str | Path, *, separator: str | None = None) -> Text:
 
 
 def text_of(documents: Iterable[str], source: str) -> Text:
-    """Name a collection of strings, each one document.
+    """Make a text from documents in memory.
+
+    Args:
+        documents: Documents in order; empty ones are left out.
+        source: Name to find the text by.
 
     Raises:
-        UserError: All of them are empty.
+        UserError: All documents are empty.
     """
     kept = _not_empty(documents, source)
     digest = hashlib.sha256()
@@ -94,18 +98,19 @@ def token_windows(
     max_tokens: int | None = None,
     offset: int = 0,
 ) -> TokenWindows:
-    """TileConfig a text into windows that do not overlap.
+    """Tokenize a text and split it into windows that do not overlap.
 
-    Documents are separated by the tokenizer's end-of-text token where it has one; no other special
+    Documents are separated by the tokenizer's end-of-text token if it has one; no other special
     token is added. Tokens after the last whole window are left out.
 
     Args:
-        text: A text, or what `read_text` takes.
+        text: A text, or a file or data set for `read_text`.
         tokenizer: A Hugging Face tokenizer.
         sequence_length: Tokens per window.
-        num_tokens: Tokens wanted, rounded down to whole windows; fewer are an error.
-        max_tokens: Tokens at most, rounded down to whole windows.
-        offset: Tokens to skip first.
+        num_tokens: Required number of tokens, rounded down to whole windows; a shorter text is an
+            error.
+        max_tokens: Upper limit on the number of tokens, rounded down to whole windows.
+        offset: Number of tokens to skip at the start.
 
     Raises:
         UserError: The text is shorter than one window or than `num_tokens`, or a number is not
@@ -140,14 +145,14 @@ def token_windows(
 
 
 def check_no_overlap(windows: TokenWindows, calibration: TextProvenance) -> None:
-    """Make sure that text used for evaluation was not used for calibration.
+    """Check that text used for evaluation was not used for calibration.
 
     Args:
         windows: Text to evaluate on.
-        calibration: Text that calibrated the plan.
+        calibration: Provenance of the text that the plan was calibrated on.
 
     Raises:
-        UserError: The same file region, or windows that calibration has seen.
+        UserError: The texts are overlapping parts of one file, or calibration saw some windows.
     """
     mine = windows.provenance
     same_file = mine.sha256 is not None and mine.sha256 == calibration.sha256
@@ -216,7 +221,7 @@ def _dataset_rows(source: str) -> Iterator[str]:
     *name, split = parts
     try:
         rows = load_dataset(*name, split=split)
-        # A row may hold None, which is no text.
+        # A row without text is None.
         return (row or "" for row in rows[_DATASET_COLUMN])
     except Exception as error:
         reason = str(error).strip().split("\n")[0]

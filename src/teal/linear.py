@@ -1,4 +1,4 @@
-"""The module that takes the place of a projection and drops part of its input."""
+"""The module that replaces a projection and drops part of its input."""
 
 import math
 
@@ -9,20 +9,20 @@ from torch import Tensor, nn
 from teal.kernels.reference.matmul import keep_mask, sparse_activation
 from teal.methods import MaskRule
 
-# Up to this many token rows are a decode step, whatever shape they come in: a packed batch of
-# eight one-token requests is (1, 8, hidden_size). More rows leave too few channels that every
-# row drops (paper, section 5.4).
+# A forward pass of up to this many token rows counts as a decode step, whatever its shape: a
+# packed batch of eight one-token requests is (1, 8, hidden_size). With more rows, too few channels
+# are dropped by all of them (paper, section 5.4).
 DECODE_ROWS = 8
 
 
 class TokenSelection:
-    """Which tokens of the current forward pass are sparse; shared by a model's sparse linears.
+    """Selects the sparse tokens of a forward pass; shared by all sparse linears of a model.
 
     Attributes:
         sparse_from: Fraction of a sequence after which its tokens are sparse in a forward pass of
-            many tokens: 0 is every token, 1 none.
-        mask: Sparse tokens of the pass under way, (batch, tokens), bool, where padding makes them
-            differ between sequences; `None` where the shape alone tells.
+            many tokens: 0 selects every token, 1 none.
+        mask: Sparse tokens of the current forward pass, (batch, tokens), bool, if padding makes
+            them differ between sequences; `None` if they depend on the shape alone.
     """
 
     def __init__(self, sparse_from: float) -> None:
@@ -36,7 +36,7 @@ class TokenSelection:
             x: Activations, (..., tokens, in_features).
 
         Returns:
-            Bool mask, (..., tokens), or one bool where all tokens are alike.
+            Mask, (..., tokens), bool, or a single bool for all tokens.
         """
         shape = x.shape[:-1]
         if shape.numel() <= DECODE_ROWS or self.sparse_from == 0.0:
@@ -50,32 +50,37 @@ class TokenSelection:
 
 
 class SparsityMeter:
-    """Counts how many activations of one projection were dropped."""
+    """Counts the dropped activations of one projection."""
 
     def __init__(self) -> None:
         self._dropped: Tensor | int = 0
         self._seen = 0
 
     def add(self, keep: Tensor) -> None:
-        """Count one mask, (rows, in_features), True = kept."""
+        """Count a keep mask, (..., in_features), bool, True for kept entries."""
         self._dropped = self._dropped + (~keep).sum()
         self._seen += keep.numel()
 
     @property
     def sparsity(self) -> float:
-        """Effective sparsity over everything counted; 0 where nothing was."""
+        """Effective sparsity over everything counted; 0 if nothing was."""
         return float(self._dropped) / self._seen if self._seen else 0.0
 
 
 class SparseLinear(nn.Module):
-    """An `nn.Linear` whose input loses the entries that a rule drops.
+    """An `nn.Linear` that drops the entries of its input that a rule selects.
 
-    It holds the very parameters of the linear layer that it replaces, under the same names.
+    It shares the parameters of the linear layer that it replaces, under the same names.
+
+    Args:
+        linear: The linear layer to replace.
+        rule: Mask rule of the input.
+        selection: Selection of sparse tokens, shared by all sparse linears of a model.
 
     Attributes:
-        rule: What is dropped, or `None` for nothing; may be exchanged at any time.
-        selection: Which tokens are sparse.
-        meter: Counts dropped activations where set.
+        rule: Mask rule of the input, or `None` to drop nothing; can be set at any time.
+        selection: Selection of sparse tokens.
+        meter: Counter of dropped activations, or `None`.
     """
 
     def __init__(self, linear: nn.Linear, rule: MaskRule | None, selection: TokenSelection) -> None:
@@ -84,7 +89,7 @@ class SparseLinear(nn.Module):
         self.out_features = linear.out_features
         self.weight = linear.weight
         self.bias = linear.bias
-        # In a tuple, which nn.Module does not register: its parameters are listed once.
+        # In a tuple, so that nn.Module does not register the same parameters twice.
         self._replaced = (linear,)
         self.rule = rule
         self.selection = selection
@@ -92,7 +97,7 @@ class SparseLinear(nn.Module):
 
     @property
     def replaced(self) -> nn.Linear:
-        """The linear layer that this one stands in for."""
+        """The linear layer that this one replaces."""
         return self._replaced[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,12 +107,12 @@ class SparseLinear(nn.Module):
             x: Activations, (..., in_features).
 
         Returns:
-            (..., out_features), in the dtype of `x`.
+            Product, (..., out_features), in the dtype of `x`.
         """
         return F.linear(self._drop(x), self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        """Show sizes and threshold in the printed model."""
+        """Return sizes and threshold for the printed model."""
         threshold = "none" if self.rule is None else f"{self.rule.threshold:.4g}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "

@@ -1,4 +1,4 @@
-"""The artifact between offline and runtime: one mask rule per projection and how it was decided."""
+"""The sparsity plan, an artifact: one mask rule per projection, and how it was decided."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -29,11 +29,11 @@ _FINGERPRINTS = "calibration.fingerprints"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlannedProjection:
-    """What happens to the input of one projection.
+    """The part of a plan for one projection.
 
     Attributes:
-        target_sparsity: Fraction of the input that calibration expects to be dropped.
-        rule: What is dropped, or `None` where the projection stays dense.
+        target_sparsity: Fraction of the input to drop, as measured on the calibration text.
+        rule: Mask rule of the input, or `None` if the projection stays dense.
     """
 
     target_sparsity: float
@@ -48,17 +48,17 @@ class SparsityPlan:
     """One mask rule per projection, for one model.
 
     Attributes:
-        model: The model it was made for.
-        projections: What happens to each planned projection, by dotted module name.
-        method: Name of the published rule, such as "teal".
-        strategy: How the sparsity was spread over the projections, such as "uniform".
-        target_sparsity: Sparsity budget that was asked for: the mean of the projections' targets
+        model: Identity of the model that the plan was made for.
+        projections: Target and rule of each planned projection, by dotted module name.
+        method: Method that made the rules, such as "teal".
+        strategy: Strategy that distributed the sparsity over the projections, such as "uniform".
+        target_sparsity: Sparsity budget that was asked for: mean of the projections' targets,
             weighted by weight size.
-        calibration: The text that the thresholds come from.
+        calibration: Provenance of the text that the thresholds come from.
         dtype: Activation dtype during calibration, such as "bfloat16".
         library_version: Version of teal that made the plan.
-        weight_format: Of the weights during calibration: "float", "int8", "int4" or "fp8".
-        path: The rules at other sparsities, for `at`, or `None` where they are not known.
+        weight_format: Weight format during calibration: "float", "int8", "int4" or "fp8".
+        path: Rules at other sparsities, for `at`, or `None` if they are not known.
     """
 
     model: ModelIdentity
@@ -92,16 +92,17 @@ class SparsityPlan:
         )
 
     def at(self, sparsity: float) -> "SparsityPlan":
-        """Return the plan at another sparsity, without going back to the statistics.
+        """Return the plan at another sparsity, without the statistics.
 
-        0 gives a plan without rules, the plan's own target the plan as it is. Any other is read
-        off the path, between whose points targets and thresholds are interpolated.
+        At 0 the plan has no rules; at the plan's own target it is the plan itself. Any other
+        sparsity is read off the path, with targets and thresholds interpolated between its points.
 
         Args:
             sparsity: Sparsity budget in [0, 1).
 
         Raises:
-            UserError: It is no such fraction, the path ends below it, or there is no path.
+            UserError: The sparsity is out of range or above the end of the path, or there is no
+                path.
         """
         sparsity = check_sparsity(sparsity)
         if sparsity == 0.0:
@@ -125,11 +126,11 @@ class SparsityPlan:
         )
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
-        """Write the plan: `plan.json`, and `plan.safetensors` for everything that is a vector.
+        """Write the plan to `plan.json`, and its tensors to `plan.safetensors`.
 
         Args:
             folder: Destination.
-            force: Replace an existing folder.
+            force: Whether to replace an existing folder.
 
         Raises:
             UserError: The destination exists or cannot be written.
@@ -149,10 +150,10 @@ class SparsityPlan:
         """Read a plan that `save` wrote, bit for bit.
 
         Args:
-            folder: The plan.
+            folder: Folder of the plan.
 
         Raises:
-            UserError: There is none, it is damaged, or of a newer schema.
+            UserError: The plan is missing, damaged, or of a newer schema.
         """
         payload, tensors = load_artifact(Path(folder), "plan", SCHEMA_VERSION)
         with well_formed(Path(folder)):
@@ -182,7 +183,7 @@ class SparsityPlan:
             )
 
     def _vectors_of(self, name: str) -> Mapping[str, Tensor]:
-        """Return score_scale and shift also of a projection that only the path gives a rule."""
+        """Return score scale and shift, also of a projection that has a rule only on the path."""
         rule = self.projections[name].rule
         if rule:
             return rule.vectors

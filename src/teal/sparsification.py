@@ -1,4 +1,4 @@
-"""How a model becomes sparse and dense again, in place."""
+"""Making a model sparse and dense again, in place."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -21,12 +21,12 @@ _HOOK = "_teal_hook"
 def sparsify(model: nn.Module, plan: SparsityPlan, *, sparse_from: float = 1.0) -> nn.Module:
     """Make `model` sparse in place and return it; `densify` undoes it.
 
-    Steps of up to 8 token rows (decoding) are always sparse. Parameters keep their names, shapes
-    and storage.
+    Forward passes of up to 8 token rows (decoding) are always sparse. Parameters keep their names,
+    shapes and storage.
 
     Args:
         model: A Hugging Face causal language model of a supported family, dense or sparse.
-        plan: What to drop where.
+        plan: Sparsity plan of this model.
         sparse_from: In a forward pass of more than 8 token rows (prefill), the tokens at positions
             ≥ `sparse_from` · length of each sequence are sparse: 1 keeps prefill dense, 0.5 is the
             paper's evaluation protocol, 0 is every token.
@@ -43,9 +43,18 @@ def sparsify(model: nn.Module, plan: SparsityPlan, *, sparse_from: float = 1.0) 
 
 
 def insert_plan(model: nn.Module, plan: SparsityPlan, *, sparse_from: float) -> nn.Module:
-    """Do what `sparsify` does, in place, without a word on the format of the weights.
+    """Make `model` sparse in place as `sparsify` does, without a warning about weight formats.
 
-    Args and errors are those of `sparsify`.
+    Args:
+        model: A Hugging Face causal language model of a supported family, dense or sparse.
+        plan: Sparsity plan of this model.
+        sparse_from: See `sparsify`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        UserError: The plan belongs to another model, or `sparse_from` is outside [0, 1].
     """
     if not 0.0 <= sparse_from <= 1.0:
         raise UserError(f"sparse_from {sparse_from!r} is outside [0, 1]. Give 1 for dense prefill.")
@@ -59,7 +68,7 @@ def insert_plan(model: nn.Module, plan: SparsityPlan, *, sparse_from: float) -> 
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Make `model` dense in place, with the very modules it had, and return it."""
+    """Make `model` dense in place, restoring its original modules, and return it."""
     for name, sparse in sparse_linears(model).items():
         model.set_submodule(name, sparse.replaced)
     for handle in model.__dict__.pop(_HOOK, ()):
@@ -77,12 +86,12 @@ def sparse_linears(model: nn.Module) -> dict[str, SparseLinear]:
 def insert_sparse_linears(
     model: nn.Module, rules: Mapping[str, MaskRule | None], selection: TokenSelection
 ) -> dict[str, SparseLinear]:
-    """Put sparse linears in the place of the named projections; `densify` undoes it.
+    """Replace the named projections of `model` by sparse linears, in place; `densify` undoes it.
 
     Args:
-        model: A dense model, changed in place.
-        rules: What each projection drops, by dotted module name.
-        selection: Which tokens are sparse.
+        model: A dense model.
+        rules: Mask rule of each projection, by dotted module name.
+        selection: Selection of sparse tokens, shared by the new modules.
 
     Returns:
         The new modules by name.
@@ -100,16 +109,16 @@ def insert_sparse_linears(
 def measure_sparsity(
     model: nn.Module, meters: dict[str, SparsityMeter] | None = None
 ) -> Iterator[dict[str, SparsityMeter]]:
-    """Count dropped activations per projection while the block runs.
+    """Count dropped activations per projection inside the with statement.
 
-    Only tokens that are sparse are counted.
+    Only sparse tokens are counted.
 
     Args:
         model: A sparse model.
-        meters: Meters by projection to go on counting with; missing ones are added.
+        meters: Meters by projection to continue with; missing ones are added.
 
     Yields:
-        A meter for each sparse projection by name; they stay readable after the block.
+        A meter for each sparse projection by name, readable after the with statement too.
     """
     linears = sparse_linears(model)
     meters = {} if meters is None else meters
@@ -123,24 +132,24 @@ def measure_sparsity(
 
 
 def sparse_tokens(padding: Tensor, sparse_from: float) -> Tensor:
-    """Return which tokens of padded sequences are sparse.
+    """Return the sparse tokens of padded sequences.
 
     Args:
         padding: 1 for a token, 0 for padding on either side, (batch, tokens).
         sparse_from: Fraction of each sequence that stays dense.
 
     Returns:
-        (batch, tokens), bool; padding is never sparse.
+        Mask, (batch, tokens), bool, True for sparse tokens; padding is never sparse.
     """
     real = padding.bool()
     length = real.sum(-1, keepdim=True)
     position = real.cumsum(-1) - 1
-    # In float64, as Python computes `first_sparse`.
+    # In float64, to agree with `first_sparse`.
     return real & (position >= torch.ceil(sparse_from * length.double()))
 
 
 def _follow_padding(model: nn.Module, selection: TokenSelection) -> None:
-    """Tell `selection` at each call of `model` which tokens are sparse where padding matters."""
+    """Set the mask of `selection` at each call of `model` with padded sequences."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not 0.0 < selection.sparse_from < 1.0:

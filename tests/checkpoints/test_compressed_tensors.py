@@ -1,5 +1,8 @@
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from teal.checkpoints.compressed_tensors import (
     CompressedLayout,
@@ -7,7 +10,7 @@ from teal.checkpoints.compressed_tensors import (
     compressed_tensors,
 )
 from teal.foundation.errors import UserError
-from teal.quantization import Scheme, round_to_nearest
+from teal.quantization import QuantizedWeight, Scheme, round_to_nearest
 from tests.quantization import packers
 from tests.quantization.packers import IN, OUT, int_weights, packed_tensors, random_codes, symmetric
 
@@ -22,12 +25,18 @@ SCHEMES = {
 }
 
 
-def read(tensors, weights, layout=PACKED, name="model.layers.0.mlp.up_proj", **changes):
+def read(
+    tensors: dict[str, Tensor],
+    weights: dict[str, Any],
+    layout: str = PACKED,
+    name: str = "model.layers.0.mlp.up_proj",
+    **changes: Any,
+) -> QuantizedWeight:
     config = packers.compressed_config(weights, layout, **changes)
     return CompressedLayout.from_config(config).weight(name, tensors)
 
 
-def plain_tensors(dtype):
+def plain_tensors(dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-99, 99, (OUT, IN), generator=generator)
     return {
@@ -36,20 +45,20 @@ def plain_tensors(dtype):
     }
 
 
-def test_packed_int4_stands_for_the_weight_that_its_specification_says():
+def test_packed_int4_weights_equal_those_of_the_specification() -> None:
     codes = symmetric(random_codes())
     weight = read(packed_tensors(codes), int_weights())
     assert weight.zeros is None
     assert torch.equal(weight.dequantize(torch.float64), codes.weight)
 
 
-def test_packed_int4_with_zeros_stands_for_the_weight_that_its_specification_says():
+def test_packed_int4_weights_with_zeros_equal_those_of_the_specification() -> None:
     codes = random_codes()
     weight = read(packed_tensors(codes, has_zeros=True), int_weights(symmetric=False))
     assert torch.equal(weight.dequantize(torch.float64), codes.weight)
 
 
-def test_packed_int8_stands_for_the_weight_that_its_specification_says():
+def test_packed_int8_weights_equal_those_of_the_specification() -> None:
     codes = symmetric(random_codes(8, group_size=IN), 8)
     weight = read(packed_tensors(codes, bits=8), INT8_PER_OUTPUT)
     assert weight.format == "int8"
@@ -64,7 +73,9 @@ def test_packed_int8_stands_for_the_weight_that_its_specification_says():
         pytest.param(torch.float8_e4m3fn, FP8, FLOAT, id="fp8"),
     ],
 )
-def test_plain_codes_stand_for_code_times_scale(dtype, weights, layout):
+def test_plain_codes_dequantize_to_code_times_scale(
+    dtype: torch.dtype, weights: dict[str, Any], layout: str
+) -> None:
     tensors = plain_tensors(dtype)
     weight = read(tensors, weights, layout)
     expected = tensors["weight"].float() * tensors["weight_scale"]
@@ -72,13 +83,13 @@ def test_plain_codes_stand_for_code_times_scale(dtype, weights, layout):
     assert torch.equal(weight.dequantize(), expected.T)
 
 
-def test_one_scale_for_a_whole_tensor_serves_every_output():
+def test_one_scale_per_tensor_applies_to_every_output() -> None:
     tensors = {**plain_tensors(torch.float8_e4m3fn), "weight_scale": torch.tensor([0.5])}
     weight = read(tensors, {**FP8, "strategy": "tensor"}, FLOAT)
     assert torch.equal(weight.dequantize(), tensors["weight"].T.float() * 0.5)
 
 
-def test_how_activations_would_be_quantized_is_ignored():
+def test_activation_quantization_is_ignored() -> None:
     activations = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
     weight = read(plain_tensors(torch.float8_e4m3fn), FP8, FLOAT, input_activations=activations)
     assert weight.format == "fp8"
@@ -89,12 +100,12 @@ def test_how_activations_would_be_quantized_is_ignored():
     [["Linear"], ["model.layers.0.mlp.up_proj"], [r"re:.*mlp\..*_proj$"]],
     ids=["class", "name", "pattern"],
 )
-def test_groups_cover_projections_by_class_name_and_pattern(targets):
+def test_groups_cover_projections_by_class_name_and_pattern(targets: list[str]) -> None:
     codes = symmetric(random_codes())
     assert read(packed_tensors(codes), int_weights(), targets=targets).shape == (IN, OUT)
 
 
-def test_each_projection_is_read_as_the_group_that_covers_it_says():
+def test_each_projection_is_read_with_the_group_that_covers_it() -> None:
     config = packers.compressed_config(int_weights(), PACKED, targets=["re:.*mlp.*"])
     other = {"targets": ["re:.*attn.*"], "weights": FP8, "format": FLOAT}
     config["config_groups"]["group_1"] = other
@@ -104,7 +115,7 @@ def test_each_projection_is_read_as_the_group_that_covers_it_says():
     assert (up.format, q.format) == ("int4", "fp8")
 
 
-def test_a_projection_that_no_group_covers_is_refused():
+def test_projection_that_no_group_covers_is_refused() -> None:
     with pytest.raises(UserError, match="No config group covers"):
         read(packed_tensors(random_codes()), int_weights(), targets=["re:.*attn.*"])
 
@@ -123,26 +134,28 @@ def test_a_projection_that_no_group_covers_is_refused():
         ),
     ],
 )
-def test_other_kinds_are_refused_with_what_is_supported(weights, layout, words):
+def test_unsupported_kinds_are_refused_with_the_supported_ones(
+    weights: dict[str, Any], layout: str, words: str
+) -> None:
     with pytest.raises(UserError, match=words):
         read({}, weights, layout)
 
 
 @pytest.mark.parametrize("suffix", ["weight_packed", "weight_scale", "weight_zero_point"])
-def test_truncated_tensors_are_refused(suffix):
+def test_truncated_tensors_are_refused(suffix: str) -> None:
     tensors = packed_tensors(random_codes(), has_zeros=True)
     tensors[suffix] = tensors[suffix][:-1]
     with pytest.raises(UserError, match=f"{suffix}.*damaged"):
         read(tensors, int_weights(symmetric=False))
 
 
-def test_a_weight_that_is_not_quantized_at_all_is_refused():
+def test_float_weight_is_refused() -> None:
     with pytest.raises(UserError, match=r"torch.float32, not quantized"):
         read(plain_tensors(torch.float32), FP8, FLOAT)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_what_is_written_is_read_back_bit_by_bit(name):
+def test_written_tensors_are_read_back_bit_for_bit(name: str) -> None:
     scheme = SCHEMES[name]
     dense = torch.randn(IN, OUT - 1, generator=torch.Generator().manual_seed(0)).bfloat16()
     weight = round_to_nearest(dense, scheme)
@@ -152,7 +165,7 @@ def test_what_is_written_is_read_back_bit_by_bit(name):
     assert all(torch.equal(again.tensors()[n], t) for n, t in weight.tensors().items())
 
 
-def test_zeros_that_all_are_in_the_middle_are_written_where_readers_expect_zeros():
+def test_symmetric_zeros_are_written_if_the_scheme_is_asymmetric() -> None:
     scheme = SCHEMES["int4-asymmetric"]
     codes = symmetric(random_codes())
     weight = read(packed_tensors(codes), int_weights())
@@ -162,7 +175,7 @@ def test_zeros_that_all_are_in_the_middle_are_written_where_readers_expect_zeros
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_the_library_of_that_layout_reads_the_same_values(name):
+def test_the_compressed_tensors_library_reads_the_same_values(name: str) -> None:
     compressors = pytest.importorskip("compressed_tensors.compressors")
     quantization = pytest.importorskip("compressed_tensors.quantization")
     scheme = SCHEMES[name]

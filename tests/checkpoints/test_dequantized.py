@@ -10,13 +10,14 @@ from teal.foundation.errors import UserError
 from teal.models.loading import load_model, load_tokenizer
 from teal.models.weight_format import weight_format_of
 from teal.quantization import Scheme
-from tests.cli.conftest import MODEL
 from tests.helpers import logits_of, tiny_tokens
 from tests.quantized_folders import CHECKPOINTS, write_checkpoint
 
+MODEL = str(Path(__file__).parents[2] / "models/py-16m")
+
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_published_checkpoints_are_opened_with_the_values_of_their_codes(
+def test_published_checkpoints_are_opened_with_dequantized_weights(
     kind: str, tmp_path: Path
 ) -> None:
     expected = write_checkpoint(tmp_path, kind)
@@ -30,7 +31,9 @@ def test_published_checkpoints_are_opened_with_the_values_of_their_codes(
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_a_quantized_head_becomes_floats_of_its_own(is_tied: bool, tmp_path: Path) -> None:
+def test_quantized_head_is_dequantized_and_not_tied_to_the_embedding(
+    is_tied: bool, tmp_path: Path
+) -> None:
     expected = write_checkpoint(tmp_path, "gptq", has_head=True)
     content = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(content | {"tie_word_embeddings": is_tied}))
@@ -40,7 +43,7 @@ def test_a_quantized_head_becomes_floats_of_its_own(is_tied: bool, tmp_path: Pat
 
 
 @pytest.mark.parametrize("weight_format", ["int8", "fp8", "int4"])
-def test_a_folder_of_ours_computes_as_the_model_that_was_quantized(
+def test_saved_quantized_model_has_the_logits_of_the_model_in_memory(
     weight_format: str, tmp_path: Path
 ) -> None:
     model = load_model(MODEL, device="cpu")
@@ -54,7 +57,7 @@ def test_a_folder_of_ours_computes_as_the_model_that_was_quantized(
     assert torch.equal(logits_of(opened, tokens), logits_of(model, tokens))
 
 
-def test_bias_of_zeros_that_gptq_adds_is_ignored_and_any_other_refused(tmp_path: Path) -> None:
+def test_zero_bias_that_gptq_adds_is_ignored_and_any_other_refused(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.bias"
     write_checkpoint(tmp_path, "gptq", **{name: torch.zeros(32)})
     assert name not in load_model(str(tmp_path), device="cpu").state_dict()
@@ -63,7 +66,7 @@ def test_bias_of_zeros_that_gptq_adds_is_ignored_and_any_other_refused(tmp_path:
         load_model(str(tmp_path), device="cpu")
 
 
-def test_a_checkpoint_in_several_files_is_read_whole(tmp_path: Path) -> None:
+def test_sharded_checkpoint_is_read(tmp_path: Path) -> None:
     expected = write_checkpoint(tmp_path, "awq")
     split_in_two(tmp_path)
     model = load_model(str(tmp_path), dtype="float32", device="cpu")
@@ -71,13 +74,13 @@ def test_a_checkpoint_in_several_files_is_read_whole(tmp_path: Path) -> None:
     torch.testing.assert_close(logits_of(model, tokens), logits_of(expected, tokens))
 
 
-def test_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "awq", **{"model.norm.weight": None})
     with pytest.raises(UserError, match=r"lack model\.norm\.weight\. Use a complete"):
         load_model(str(tmp_path), device="cpu")
 
 
-def test_an_unknown_method_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
+def test_unknown_quantization_method_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "awq")
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace('"awq"', '"hqq"'))

@@ -1,4 +1,6 @@
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from safetensors.torch import save_file
 
 from teal.checkpoints.quantized import QuantizedCheckpoint
 from teal.foundation.errors import UserError
+from tests.quantization import packers
 from tests.quantization.packers import (
     awq_config,
     awq_tensors,
@@ -28,18 +31,18 @@ METHODS = {
 }
 
 
-def drawn(seed):
+def drawn(seed: int) -> packers.Codes:
     return symmetric(random_codes(seed=seed))
 
 
-def written(folder, method="awq", **changes):
+def written(folder: Path, method: str = "awq", **changes: Any) -> Path:
     config, tensors_of = METHODS[method]
     projections = {name: tensors_of(drawn(seed)) for seed, name in enumerate(NAMES)}
     return write_checkpoint(folder, {**config, **changes}, projections)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_projection_is_read_by_its_name(method, tmp_path):
+def test_every_projection_is_read_by_its_name(method: str, tmp_path: Path) -> None:
     checkpoint = QuantizedCheckpoint(written(tmp_path, method))
     assert (checkpoint.method, checkpoint.names) == (method, NAMES)
     for seed, (name, weight) in enumerate(checkpoint):
@@ -47,7 +50,7 @@ def test_every_projection_is_read_by_its_name(method, tmp_path):
         assert torch.equal(weight.dequantize(torch.float64), drawn(seed).weight)
 
 
-def test_a_checkpoint_in_several_files_is_read(tmp_path):
+def test_sharded_checkpoint_is_read(tmp_path: Path) -> None:
     projections = {name: awq_tensors(drawn(seed)) for seed, name in enumerate(NAMES)}
     write_checkpoint(tmp_path, awq_config(), projections)
     (tmp_path / "model.safetensors").unlink()
@@ -63,13 +66,13 @@ def test_a_checkpoint_in_several_files_is_read(tmp_path):
     assert torch.equal(weights[NAMES[1]].dequantize(torch.float64), drawn(1).weight)
 
 
-def test_a_bias_beside_a_projection_does_no_harm(tmp_path):
+def test_bias_of_a_quantized_projection_is_ignored(tmp_path: Path) -> None:
     tensors = {**awq_tensors(drawn(0)), "bias": torch.zeros(48)}
     write_checkpoint(tmp_path, awq_config(), {NAMES[0]: tensors})
     assert QuantizedCheckpoint(tmp_path).read(NAMES[0]).shape == (64, 48)
 
 
-def test_a_dense_model_is_refused(tmp_path):
+def test_dense_model_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, None, {})
     with pytest.raises(UserError, match="is not quantized"):
         QuantizedCheckpoint(tmp_path)
@@ -84,28 +87,28 @@ def test_a_dense_model_is_refused(tmp_path):
         pytest.param({"group_size": None}, "is damaged", id="group size"),
     ],
 )
-def test_an_unsupported_configuration_is_refused_before_any_tensor_is_read(
-    changes, words, tmp_path
-):
+def test_unsupported_configuration_is_refused_before_any_tensor_is_read(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=words):
         QuantizedCheckpoint(written(tmp_path, **changes))
 
 
-def test_a_configuration_that_is_no_object_is_refused(tmp_path):
+def test_configuration_that_is_no_object_is_refused(tmp_path: Path) -> None:
     written(tmp_path)
     (tmp_path / "config.json").write_text('{"quantization_config": 4}')
     with pytest.raises(UserError, match="no JSON object"):
         QuantizedCheckpoint(tmp_path)
 
 
-def test_a_folder_without_quantized_tensors_is_refused(tmp_path):
+def test_folder_without_quantized_tensors_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, awq_config(), {})
     with pytest.raises(UserError, match="holds no qweight"):
         QuantizedCheckpoint(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["qzeros", "scales"])
-def test_an_error_names_projection_and_missing_tensor(suffix, tmp_path):
+def test_missing_tensor_is_refused_by_projection_and_name(suffix: str, tmp_path: Path) -> None:
     tensors = awq_tensors(drawn(0))
     del tensors[suffix]
     write_checkpoint(tmp_path, awq_config(), {NAMES[0]: tensors})
@@ -113,7 +116,7 @@ def test_an_error_names_projection_and_missing_tensor(suffix, tmp_path):
         QuantizedCheckpoint(tmp_path).read(NAMES[0])
 
 
-def test_a_tensor_of_an_absurd_form_is_one_sentence_too(tmp_path):
+def test_malformed_tensor_is_refused_in_one_sentence(tmp_path: Path) -> None:
     config, tensors_of = METHODS["compressed-tensors"]
     tensors = {**tensors_of(drawn(0)), "weight_shape": torch.tensor([48])}
     write_checkpoint(tmp_path, config, {NAMES[0]: tensors})
@@ -121,30 +124,30 @@ def test_a_tensor_of_an_absurd_form_is_one_sentence_too(tmp_path):
         QuantizedCheckpoint(tmp_path).read(NAMES[0])
 
 
-def test_a_name_that_is_not_quantized_is_refused(tmp_path):
+def test_projection_that_is_not_quantized_is_refused(tmp_path: Path) -> None:
     checkpoint = QuantizedCheckpoint(written(tmp_path))
     with pytest.raises(UserError, match="no quantized lm_head"):
         checkpoint.read("lm_head")
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, -200])
-def test_a_truncated_file_is_refused(kept, tmp_path):
+def test_truncated_file_is_refused(kept: int, tmp_path: Path) -> None:
     path = written(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError, match="missing or damaged"):
         QuantizedCheckpoint(tmp_path)
 
 
-def test_a_missing_part_is_refused_when_it_is_needed(tmp_path):
+def test_missing_file_of_several_is_refused_when_it_is_needed(tmp_path: Path) -> None:
     written(tmp_path)
     index = {"weight_map": {f"{NAMES[0]}.qweight": "part-9.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"part-9.safetensors is missing"):
+    with pytest.raises(UserError, match=r"part-9\.safetensors' is missing or damaged"):
         QuantizedCheckpoint(tmp_path).read(NAMES[0])
 
 
-def test_an_index_without_a_map_is_refused(tmp_path):
+def test_index_without_a_map_is_refused(tmp_path: Path) -> None:
     written(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="has no weight_map"):
         QuantizedCheckpoint(tmp_path)

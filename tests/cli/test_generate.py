@@ -67,15 +67,15 @@ def test_text_ends_before_a_stop_string(generate):
     assert outcome.out.removesuffix("\n") == whole[:begun]
 
 
-def test_several_prompts_are_several_streams(generate):
+def test_several_prompts_are_several_sequences(generate):
     content = generate("--prompt", "class A:", "--max-new-tokens", 6, "--json").json
-    assert [stream["prompt"] for stream in content["streams"]] == [PROMPT, "class A:"]
-    assert all(len(stream["tokens"]) == 6 for stream in content["streams"])
-    assert content["streams"][0]["finish_reason"] == "length"
+    assert [sequence["prompt"] for sequence in content["sequences"]] == [PROMPT, "class A:"]
+    assert all(len(sequence["tokens"]) == 6 for sequence in content["sequences"])
+    assert content["sequences"][0]["finish_reason"] == "length"
     assert content["tokens_per_second"] > 0
     table = generate("--prompt", "class A:", "--max-new-tokens", 6).out
-    for stream in content["streams"]:
-        assert stream["prompt"] + stream["text"] in table
+    for sequence in content["sequences"]:
+        assert sequence["prompt"] + sequence["text"] in table
 
 
 def test_weights_of_few_bits_continue_the_prompt_in_their_own_way(generate):
@@ -104,7 +104,7 @@ def test_chat_puts_the_prompt_into_the_template(teal, tmp_path):
     options = ("--max-new-tokens", "12", "--json")
     chat = teal("generate", tmp_path / "model", "--prompt", "Hello", "--chat", *options)
     plain = teal("generate", MODEL, "--prompt", "<user>Hello", *options)
-    assert chat.json["streams"][0]["text"] == plain.json["streams"][0]["text"]
+    assert chat.json["sequences"][0]["text"] == plain.json["sequences"][0]["text"]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_plan_of_another_model_does_not_fit_the_architecture() -> None:
         plan.model.require(wide.identity, "plan")
 
 
-def test_weights_of_a_known_model_are_counted_without_building_it() -> None:
+def test_weights_of_a_7b_model_are_counted_from_its_configuration() -> None:
     assert architecture_of(AutoConfig.for_model("llama")).num_weights == 6_738_149_376
 
 
@@ -42,7 +42,7 @@ def test_layers_have_four_inputs_under_the_names_that_calibration_uses(family: s
 
 @every_family
 @pytest.mark.parametrize("tied", [False, True])
-def test_weights_are_counted_as_the_model_has_them(family: str, tied: bool) -> None:
+def test_number_of_weights_equals_that_of_the_model(family: str, tied: bool) -> None:
     model = tiny_model(family, tie_word_embeddings=tied)
     architecture = architecture_of(model.config)
     assert architecture.tied_head is tied
@@ -122,7 +122,7 @@ def test_family_that_only_transformers_runs_is_refused(monkeypatch: pytest.Monke
         ("gemma3_text", "use_bidirectional_attention", True, r"later tokens .* Give a causal"),
     ],
 )
-def test_what_the_engine_does_not_compute_is_refused(
+def test_unsupported_configurations_are_refused(
     family: str, field: str, value: object, message: str
 ) -> None:
     config = tiny_model(family).config

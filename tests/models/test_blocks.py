@@ -70,7 +70,7 @@ def test_windows_come_in_batches_in_order(batch_size: int, sizes: list[int]) -> 
 
 
 @every_family
-def test_model_has_its_own_blocks_back_and_ran_none(family: str) -> None:
+def test_blocks_are_restored_and_not_run(family: str) -> None:
     model = tiny_model(family)
     modules = list(model.named_modules())
     for block in blocks_of(model):
@@ -79,7 +79,7 @@ def test_model_has_its_own_blocks_back_and_ran_none(family: str) -> None:
     assert list(model.named_modules()) == modules
 
 
-def test_model_has_its_own_blocks_back_after_an_error() -> None:
+def test_blocks_are_restored_after_an_error() -> None:
     model = tiny_model("llama")
     modules = list(model.named_modules())
     model.model.norm.register_forward_pre_hook(fail)
@@ -94,7 +94,7 @@ def test_blocks_run_without_gradients() -> None:
     assert not run_all(model, batch).requires_grad
 
 
-def test_block_runs_where_it_resides(device: torch.device) -> None:
+def test_block_runs_on_its_device(device: torch.device) -> None:
     model, tokens = tiny_model("gemma3_text"), tiny_tokens(1, LENGTH)
     (batch,) = first_batches(model, tokens)
     block = blocks_of(model)[0]
@@ -105,7 +105,7 @@ def test_block_runs_where_it_resides(device: torch.device) -> None:
     torch.testing.assert_close(output.cpu(), expected)
 
 
-def test_module_goes_home_even_after_an_error(device: torch.device) -> None:
+def test_module_moves_back_after_an_error(device: torch.device) -> None:
     module = nn.Linear(2, 2)
     with pytest.raises(RuntimeError), resident(module, device):
         assert module.weight.device.type == device.type

@@ -56,7 +56,7 @@ def test_projections_of_one_input_receive_the_same_tensor(family: str) -> None:
 
 
 @every_family
-def test_blocks_know_their_parts_by_their_real_names(family: str) -> None:
+def test_names_in_a_block_are_those_of_the_model(family: str) -> None:
     model = tiny_model(family)
     blocks = blocks_of(model)
     assert [block.name for block in blocks] == ["model.layers.0", "model.layers.1"]

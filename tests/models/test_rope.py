@@ -74,7 +74,7 @@ def test_gemma3_has_tables_of_its_own_for_each_kind_of_layer() -> None:
         assert_same_tables(tables, tables_of_transformers(model, kind))
 
 
-def test_partial_rotary_embedding_turns_fewer_channels() -> None:
+def test_partial_rotary_embedding_rotates_fewer_channels() -> None:
     model = tiny_model("phi3", partial_rotary_factor=0.5)
     (rope, _) = ropes_of(model.config, FULL)
     assert len(rope.frequencies) == 2

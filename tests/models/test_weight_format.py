@@ -5,28 +5,28 @@ from teal.models.weight_format import mark_weight_format, warn_of_format, weight
 from tests.helpers import tiny_model
 
 
-def test_a_model_has_weights_of_floats_until_it_is_marked() -> None:
+def test_format_is_float_until_it_is_marked() -> None:
     model = tiny_model("llama")
     assert weight_format_of(model) == "float"
     mark_weight_format(model, "int8")
     assert weight_format_of(model) == "int8"
 
 
-def test_a_mark_is_no_part_of_the_model() -> None:
+def test_mark_is_not_in_the_state_dict() -> None:
     model = tiny_model("llama")
     before = list(model.state_dict())
     mark_weight_format(model, "int8")
     assert list(model.state_dict()) == before
 
 
-def test_a_model_that_transformers_quantized_is_refused() -> None:
+def test_model_that_transformers_quantized_is_refused() -> None:
     model = tiny_model("llama")
     model.config.quantization_config = {"quant_method": "awq"}
     with pytest.raises(UserError, match=r"opened this model quantized\. Give its folder"):
         weight_format_of(model)
 
 
-def test_another_format_than_that_of_calibration_is_told_in_one_line(
+def test_format_other_than_that_of_calibration_is_warned_about_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     warn_of_format("int8", "int8")

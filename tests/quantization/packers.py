@@ -1,4 +1,4 @@
-"""The layouts of published checkpoints, written from their specifications number by number."""
+"""Published checkpoint layouts, packed number by number from their specifications."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ IN, OUT, GROUP = 64, 48, 32
 
 @dataclass(frozen=True)
 class Codes:
-    """Unsigned codes and zeros, scales, and the weight that they stand for.
+    """Unsigned codes, zeros and scales, and the weight that they represent.
 
     Attributes:
-        unsigned: (in_features, out_features), int64.
-        zeros: (groups, out_features), int64.
-        scales: (groups, out_features), float16.
+        unsigned: Codes, (in_features, out_features), int64.
+        zeros: Code of zero per group and output, (groups, out_features), int64.
+        scales: Scale per group and output, (groups, out_features), float16.
         group_size: Input channels per group.
     """
 
@@ -34,7 +34,7 @@ class Codes:
 
     @property
     def weight(self) -> Tensor:
-        """(in_features, out_features), float64, entry by entry."""
+        """The dequantized weight, (in_features, out_features), float64."""
         group = torch.arange(len(self.unsigned)) // self.group_size
         return (self.unsigned - self.zeros[group]).double() * self.scales[group].double()
 
@@ -54,7 +54,7 @@ def random_codes(
 
 
 def symmetric(codes: Codes, bits: int = 4) -> Codes:
-    """Put every zero in the middle."""
+    """Set every zero to the middle code."""
     middle = torch.full_like(codes.zeros, 2 ** (bits - 1))
     return Codes(codes.unsigned, middle, codes.scales, codes.group_size)
 

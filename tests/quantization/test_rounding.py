@@ -1,9 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from teal.foundation.errors import UserError
 from teal.quantization import Scheme, round_to_nearest
-from teal.quantization.rounding import QuantParams
+from teal.quantization.rounding import GroupQuantizer
 from tests.helpers import relative_error
 
 SCHEMES = {
@@ -16,12 +19,12 @@ SCHEMES = {
 every_scheme = pytest.mark.parametrize("name", SCHEMES)
 
 
-def dense(shape=(96, 40), dtype=torch.float32):
+def dense(shape: tuple[int, int] = (96, 40), dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 @every_scheme
-def test_a_rounded_weight_has_shape_and_format_of_what_was_asked_for(name):
+def test_rounded_weight_has_the_shape_of_the_input_and_the_format_of_the_scheme(name: str) -> None:
     weight = round_to_nearest(dense(), SCHEMES[name])
     assert weight.shape == (96, 40)
     assert weight.format == SCHEMES[name].format
@@ -32,37 +35,38 @@ def test_a_rounded_weight_has_shape_and_format_of_what_was_asked_for(name):
 @pytest.mark.parametrize(
     ("name", "most"), [("fp8", 0.03), ("int4", 0.11), ("int4-asymmetric", 0.09), ("int8", 0.008)]
 )
-def test_rounding_normal_numbers_errs_as_its_bits_let_expect(name, most):
+def test_rounding_error_of_normal_weights_fits_the_number_of_bits(name: str, most: float) -> None:
     weight = round_to_nearest(dense(), SCHEMES[name])
     assert most / 3 < relative_error(weight.dequantize(), dense()) < most
 
 
 @pytest.mark.parametrize("name", ["int4-asymmetric", "int8"])
-def test_no_entry_is_further_than_half_a_step_from_its_value(name):
+def test_error_of_each_entry_is_at_most_half_a_step(name: str) -> None:
     weight = round_to_nearest(dense(), SCHEMES[name])
     steps = weight.scales.repeat_interleave(weight.group_size, 0)
-    # A zero that is not on the quantization parameters moves the ends of the range by up to
-    # another half step.
+    # Rounding the zero to a code moves the range by up to another half step.
     most = 1.0 if name == "int4-asymmetric" else 0.5
     assert ((weight.dequantize() - dense()).abs() <= most * steps + 1e-6).all()
 
 
-def test_values_on_the_grid_are_not_changed():
+def test_representable_values_are_not_changed() -> None:
     integers = torch.randint(-127, 128, (96, 40), generator=torch.Generator().manual_seed(0))
     integers[0] = 127
-    on_the_grid = integers.float() * 0.25
-    assert torch.equal(round_to_nearest(on_the_grid, SCHEMES["int8"]).dequantize(), on_the_grid)
+    representable = integers.float() * 0.25
+    assert torch.equal(round_to_nearest(representable, SCHEMES["int8"]).dequantize(), representable)
 
 
 @every_scheme
-def test_a_weight_of_zeros_stays_zero(name):
+def test_zero_weight_stays_zero(name: str) -> None:
     weight = round_to_nearest(torch.zeros(96, 40), SCHEMES[name])
     assert (weight.dequantize() == 0).all()
 
 
 @every_scheme
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_scales_take_the_dtype_of_the_weight_and_codes_make_up_for_their_rounding(name, dtype):
+def test_scales_have_the_dtype_of_the_weight_and_codes_compensate_their_rounding(
+    name: str, dtype: torch.dtype
+) -> None:
     weight = round_to_nearest(dense(dtype=dtype), SCHEMES[name])
     in_full = round_to_nearest(dense(dtype=dtype).float(), SCHEMES[name])
     exact = dense(dtype=dtype)
@@ -72,29 +76,33 @@ def test_scales_take_the_dtype_of_the_weight_and_codes_make_up_for_their_roundin
 
 
 @every_scheme
-def test_what_lies_beyond_the_grid_gets_the_value_at_its_end(name):
-    quant = QuantParams.fit(dense(), SCHEMES[name], torch.float32)
-    ends = quant.values(quant.codes(torch.stack([dense().amin(0) - 9, dense().amax(0) + 9])))
-    beyond = quant.values(quant.codes(torch.stack([dense().amin(0) - 999, dense().amax(0) + 999])))
-    assert torch.equal(beyond, ends)
-    assert torch.isfinite(beyond).all()
+def test_values_out_of_range_are_clamped(name: str) -> None:
+    quantizer = GroupQuantizer.fit(dense(), SCHEMES[name], torch.float32)
+    lowest, highest = dense().amin(0), dense().amax(0)
+
+    def rounded(excess: float) -> Tensor:
+        outside = torch.stack([lowest - excess, highest + excess])
+        return quantizer.values(quantizer.codes(outside))
+
+    assert torch.equal(rounded(999), rounded(9))
+    assert torch.isfinite(rounded(999)).all()
 
 
-def test_a_last_group_may_be_shorter():
+def test_last_group_may_be_shorter() -> None:
     weight = round_to_nearest(dense((70, 6)), SCHEMES["int4"])
     assert weight.scales.shape == (3, 6)
     alone = round_to_nearest(dense((70, 6))[64:], Scheme(format="int4", group_size=32))
     assert torch.equal(weight.dequantize()[64:], alone.dequantize())
 
 
-def test_groups_of_unlike_size_are_scaled_apart():
+def test_each_group_has_a_scale_of_its_own() -> None:
     weight = dense()
     weight[32:64] *= 1000
     rounded = round_to_nearest(weight, SCHEMES["int4"]).dequantize()
     assert relative_error(rounded[:32], weight[:32]) < 0.12
 
 
-def test_int4_takes_groups_of_128_where_none_are_given():
+def test_default_group_size_of_int4_is_128() -> None:
     assert Scheme(format="int4").group_size == 128
 
 
@@ -107,13 +115,15 @@ def test_int4_takes_groups_of_128_where_none_are_given():
         pytest.param({"format": "fp8", "symmetric": False}, "no zeros", id="fp8 zeros"),
     ],
 )
-def test_what_cannot_be_made_is_refused_with_what_can(fields, words):
+def test_unsupported_schemes_are_refused_with_the_supported_ones(
+    fields: dict[str, Any], words: str
+) -> None:
     with pytest.raises(UserError, match=words):
         Scheme(**fields)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_weight_with_nan_or_inf_is_refused(bad):
+def test_weight_with_nan_or_inf_is_refused(bad: float) -> None:
     weight = dense()
     weight[3, 3] = bad
     with pytest.raises(UserError, match="NaN or infinity"):

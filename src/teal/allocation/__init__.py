@@ -1,10 +1,11 @@
-"""How much sparsity where."""
+"""How much sparsity each projection gets: the budget, and the strategies that distribute it."""
 
-from teal.allocation.greedy import GreedySettings, greedy_path
+from teal.allocation.block_search import GreedySettings
+from teal.allocation.budget import AllocationRequest
+from teal.allocation.greedy import greedy_path
 from teal.allocation.search import SearchStep, search_sparsity
 from teal.allocation.strategies import (
     STRATEGIES,
-    AllocationRequest,
     allocate,
     register_strategy,
     strategy_named,

@@ -1,4 +1,4 @@
-"""How far the output of one block is from that of the dense block."""
+"""The error of one block's output against the dense block."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +14,16 @@ from teal.models.families import Block
 class BlockError:
     """Squared error of one block's output on cached inputs, relative to the dense output.
 
-    Has to be built while nothing in the block is dropped yet.
+    It must be built while the block is still dense.
+
+    Args:
+        block: The block.
+        batches: Inputs of the block.
+        index: Index of the block in the model.
 
     Attributes:
         dense_outputs: Output of the dense block for every batch, (batch, tokens, hidden_size).
-        dense_attention: Output of its attention module for every batch.
+        dense_attention: Output of the dense attention module for every batch.
     """
 
     def __init__(self, block: Block, batches: Sequence[Batch], index: int) -> None:
@@ -29,18 +34,30 @@ class BlockError:
         self._norm = sum(_energy(output) for output in self.dense_outputs)
 
     def run(self) -> tuple[list[Tensor], list[Any]]:
-        """Run the block as it is now; return its and its attention module's outputs per batch."""
+        """Run the block with its present rules.
+
+        Returns:
+            Outputs of the block and of its attention module, one each per batch.
+        """
         attention: list[Any] = []
         with _recording(self._block.attention, attention):
             return [self._output(batch) for batch in self._batches], attention
 
     def measure(self) -> tuple[float, list[Any]]:
-        """Return the error of the block as it is now, and its attention module's outputs."""
+        """Run the block with its present rules.
+
+        Returns:
+            Error of the block, and the outputs of its attention module, one per batch.
+        """
         outputs, attention = self.run()
         return self._against_dense(outputs), attention
 
     def measure_after(self, attention: Sequence[Any]) -> float:
-        """Return the error of the block as it is now, given its attention module's outputs."""
+        """Return the error of the block with its present rules and known attention outputs.
+
+        Args:
+            attention: Output of the attention module for every batch; it is not run again.
+        """
         outputs = []
         for batch, result in zip(self._batches, attention, strict=True):
             with _replaying(self._block.attention, result):
@@ -70,10 +87,10 @@ def _recording(module: nn.Module, outputs: list[Any]) -> Iterator[None]:
 
 @contextmanager
 def _replaying(module: nn.Module, output: Any) -> Iterator[None]:
-    """Let `module` return `output` without computing anything."""
+    """Make `module` return `output` without running it."""
     module.forward = lambda *_args, **_kwargs: output
     try:
         yield
     finally:
-        # The instance attribute; the class's own method comes back.
+        # Deletes the instance attribute, which uncovers the method of the class.
         del module.forward

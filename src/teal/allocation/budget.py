@@ -1,15 +1,43 @@
-"""Turning the sparsity of each projection into a plan, and choosing which projections count."""
+"""The sparsity budget: what is asked for, which projections count, and the plan it becomes."""
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 
+from torch import nn
+
+from teal.allocation.block_search import GreedySettings
 from teal.calibration.artifact import CalibrationStats
+from teal.data import TokenWindows
 from teal.foundation.errors import UserError
 from teal.foundation.version import __version__
 from teal.methods import method_named
 from teal.methods.rule_path import Planned, RulePath
 from teal.plan import PlannedProjection, SparsityPlan
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AllocationRequest:
+    """The input of a strategy.
+
+    Attributes:
+        stats: Calibration statistics.
+        sparsity: Budget to meet.
+        method: Name of the method.
+        target_modules: Projections to plan, or `None` for all.
+        model: The model, if the strategy has to run it.
+        tokens: Text to run the model on.
+        settings: Settings of the greedy search.
+    """
+
+    stats: CalibrationStats
+    sparsity: float
+    method: str = "teal"
+    target_modules: Sequence[str] | None = None
+    model: nn.Module | None = None
+    tokens: TokenWindows | None = None
+    settings: GreedySettings | None = None
 
 
 def target_projections(
@@ -18,12 +46,15 @@ def target_projections(
     """Choose the projections to plan.
 
     Args:
-        stats: Statistics, whose order is kept.
+        stats: Calibration statistics.
         target_modules: Suffixes of dotted names such as "down_proj", or regular expressions that
             match whole names; `None` is every projection.
 
+    Returns:
+        Dotted names in the order of the statistics.
+
     Raises:
-        UserError: One of them matches nothing, or is not a regular expression.
+        UserError: A target matches nothing, or is not a regular expression.
     """
     names = tuple(stats.model.shapes)
     if target_modules is None:
@@ -49,15 +80,15 @@ def plan_from_sparsities(
     target_sparsity: float,
     points: Mapping[float, Mapping[str, float]] | None = None,
 ) -> SparsityPlan:
-    """Ask the method for the rule that reaches each projection's sparsity.
+    """Make a plan whose rules reach the given sparsities.
 
     Args:
-        stats: What the thresholds come from.
+        stats: Calibration statistics, from which thresholds are taken.
         sparsities: Target sparsity by projection.
         method: Name of the method.
         strategy: Name of the strategy that chose `sparsities`.
         target_sparsity: Budget that was asked for.
-        points: What the strategy chooses at other budgets, for the path of the plan.
+        points: Sparsity by projection at other budgets, for the path of the plan.
     """
     # Projections that share an input share its statistics, and often the sparsity.
     rule = cache(method_named(method).rule)

@@ -1,4 +1,4 @@
-"""The highest sparsity whose harm stays inside a bound."""
+"""Search for the highest sparsity whose cost in perplexity stays below a bound."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ class SearchStep:
 
     Attributes:
         sparsity: Sparsity tried.
-        increase: Relative increase of perplexity over dense that it costs.
-        is_within: Whether that is allowed.
+        increase: Relative increase of perplexity over dense.
+        is_within: Whether the increase is allowed.
     """
 
     sparsity: float
@@ -30,14 +30,14 @@ def search_sparsity(
 ) -> Iterator[SearchStep]:
     """Bisect for the highest sparsity that costs at most `allowed`.
 
-    Assumes that harm grows with sparsity. The answer is the highest sparsity among the yielded
-    steps that are within; there may be none.
+    Perplexity is assumed to grow with sparsity. The result is the highest sparsity among the
+    steps that are within the bound; there may be none.
 
     Args:
-        increase_at: Relative increase of perplexity at a sparsity, such as 0.02 for 2 %.
-        allowed: The most it may be.
+        increase_at: Measures the relative increase of perplexity at a sparsity, 0.02 for 2 %.
+        allowed: Largest increase allowed.
         highest: Highest sparsity to try.
-        resolution: Stop when the answer is known to within this.
+        resolution: Width of the bracket at which the search ends.
 
     Yields:
         Every trial, in order.

@@ -1,4 +1,4 @@
-"""What the activations of a model look like: measured on text, or imported."""
+"""Statistics of a model's activations, measured on text or imported."""
 
 from teal.calibration.allocation_path import AllocationPath
 from teal.calibration.artifact import CalibrationStats

@@ -1,4 +1,4 @@
-"""The record of a greedy allocation, step by step, so that one run serves every target."""
+"""The record of a greedy allocation, round by round, so one run serves every target."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AllocationPath:
-    """Sparsities of the projections of every block, step by step from dense upwards.
+    """Sparsities of the projections of every block after each round, starting dense.
 
     Attributes:
-        settings: What it was made with: step, tokens, text and the like, as JSON.
-        sparsities: Sparsity after each step by full projection name, (steps,), float64.
-        errors: Error of the block output after each step by block name, (steps,), float64.
+        settings: Settings and inputs of the search, such as step and text, in JSON form.
+        sparsities: Sparsity after each round by full projection name, (rounds,), float64.
+        errors: Error of the block output after each round by block name, (rounds,), float64.
     """
 
     settings: Mapping[str, Any]
@@ -22,7 +22,7 @@ class AllocationPath:
     errors: Mapping[str, Tensor]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON form; the steps travel as tensors beside it."""
+        """Return a JSON form; `to_tensors` returns the rest."""
         return {
             "settings": dict(self.settings),
             "projections": list(self.sparsities),
@@ -30,7 +30,7 @@ class AllocationPath:
         }
 
     def to_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Return the steps, each tensor's name beginning with `prefix`."""
+        """Return sparsities and errors as tensors whose names begin with `prefix`."""
         sparsities = {f"{prefix}.sparsities.{name}": t for name, t in self.sparsities.items()}
         errors = {f"{prefix}.errors.{name}": t for name, t in self.errors.items()}
         return sparsities | errors
@@ -39,7 +39,13 @@ class AllocationPath:
     def from_dict(
         cls, content: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str
     ) -> "AllocationPath":
-        """Rebuild from `to_dict` and `to_tensors`."""
+        """Rebuild a path from `to_dict` and `to_tensors`.
+
+        Args:
+            content: JSON form.
+            tensors: Tensors by name; others than those of the path are ignored.
+            prefix: Prefix of the tensor names.
+        """
         return cls(
             settings=dict(content["settings"]),
             sparsities={

@@ -1,4 +1,4 @@
-"""The artifact of calibration: what every projection of one model receives on one text."""
+"""The artifact of calibration: statistics of every projection input of one model on one text."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from teal.quantization import FLOAT
 
 SCHEMA_VERSION = 2
 
-# Statistics before this version were all measured with weights of floats.
+# Statistics before this version were all measured with float weights.
 _FIRST_WITH_FORMAT = 2
 _FINGERPRINTS = "text.fingerprints"
 
@@ -31,12 +31,12 @@ class CalibrationStats:
 
     Attributes:
         model: The model that was calibrated.
-        text: The text it ran on.
+        text: Provenance of the calibration text.
         dtype: Activation dtype, such as "bfloat16".
         inputs: Statistics by input name, such as "model.layers.0.attention_input".
-        library_version: Version of teal that made them.
-        weight_format: Of the weights: "float", "int8", "int4" or "fp8".
-        paths: Greedy allocations that were run on this model, by name.
+        library_version: Version of teal that measured them.
+        weight_format: Format of the weights: "float", "int8", "int4" or "fp8".
+        paths: Allocation paths that were computed for this model, by strategy.
     """
 
     model: ModelIdentity
@@ -58,7 +58,7 @@ class CalibrationStats:
                     )
 
     def of(self, projection: str) -> InputStatistics:
-        """Return the statistics of what `projection` receives.
+        """Return the statistics of the input of `projection`.
 
         Raises:
             UserError: There are none.
@@ -71,10 +71,10 @@ class CalibrationStats:
         return self._by_projection[projection]
 
     def require_format(self, weight_format: str) -> None:
-        """Check that a model has weights as these statistics were measured with.
+        """Check that a model has the weight format that these statistics were measured with.
 
         Raises:
-            UserError: It has not.
+            UserError: It has another one.
         """
         if weight_format != self.weight_format:
             wanted = self.weight_format
@@ -85,13 +85,13 @@ class CalibrationStats:
             )
 
     def merge(self, other: "CalibrationStats") -> "CalibrationStats":
-        """Return the statistics of one pass over both texts.
+        """Return the statistics of both texts together.
 
-        Histograms come out exactly as of one pass, moments to the rounding of float64.
+        Histograms equal those of a single pass exactly, moments up to float64 rounding.
         Allocation paths belong to one text and are left out.
 
         Raises:
-            UserError: Model, format of the weights, inputs or dtype differ.
+            UserError: Model, weight format, inputs or dtype differ.
         """
         self.model.require(other.model, "first calibration")
         self.require_format(other.weight_format)
@@ -110,11 +110,11 @@ class CalibrationStats:
         )
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:
-        """Write `stats.json` and `stats.safetensors`, histograms trimmed to the bins in use.
+        """Write `stats.json` and `stats.safetensors`; histograms keep only their occupied range.
 
         Args:
             folder: Destination.
-            force: Replace an existing folder.
+            force: Whether to replace an existing folder.
 
         Raises:
             UserError: The destination exists or cannot be written.
@@ -128,13 +128,13 @@ class CalibrationStats:
 
     @classmethod
     def load(cls, folder: str | Path) -> "CalibrationStats":
-        """Read what `save` wrote, bit for bit.
+        """Read statistics that `save` wrote, bit for bit.
 
         Args:
-            folder: The statistics.
+            folder: Folder of the statistics.
 
         Raises:
-            UserError: There are none, they are damaged, or of a newer schema.
+            UserError: The statistics are missing, damaged, or of a newer schema.
         """
         payload, tensors = load_artifact(Path(folder), "stats", SCHEMA_VERSION)
         with well_formed(Path(folder)):

@@ -1,4 +1,4 @@
-"""Feeding text through a model block by block and measuring what its projections receive."""
+"""Calibration: running a model block by block on text and measuring its projection inputs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,23 +33,24 @@ def calibrate(
 ) -> CalibrationStats:
     """Measure the inputs of every projection of `model` on a text.
 
-    Blocks run one after the other, each on all windows, so that only one block need be on
-    `device`. No activation is kept but the hidden states between two blocks, which stay on the
+    Blocks run one after the other, each on all windows, so only one block at a time has to be on
+    `device`. The only activations kept are the hidden states between two blocks; they stay on the
     model's device.
 
     Args:
         model: A dense Hugging Face causal language model of a supported family.
         tokens: Token windows, or token ids, (windows, sequence_length), int64.
         padding: 1 for a token, 0 for padding, (windows, sequence_length); padding is not counted.
-        device: Where blocks run. `None` is where they are.
+        device: Device on which blocks run; `None` is the device they are on.
         batch_size: Windows per forward pass.
-        progress: Shows how far it is.
+        progress: Shows the blocks while they are measured.
 
     Returns:
         Statistics of every distinct projection input.
 
     Raises:
-        UserError: NaN or inf in the activations, no tokens, a sparse or an unsupported model.
+        UserError: The model is sparse or unsupported, there are no tokens, or activations hold NaN
+            or infinity.
     """
     if any(isinstance(module, SparseLinear) for module in model.modules()):
         raise UserError("The model is sparse. Calibrate it dense: call densify(model) first.")
@@ -110,7 +111,7 @@ def _empty_statistics(
 def _observing(
     model: nn.Module, statistics: dict[str, InputStatistics], batch: Batch
 ) -> Iterator[None]:
-    """Add what the projections receive to `statistics` while the block runs."""
+    """Add the inputs of the projections to `statistics` inside the with statement."""
     real = None if batch.padding is None else batch.padding.bool()
 
     def hook_for(observed: InputStatistics) -> Any:

@@ -1,4 +1,4 @@
-"""A streaming histogram of |x| that answers quantiles on any scale in a fixed amount of memory."""
+"""A streaming histogram of |x| with quantiles at any scale, in a fixed amount of memory."""
 
 import math
 
@@ -11,23 +11,23 @@ LOWEST = 2.0**-44
 HIGHEST = 2.0**20
 NUM_BINS = 512 * 64 + 2
 
-# Of the 23 mantissa bits of a float32 a bin tells the upper 9, so it holds 2^14 neighbours.
+# A bin distinguishes the upper 9 of the 23 mantissa bits of a float32, so it spans 2^14 values.
 _MANTISSA_BITS = 23
 _BIN_BITS = 14
 _LAST = NUM_BINS - 1
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# Values that are binned at a time, to bound the memory beside them.
+# Values binned at a time, which bounds temporary memory.
 _CHUNK = 2**22
 
 
 class Histogram:
     """Counts of |x| in bins of equal width in the float32 bit pattern, 512 per octave.
 
-    The first bin holds everything below 2^-44, exact zeros above all; the last one 2^20 and more.
+    The first bin holds values below 2^-44, mainly exact zeros; the last one 2^20 and above.
 
     Attributes:
-        dtype: Name of the float dtype that the values come in. Where it is coarser than the bins,
-            as bfloat16 is, the values are atoms and thresholds fall half way between two of them.
+        dtype: Float dtype of the values, such as "bfloat16". If it is coarser than the bins, as
+            bfloat16 is, thresholds fall half way between two representable values (atoms).
         counts: Number of values per bin, (bins,), float64.
     """
 
@@ -42,15 +42,15 @@ class Histogram:
 
     @classmethod
     def from_counts(cls, dtype: str, first_bin: int, counts: Tensor) -> "Histogram":
-        """Rebuild from the occupied part.
+        """Rebuild a histogram from its occupied range.
 
         Args:
-            dtype: As in the class.
-            first_bin: Index of the first bin given.
-            counts: Counts from there on, (bins given,), float64.
+            dtype: Float dtype of the values.
+            first_bin: Index of the first bin of the range.
+            counts: Counts of the range, (bins in range,), float64.
 
         Raises:
-            ValueError: The bins do not exist or a count is not a number ≥ 0.
+            ValueError: The range exceeds the bins, or a count is not a number ≥ 0.
         """
         if first_bin < 0 or counts.dim() != 1 or first_bin + len(counts) > NUM_BINS:
             raise ValueError(f"no bins {first_bin} … {first_bin} + {tuple(counts.shape)}")
@@ -62,7 +62,7 @@ class Histogram:
 
     @property
     def edges(self) -> Tensor:
-        """Where the bins begin and end, (bins + 1,), float64, from 0 to infinity."""
+        """Edges of the bins, (bins + 1,), float64, from 0 to infinity."""
         bits = _start(1) + (torch.arange(_LAST, dtype=torch.int32) << _BIN_BITS)
         zero, infinity = torch.tensor([[0.0], [math.inf]], dtype=torch.float64)
         return torch.cat([zero, bits.view(torch.float32).double(), infinity])
@@ -73,7 +73,7 @@ class Histogram:
         return float(self.counts.sum())
 
     def occupied(self) -> tuple[int, Tensor]:
-        """Return the first bin that is not empty, and the counts from it to the last such bin."""
+        """Return the index of the first non-empty bin, and the counts up to the last one."""
         bins = self.counts.nonzero().flatten()
         if not len(bins):
             return 0, self.counts[:0]
@@ -85,7 +85,7 @@ class Histogram:
 
         Args:
             values: Activations or scores, any shape, any float dtype, finite.
-            weights: How often each value counts, in the shape of `values`. `None` means once.
+            weights: Weight of each value, in the shape of `values`; `None` counts each once.
         """
         flat = values.detach().flatten()
         for begin in range(0, len(flat), _CHUNK):
@@ -96,10 +96,10 @@ class Histogram:
             self.counts += torch.bincount(bins, weight, minlength=NUM_BINS).to("cpu", torch.float64)
 
     def merge(self, other: "Histogram") -> "Histogram":
-        """Return the histogram of both sets of values.
+        """Return the histogram of the values of both.
 
         Raises:
-            UserError: They come in different dtypes.
+            UserError: The dtypes differ.
         """
         if self.dtype != other.dtype:
             raise UserError(
@@ -111,18 +111,18 @@ class Histogram:
     def quantile(self, sparsity: float) -> float:
         """Return a value t such that the fraction of |x| ≤ t is nearest to `sparsity`.
 
-        Inside a bin values count as evenly spread, over its atoms where the dtype has few. The
-        result lies half way to the next atom, so that it drops the same share of a run in
-        another dtype.
+        Values are assumed to be evenly distributed within a bin, over its atoms if the dtype is
+        coarse. The result lies half way to the next atom, so it drops the same fraction in a run
+        with another dtype.
 
         Args:
             sparsity: Fraction in [0, 1).
 
         Returns:
-            A float32 number: 0.0 within the first bin, 2^20 within the last.
+            A float32 value: 0.0 within the first bin, 2^20 within the last.
 
         Raises:
-            UserError: `sparsity` is no such fraction, or nothing has been counted.
+            UserError: `sparsity` is out of range, or nothing has been counted.
         """
         cumulative = self.counts.cumsum(0)
         target = check_sparsity(sparsity) * _require_values(float(cumulative[-1]))
@@ -158,9 +158,9 @@ class Histogram:
         return dropped / total
 
     def _atom_step(self, index: int) -> int:
-        """Return the distance of neighbouring values of the dtype, in float32 bit patterns."""
+        """Return the distance between adjacent values of the dtype, in float32 bit patterns."""
         limits = torch.finfo(_DTYPES[self.dtype])
-        # Subnormal numbers, of float16 only here, are never closer than one per bin.
+        # Subnormals in this range exist only in float16, and there is at most one per bin.
         if _start(index) < _bits_of(limits.smallest_normal):
             return 1 << _BIN_BITS
         return 1 << (_MANTISSA_BITS + round(math.log2(limits.eps)))
@@ -173,7 +173,7 @@ def _require_values(total: float) -> float:
 
 
 def _start(index: int) -> int:
-    """Return the float32 bit pattern at which a bin begins; bin 1 begins at 2^-44."""
+    """Return the float32 bit pattern of the lower edge of a bin; bin 1 begins at 2^-44."""
     return _bits_of(LOWEST) + ((index - 1) << _BIN_BITS)
 
 

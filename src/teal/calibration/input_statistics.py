@@ -1,4 +1,4 @@
-"""What the input of a projection looks like on a text: a histogram of |x| and channel moments."""
+"""Statistics of a projection input on text: a histogram of |x| and moments per channel."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from teal.calibration.histogram import Histogram
 from teal.foundation.errors import UserError
 
-# Elements that are turned into float64 at a time, to bound the memory beside the activations.
+# Elements converted to float64 at a time, which bounds temporary memory.
 _CHUNK = 2**22
 
 
@@ -26,7 +26,7 @@ class ChannelMoments:
 
     @classmethod
     def zeros(cls, in_features: int) -> "ChannelMoments":
-        """Return the sums over no tokens."""
+        """Return the sums of an empty set of tokens."""
         zeros = torch.zeros(in_features, dtype=torch.float64)
         return cls(sum=zeros, square_sum=zeros.clone())
 
@@ -50,14 +50,14 @@ class ChannelMoments:
 
 
 class InputStatistics:
-    """What one distinct input looks like; projections that share the input share this.
+    """Statistics of one input; projections that share an input share its statistics.
 
     Attributes:
         projections: Full dotted names of the projections that read the input.
         in_features: Number of channels.
-        dtype: Name of the activations' dtype.
+        dtype: Dtype of the activations, such as "bfloat16".
         histogram: Distribution of |x| over all channels.
-        moments: Sums per channel, or `None` where only a histogram was published.
+        moments: Sums per channel, or `None` if only a histogram is known.
         count: Number of tokens.
     """
 
@@ -89,13 +89,13 @@ class InputStatistics:
         return self._known_moments().square_sum / max(self.count, 1)
 
     def add(self, x: Tensor) -> None:
-        """Take in the activations of some tokens.
+        """Add activations.
 
         Args:
             x: Activations, (rows, in_features), in the dtype of these statistics.
 
         Raises:
-            UserError: An entry is NaN or infinite, or the dtype is another.
+            UserError: An entry is NaN or infinite, or the dtype differs.
         """
         dtype = str(x.dtype).removeprefix("torch.")
         if dtype != self.dtype:
@@ -104,7 +104,7 @@ class InputStatistics:
                 "Run the whole calibration in one dtype."
             )
         moments = ChannelMoments.of(x)
-        # The square of a finite float32 never overflows a float64: this sees every NaN and inf.
+        # The square of a finite float32 never overflows a float64, so this finds every NaN and inf.
         if not bool(moments.square_sum.isfinite().all()):
             raise UserError(
                 f"The input of {self._names} holds NaN or inf in {self.dtype}. {self._cure}"
@@ -116,16 +116,19 @@ class InputStatistics:
     def quantile(self, sparsity: float) -> float:
         """Return the value that a fraction `sparsity` of all |x| does not exceed.
 
+        Args:
+            sparsity: Fraction in [0, 1).
+
         Raises:
-            UserError: As `Histogram.quantile`.
+            UserError: `sparsity` is out of range, or nothing has been counted.
         """
         return self.histogram.quantile(sparsity)
 
     def merge(self, other: "InputStatistics") -> "InputStatistics":
-        """Return the statistics of the tokens of both; moments only where both have them.
+        """Return the statistics of the tokens of both, with moments only if both have them.
 
         Raises:
-            UserError: They belong to different inputs or come in different dtypes.
+            UserError: The inputs or dtypes differ.
         """
         mine, theirs = (self.projections, self.in_features), (other.projections, other.in_features)
         if mine != theirs:

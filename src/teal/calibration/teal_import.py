@@ -1,4 +1,4 @@
-"""Reading the activation histograms that TEAL published, in place of a calibration run."""
+"""Importing the activation histograms that TEAL published, instead of calibrating."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,15 +17,15 @@ from teal.foundation.provenance import TextProvenance
 from teal.foundation.version import __version__
 from teal.models.families import SEVEN_PROJECTIONS, family_named
 
-# TEAL's file and the name in it, by our name of the input. Its "h1.5", the output of the
-# activation function, is no projection's input.
+# TEAL's file and key for each input. Its "h1.5", the output of the activation function, is not
+# the input of a projection.
 _PUBLISHED = {
     "attention_input": ("self_attn", "h1"),
     "o_input": ("self_attn", "h2"),
     "mlp_input": ("mlp", "h1"),
     "down_input": ("mlp", "h2"),
 }
-# The published files do not tell the dtype that ran, and their bins blur its atoms.
+# The published files do not record the dtype, and their bins are wider than its steps.
 _DTYPE = "float32"
 _TAIL_POINTS = 1024
 # Counts were summed in float32 over equal numbers of tokens.
@@ -37,18 +37,18 @@ def import_teal(
 ) -> CalibrationStats:
     """Read TEAL's `histograms/layer-N/{self_attn,mlp}/histograms.pt` into statistics.
 
-    The signed bins become a histogram of |x| without moments: the published thresholds take x for
-    symmetric and come out off by up to 25 %, negative even.
+    The signed bins become a histogram of |x| without moments. The thresholds that TEAL derives
+    from them assume that x is symmetric; they are off by up to 25 % and can be negative.
 
     Args:
-        folder: One model of TEAL's `models/`, holding `histograms/`.
-        config: The model's `config.json`, for its type and shapes.
-        allow_missing: Take the layers that are there. A plan then has to name them as its target
-            modules, and leaves the others dense.
+        folder: Folder of one model in TEAL's `models/`, with `histograms/` in it.
+        config: `config.json` of the model, for its type and shapes.
+        allow_missing: Whether to accept missing layers. A plan then has to name the others as its
+            target modules; missing layers stay dense.
 
     Returns:
-        Statistics of every distinct projection input. Of the text only its number of tokens is
-        known; a sequence length of 0 says so.
+        Statistics of every distinct projection input. Only the number of tokens of the text is
+        known; its sequence length is 0.
 
     Raises:
         UserError: A file or layer is missing or damaged, or the config does not fit.
@@ -179,7 +179,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _bins(content: Mapping[str, Any], key: str, path: Path) -> tuple[Tensor, Tensor]:
-    """Return counts and centres of the signed bins, (bins,), float64."""
+    """Return counts and centres of the signed bins, (bins,) each, float64."""
     counts, centres = content.get(key), content.get(f"{key}_centers")
     if not (isinstance(counts, Tensor) and isinstance(centres, Tensor)):
         raise UserError(f"{str(path)!r} has no {key!r} with its centers. Download it again.")
@@ -200,11 +200,11 @@ def _bins(content: Mapping[str, Any], key: str, path: Path) -> tuple[Tensor, Ten
 
 
 def _folded(counts: Tensor, centres: Tensor) -> Histogram:
-    """Turn a histogram of x into one of |x|.
+    """Convert a histogram of x to one of |x|.
 
-    An inner bin counts at its centre. The first and last bin hold the outliers, 1 % each, from
-    the inner bins out to the extremes; nearly all of them are near the inner end, so that they
-    are spread evenly over log |x| and not over |x|.
+    The values of an inner bin are placed at its centre. The first and last bin hold the outliers,
+    1 % each, between the inner bins and the extremes; most of them lie near the inner bins, so
+    they are distributed evenly over log |x| rather than |x|.
     """
     histogram = Histogram(_DTYPE)
     histogram.add(centres[1:-1], counts[1:-1])
@@ -219,7 +219,7 @@ def _folded(counts: Tensor, centres: Tensor) -> Histogram:
 
 
 def _agreed_count(inputs: Mapping[str, InputStatistics]) -> int:
-    """Return the number of tokens, which all inputs saw if the shapes are those of the model."""
+    """Return the number of tokens, which is the same for all inputs if the config fits."""
     counts = {name: statistics.count for name, statistics in inputs.items()}
     first = next(iter(counts.values()))
     for name, count in counts.items():

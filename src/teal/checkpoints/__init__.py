@@ -1,1 +1,1 @@
-"""The reader of models on disk: which files count, tensor names, formats of quantized weights."""
+"""The reader of models on disk: where they are, which files count, quantized layouts."""

@@ -1,4 +1,4 @@
-"""The layouts of AWQ and GPTQ checkpoints, in which zeros and codes are packed into words."""
+"""The layouts of AWQ and GPTQ checkpoints, which pack codes and zeros into 32-bit words."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from teal.foundation.errors import UserError
 from teal.quantization.packing import WORD_BITS, unpack_words
 from teal.quantization.weight import QuantizedWeight, checked_group_size
 
-# Where in a word the code of each column is, in half octets; the word holds the columns
-# 0, 2, 4, 6, 1, 3, 5, 7, lowest bits first.
+# Nibble of a word that holds each column; from the lowest bits up, a word holds the columns
+# 0, 2, 4, 6, 1, 3, 5, 7.
 _AWQ_POSITIONS = [0, 4, 1, 5, 2, 6, 3, 7]
 _AWQ_BITS = 4
 _GPTQ_BITS = (4, 8)
@@ -21,7 +21,7 @@ _INT8_MIDDLE = 128
 
 @dataclass(frozen=True, kw_only=True)
 class AwqLayout:
-    """The "gemm" layout of AWQ: words along the outputs, in an interleaved order.
+    """The "gemm" layout of AWQ: words along the outputs, with interleaved columns.
 
     Attributes:
         group_size: Input channels per group, or -1 for all.
@@ -36,7 +36,7 @@ class AwqLayout:
         """Read a `quantization_config`.
 
         Raises:
-            UserError: Other bits or another layout than 4 and "gemm".
+            UserError: The codes are not 4-bit or the layout is not "gemm".
         """
         bits, version = config.get("bits"), str(config.get("version", "gemm")).lower()
         if bits != _AWQ_BITS or version != "gemm":
@@ -50,9 +50,12 @@ class AwqLayout:
         """Assemble a projection.
 
         Args:
-            name: Its dotted module name.
-            tensors: Its qweight (in_features, out_features / 8) and qzeros
-                (groups, out_features / 8), int32, and scales (groups, out_features).
+            name: Dotted module name.
+            tensors: qweight, (in_features, out_features / 8), and qzeros,
+                (groups, out_features / 8), both int32, and scales, (groups, out_features), float.
+
+        Raises:
+            UserError: The tensors do not fit together.
         """
         del name
         scales, qweight = tensors["scales"], _words(tensors, "qweight")
@@ -74,10 +77,10 @@ class GptqLayout:
     """The layout of GPTQ: codes in words along the inputs, zeros in words along the outputs.
 
     Attributes:
-        bits: 4 or 8.
+        bits: Bits per code, 4 or 8.
         group_size: Input channels per group, or -1 for all.
-        zero_offset: What to add to the stored zeros: 1 in version 1, 0 in version 2.
-        reorders: Whether channels may be grouped in another order than their own.
+        zero_offset: Number to add to the stored zeros: 1 in version 1, 0 in version 2.
+        reorders: Whether input channels may be reordered before grouping (act-order).
     """
 
     bits: int
@@ -92,7 +95,7 @@ class GptqLayout:
         """Read a `quantization_config`.
 
         Raises:
-            UserError: Other bits than 4 and 8, or another format than versions 1 and 2.
+            UserError: The codes are neither 4- nor 8-bit, or the format is neither version 1 nor 2.
         """
         version = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
         offsets = {"gptq": 1, "gptq_v2": 0}
@@ -112,13 +115,14 @@ class GptqLayout:
         """Assemble a projection.
 
         Args:
-            name: Its dotted module name.
-            tensors: Its qweight (in_features · bits / 32, out_features), qzeros
-                (groups, out_features · bits / 32) and g_idx (in_features,), int32, and scales
-                (groups, out_features).
+            name: Dotted module name.
+            tensors: qweight, (in_features · bits / 32, out_features), qzeros,
+                (groups, out_features · bits / 32), and g_idx, (in_features,), all int32, and
+                scales, (groups, out_features), float.
 
         Raises:
-            UserError: Its channels are reordered (act-order), or 8-bit codes are not symmetric.
+            UserError: The tensors do not fit together, the input channels are reordered
+                (act-order), or 8-bit codes are not symmetric.
         """
         del name
         per_word = WORD_BITS // self.bits
@@ -132,7 +136,7 @@ class GptqLayout:
             _words(tensors, "qzeros"), "qzeros", (groups, -(-out_features // per_word))
         )
         unsigned = unpack_words(qweight.T, self.bits, in_features).T.contiguous()
-        # The sum of a stored zero and 1 stays within its bits, as in AutoGPTQ.
+        # A stored zero plus 1 wraps around within its bits, as in AutoGPTQ.
         zeros = unpack_words(qzeros, self.bits, out_features) + self.zero_offset
         if self.bits == 4:
             return QuantizedWeight.of_int4(unsigned, scales, group_size, zeros & 0xF)
@@ -157,7 +161,7 @@ class GptqLayout:
 
 
 def _in_order(words: Tensor) -> Tensor:
-    """Unpack words along the outputs and undo AWQ's interleaving."""
+    """Unpack words along the outputs and undo the interleaving: (rows, columns), uint8."""
     columns = 8 * words.shape[1]
     interleaved = unpack_words(words, _AWQ_BITS, columns).view(len(words), -1, 8)
     return interleaved[..., _AWQ_POSITIONS].flatten(1)

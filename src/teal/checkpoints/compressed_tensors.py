@@ -1,4 +1,4 @@
-"""The compressed-tensors layout, which transformers reads: both ways."""
+"""Reading and writing the compressed-tensors layout, which transformers and vLLM read."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ METHOD = "compressed-tensors"
 
 _PACKED = "pack-quantized"
 _FLOAT = "float-quantized"
-# Codes that lie in a plain matrix.
+# Formats that store codes as a plain matrix.
 _PLAIN = ("int-quantized", _FLOAT, "naive-quantized")
 _BITS = {"fp8": 8, "int4": 4, "int8": 8}
 _SUPPORTED = (
@@ -27,13 +27,13 @@ _SUPPORTED = (
     "'naive-quantized'"
 )
 _DAMAGED = "The checkpoint is damaged; download it anew."
-# Turns a code from 0 to 255 into one from -128 to 127 and back.
+# XOR with it converts codes 0 … 255 to -128 … 127 and back.
 _SIGN_BIT = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class _WeightGroup:
-    """What a `quantization_config` says about some projections."""
+    """One entry of `config_groups` in a `quantization_config`."""
 
     targets: Sequence[str]
     is_packed: bool
@@ -47,10 +47,10 @@ class _WeightGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedLayout:
-    """Weights as compressed-tensors stores them; how it would quantize activations is ignored.
+    """The layout of compressed-tensors; settings of activation quantization are ignored.
 
     Attributes:
-        groups: Configuration by group of projections; the first that covers a name counts.
+        groups: Configuration groups; the first one that covers a projection applies.
     """
 
     groups: Sequence[_WeightGroup]
@@ -62,7 +62,7 @@ class CompressedLayout:
         """Read a `quantization_config`.
 
         Raises:
-            UserError: It has a group of an unsupported kind.
+            UserError: A group is of an unsupported kind.
         """
         groups = [
             _weight_group(group, str(config.get("format")))
@@ -74,9 +74,9 @@ class CompressedLayout:
         """Assemble a projection.
 
         Args:
-            name: Its dotted module name.
-            tensors: Its weight (out_features, in_features), or weight_packed and weight_shape;
-                its weight_scale and, where it has zeros, weight_zero_point.
+            name: Dotted module name.
+            tensors: weight, (out_features, in_features), or weight_packed and weight_shape;
+                weight_scale; and weight_zero_point if the codes have zeros.
 
         Raises:
             UserError: The tensors do not fit together, or no group covers the name.
@@ -99,11 +99,11 @@ class CompressedLayout:
 
 
 def compressed_tensors(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
-    """Return the tensors of a projection, by suffix of its module name.
+    """Return the tensors of a projection by suffix of its module name.
 
     Args:
-        weight: The weight.
-        scheme: What it was made with, as `compressed_config` tells readers.
+        weight: The quantized weight.
+        scheme: Scheme it was quantized with, as given to `compressed_config`.
     """
     named = {"weight_scale": weight.scales.T.contiguous()}
     if weight.format == "fp8":
@@ -122,13 +122,13 @@ def compressed_tensors(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Ten
 
 
 def compressed_config(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
-    """Return the `quantization_config` that describes a model to its readers.
+    """Return the `quantization_config` of a quantized model.
 
     Args:
-        scheme: What its projections were made with.
+        scheme: Scheme its projections were quantized with.
         ignore: Dotted names of linear layers that are not quantized.
     """
-    # int8 is packed too: vLLM takes "int-quantized" for a model with quantized activations.
+    # int8 is packed too: vLLM expects quantized activations with "int-quantized".
     layout = _FLOAT if scheme.format == "fp8" else _PACKED
     weights = {
         "num_bits": _BITS[scheme.format],
@@ -179,7 +179,7 @@ def _weight_group(group: Mapping[str, Any], common_format: str) -> _WeightGroup:
 def _matches(name: str, target: str) -> bool:
     if target.startswith("re:"):
         return re.match(target.removeprefix("re:"), name) is not None
-    # Only linear layers are quantized, so the class covers all that are.
+    # Every quantized module is a linear layer, so the class name covers all of them.
     return target in ("Linear", name)
 
 

@@ -1,11 +1,10 @@
-"""A quantized checkpoint as a Hugging Face model that computes with the values of its codes."""
+"""Opening a quantized checkpoint as a Hugging Face model with dequantized weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
@@ -17,13 +16,13 @@ _GENERATION = "generation_config.json"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DequantizedModel:
-    """A Hugging Face model with the values of a checkpoint's codes.
+    """A Hugging Face model with the dequantized weights of a checkpoint.
 
     Attributes:
-        model: The model.
-        weight_format: Format of the projections' codes, such as "int4"; joined with "+" where they
-            differ.
-        missing: Names of parameters that the checkpoint lacks.
+        model: The model, on the CPU.
+        weight_format: Format of the quantized projections, such as "int4"; several formats are
+            joined with "+".
+        missing: Names of the parameters that the checkpoint lacks.
     """
 
     model: Any
@@ -32,34 +31,34 @@ class DequantizedModel:
 
 
 def open_dequantized(folder: Path, config: Any, dtype: torch.dtype | None) -> DequantizedModel:
-    """Open a checkpoint of `teal quantize`, AWQ, GPTQ or compressed-tensors.
+    """Open a checkpoint written by `teal quantize`, AWQ, GPTQ or compressed-tensors.
 
     Args:
         folder: The model folder.
-        config: Its configuration; loses its `quantization_config`.
-        dtype: Of the model, or `None` for the checkpoint's own.
+        config: Hugging Face configuration of the model; its `quantization_config` is removed.
+        dtype: Dtype of the model, or `None` for the checkpoint's own.
 
     Raises:
-        UserError: The checkpoint is of an unsupported kind, damaged, or adds a bias that the model
-            does not have.
+        UserError: The checkpoint is damaged, quantized in an unsupported way, or holds a bias that
+            the model does not have.
     """
     checkpoint = QuantizedCheckpoint(folder)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    state, formats = _others(checkpoint, dtype), set()
+    state, formats = _unquantized(checkpoint, dtype), set()
     for name, weight in checkpoint:
         state[f"{name}.weight"] = weight.dequantize(dtype).T.contiguous()
         if name != HEAD:
             formats.add(weight.format)
     del config.quantization_config
     if HEAD in checkpoint.names:
-        # A head that is quantized no longer is the embedding.
+        # A quantized head is no longer tied to the embedding.
         config.tie_word_embeddings = False
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model, report = model_class.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     for name in report["unexpected_keys"]:
-        # GPTQ writes a bias where a model has none, which then has to be zero.
+        # GPTQ writes a bias even where a model has none; it must then be zero.
         if name.endswith(".bias") and bool(state[name].any()):
             raise UserError(
                 f"{str(folder)!r} holds {name}, which the model does not have. Use a checkpoint "
@@ -74,13 +73,11 @@ def open_dequantized(folder: Path, config: Any, dtype: torch.dtype | None) -> De
     )
 
 
-def _others(checkpoint: QuantizedCheckpoint, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Read what is not part of a quantized projection, and the biases of those."""
+def _unquantized(checkpoint: QuantizedCheckpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Read all tensors outside the quantized projections, and the biases inside them."""
     prefixes = tuple(f"{name}." for name in checkpoint.names)
-    state = {}
-    for file in sorted(checkpoint.folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (no mapping)
-                if name.endswith(".bias") or not name.startswith(prefixes):
-                    state[name] = tensors.get_tensor(name).to(dtype)
-    return state
+    return {
+        name: checkpoint.files.tensor(name).to(dtype)
+        for name in sorted(checkpoint.files.names)
+        if name.endswith(".bias") or not name.startswith(prefixes)
+    }

@@ -1,23 +1,20 @@
-"""Quantized checkpoints of others, read projection by projection without building the model."""
+"""Published quantized checkpoints, read projection by projection without building the model."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from teal.checkpoints.awq_gptq import AwqLayout, GptqLayout
 from teal.checkpoints.compressed_tensors import CompressedLayout
+from teal.checkpoints.files import CheckpointFiles
 from teal.foundation.artifact import read_json, well_formed
 from teal.foundation.errors import UserError
 from teal.quantization.weight import QuantizedWeight
 
-# The output head's name in every family.
+# Name of the output head in every family.
 HEAD = "lm_head"
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 
 
 class Layout(Protocol):
@@ -25,7 +22,7 @@ class Layout(Protocol):
 
     @property
     def marker(self) -> str:
-        """The suffix of a tensor that every quantized projection has."""
+        """Suffix of a tensor that every quantized projection has."""
         ...
 
     def weight(self, name: str, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
@@ -44,38 +41,41 @@ class QuantizedCheckpoint:
     """A model folder with quantized projections.
 
     Attributes:
-        folder: The folder.
-        method: Its quantization method: "awq", "gptq" or "compressed-tensors".
+        files: The weight files.
+        method: Quantization method: "awq", "gptq" or "compressed-tensors".
         names: Dotted names of the quantized projections, sorted.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Open `folder`, of which only the table of contents is read.
+        """Open `folder` and read its table of contents, no tensor yet.
 
         Raises:
-            UserError: It is not quantized, in an unsupported way, or incomplete.
+            UserError: The model is dense, quantized in an unsupported way, or incomplete.
         """
-        self.folder = Path(folder)
-        config = quantization_config_of(self.folder)
+        config = quantization_config_of(Path(folder))
         if config is None:
             raise UserError(
                 f"{str(folder)!r} is not quantized: its config.json has no quantization_config. "
                 "Open it as a dense model."
             )
-        with well_formed(self.folder / "config.json"):
+        with well_formed(Path(folder) / "config.json"):
             self.method, self._layout = _layout_of(config)
-        self._files = _files_of(self.folder)
-        self._opened: dict[str, Any] = {}
+        self.files = CheckpointFiles(folder)
         suffix = f".{self._layout.marker}"
-        self.names = sorted(n.removesuffix(suffix) for n in self._files if n.endswith(suffix))
+        self.names = sorted(n.removesuffix(suffix) for n in self.files.names if n.endswith(suffix))
         if not self.names:
             raise UserError(
                 f"{str(folder)!r} says it is quantized with {self.method}, but holds no "
                 f"{self._layout.marker} tensors. Copy its files there anew."
             )
 
+    @property
+    def folder(self) -> Path:
+        """The model folder."""
+        return self.files.folder
+
     def __iter__(self) -> Iterator[tuple[str, QuantizedWeight]]:
-        """Yield every quantized projection, one in memory at a time."""
+        """Yield the name and weight of every quantized projection, one in memory at a time."""
         for name in self.names:
             yield name, self.read(name)
 
@@ -83,35 +83,25 @@ class QuantizedCheckpoint:
         """Read the projection with a dotted name.
 
         Raises:
-            UserError: It is not among `names`, incomplete or damaged.
+            UserError: The projection is not among `names`, incomplete or damaged.
         """
         if name not in self.names:
             raise UserError(f"{str(self.folder)!r} holds no quantized {name}. See its names.")
         prefix = f"{name}."
-        own = [tensor for tensor in self._files if tensor.startswith(prefix)]
+        own = sorted(tensor for tensor in self.files.names if tensor.startswith(prefix))
         try:
-            tensors = {tensor.removeprefix(prefix): self._tensor(tensor) for tensor in own}
+            tensors = {tensor.removeprefix(prefix): self.files.tensor(tensor) for tensor in own}
             with well_formed(self.folder):
                 return self._layout.weight(name, _Tensors(tensors))
         except UserError as error:
             raise UserError(f"Cannot read {name} of {str(self.folder)!r}: {error}") from error
 
-    def _tensor(self, name: str) -> Tensor:
-        file = self._files[name]
-        try:
-            if file not in self._opened:
-                self._opened[file] = safe_open(self.folder / file, framework="pt")
-            tensor: Tensor = self._opened[file].get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} is missing or damaged ({error}). Copy it anew.") from error
-        return tensor
-
 
 def quantization_config_of(folder: Path) -> Mapping[str, Any] | None:
-    """Return what a model folder says about its quantization, or `None` for a dense model.
+    """Return the `quantization_config` of a model folder, or `None` for a dense model.
 
     Raises:
-        UserError: There is no config.json, or it is damaged.
+        UserError: config.json is missing or damaged.
     """
     config = read_json(folder / "config.json").get("quantization_config")
     if config is not None and not isinstance(config, dict):
@@ -137,17 +127,3 @@ def _layout_of(config: Mapping[str, Any]) -> tuple[str, Layout]:
             f"Supported: {', '.join(_LAYOUTS)}. Use a checkpoint in one of these."
         )
     return method, _LAYOUTS[method](config)
-
-
-def _files_of(folder: Path) -> dict[str, str]:
-    """Return the file that each tensor is in."""
-    if (folder / _INDEX).is_file():
-        with well_formed(folder / _INDEX):
-            return {str(k): str(v) for k, v in read_json(folder / _INDEX)["weight_map"].items()}
-    try:
-        with safe_open(folder / _SINGLE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), _SINGLE)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{str(folder / _SINGLE)!r} is missing or damaged ({error}). Copy it there anew."
-        ) from error

@@ -125,7 +125,7 @@ def decode(
     from teal.benchmark.roofline import read_bandwidth
     from teal.cli.bench import fractions_of
     from teal.cli.bench_sources import Sources
-    from teal.models.loading import resolve_device
+    from teal.models.placement import resolve_device
 
     quiet_libraries()
     place, fractions = resolve_device(device), fractions_of(sparsity)

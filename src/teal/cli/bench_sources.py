@@ -15,7 +15,8 @@ from teal.engine.weights.quantized import quantized_head
 from teal.engine.weights.random import random_weights
 from teal.foundation.errors import UserError
 from teal.models.architectures import architecture_of
-from teal.models.loading import load_model, resolve_device, resolve_dtype
+from teal.models.loading import load_model
+from teal.models.placement import resolve_device, resolve_dtype
 from teal.quantization import Scheme
 
 # Into what projections are rounded, and whether the head is too.

@@ -55,7 +55,8 @@ def command(
     from teal.compression import quantize_model
     from teal.data import token_windows
     from teal.foundation.artifact import check_destination
-    from teal.models.loading import context_length, load_model, load_tokenizer, resolve_device
+    from teal.models.loading import context_length, load_model, load_tokenizer
+    from teal.models.placement import resolve_device
 
     quiet_libraries()
     scheme = scheme_of(quantize, group_size)

@@ -67,7 +67,8 @@ def command(
     from teal.compression import quantize_model, save_quantized
     from teal.data import token_windows
     from teal.foundation.artifact import check_destination
-    from teal.models.loading import context_length, load_model, load_tokenizer, resolve_device
+    from teal.models.loading import context_length, load_model, load_tokenizer
+    from teal.models.placement import resolve_device
     from teal.quantization import Scheme
 
     quiet_libraries()
@@ -115,8 +116,8 @@ def require_dense_checkpoint(source: str) -> None:
     Raises:
         UserError: Its configuration says that it has.
     """
+    from teal.checkpoints.location import load_config
     from teal.foundation.errors import UserError
-    from teal.models.loading import load_config
 
     if getattr(load_config(source), "quantization_config", None) is not None:
         raise UserError(

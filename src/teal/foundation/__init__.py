@@ -1,1 +1,1 @@
-"""What every floor stands on: errors with a cure, artifacts on disk, and who a model or text is."""
+"""Shared basics: user errors, artifacts on disk, identity of models, provenance of texts."""

@@ -1,4 +1,4 @@
-"""Folders on disk that are written whole or not at all: one JSON file and one safetensors file."""
+"""Artifacts on disk, written whole or not at all: one JSON file and one safetensors file."""
 
 import hashlib
 import json
@@ -16,16 +16,20 @@ from torch import Tensor
 
 from teal.foundation.errors import UserError
 
-# One of these files in a folder says that it may be replaced.
+# A folder with one of these files is output of this library and may be replaced.
 _MARKS = ("plan.json", "quantization.json", "report.html", "stats.json")
 
 
 def check_destination(folder: Path, *, force: bool = False) -> None:
-    """Fail early where `folder` could not be written at the end of a long job.
+    """Check before a long job that `folder` can be written at its end.
+
+    Args:
+        folder: Destination.
+        force: Whether an existing folder may be replaced.
 
     Raises:
-        UserError: It exists and `force` is not set or it is not an output of this library, or its
-            parent cannot be written.
+        UserError: The folder exists and `force` is not set or it is not an output of this library,
+            or its parent is not writable.
     """
     _recover(folder)
     if os.path.lexists(folder) and not force:
@@ -38,7 +42,7 @@ def check_destination(folder: Path, *, force: bool = False) -> None:
             "Choose another output."
         )
     parent = folder.parent
-    # Not Path.exists, which raises where a folder may not be searched or a name is too long.
+    # Not Path.exists, which raises for unsearchable folders and names that are too long.
     while not os.path.exists(parent):
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -50,16 +54,23 @@ def check_destination(folder: Path, *, force: bool = False) -> None:
 
 @contextmanager
 def replace_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `folder` when the block ends without an error.
+    """Yield a temporary folder that becomes `folder` if the with statement ends without an error.
 
-    A kill at any moment leaves the old content whole: either still in place, or in a backup next
-    to it that the next read or write puts back.
+    A process killed at any moment leaves the old content whole: either in place, or in a backup
+    beside it that the next read or write restores.
+
+    Args:
+        folder: Destination.
+        force: Whether an existing folder may be replaced.
+
+    Yields:
+        The temporary folder.
 
     Raises:
-        UserError: As `check_destination`.
+        UserError: The destination cannot be written; see `check_destination`.
     """
     check_destination(folder, force=force)
-    # Behind a link, what the link points to is replaced.
+    # If it is a symbolic link, its target is replaced.
     folder = folder.resolve()
     temporary = _temporary(folder)
     try:
@@ -75,12 +86,12 @@ def replace_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8 to `path`, as `write_bytes` does."""
+    """Write `text` in UTF-8 to `path` atomically; see `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the new one, never a part."""
+    """Write `data` to `path` atomically: a reader sees the old or the new file, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -98,14 +109,14 @@ def save_artifact(
     *,
     force: bool = False,
 ) -> None:
-    """Write `{kind}.json` and, where there are tensors, `{kind}.safetensors` to `folder`.
+    """Write `{kind}.json` and, if there are tensors, `{kind}.safetensors` to `folder`.
 
     Args:
-        folder: Destination; replaced whole when it exists and `force` is set.
-        kind: What the artifact is, such as "plan"; it names the files and is checked on loading.
+        folder: Destination.
+        kind: Kind of artifact, such as "plan"; it names the files and is checked on loading.
         payload: JSON content, with a "schema_version".
-        tensors: Named tensors, any dtype.
-        force: Replace an existing folder.
+        tensors: Tensors by name, any dtype.
+        force: Whether an existing folder may be replaced.
 
     Raises:
         UserError: The destination cannot be written.
@@ -113,7 +124,7 @@ def save_artifact(
     with replace_folder(folder, force=force) as temporary:
         content = {"kind": kind, **payload}
         if tensors:
-            # Not save_file: it hides the file from other users, whatever the umask.
+            # Not save_file, which makes the file private whatever the umask.
             data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
             (temporary / f"{kind}.safetensors").write_bytes(data)
             content["tensors_sha256"] = hashlib.sha256(data).hexdigest()
@@ -123,18 +134,18 @@ def save_artifact(
 def load_artifact(
     folder: Path, kind: str, schema_version: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `save_artifact` wrote.
+    """Read an artifact that `save_artifact` wrote.
 
     Args:
-        folder: The artifact.
-        kind: What it has to be.
-        schema_version: The newest version that the caller understands.
+        folder: Folder of the artifact.
+        kind: Expected kind.
+        schema_version: Newest version that the caller understands.
 
     Returns:
-        JSON content and named tensors.
+        JSON content, and tensors by name.
 
     Raises:
-        UserError: Nothing there, another kind of artifact, damaged, or of a newer schema.
+        UserError: The artifact is missing, damaged, of another kind or of a newer schema.
     """
     _recover(folder)
     if not os.path.isdir(folder):
@@ -154,7 +165,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        UserError: Missing, unreadable, damaged, or not an object.
+        UserError: The file is missing, unreadable or damaged, or does not hold an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -171,10 +182,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def well_formed(folder: Path) -> Iterator[None]:
-    """Turn the errors of taking apart a malformed artifact into one sentence.
+    """Turn errors from parsing a malformed artifact into one sentence.
+
+    Args:
+        folder: The artifact, for the message.
 
     Raises:
-        UserError: The block raised because a key is missing or a value has the wrong form.
+        UserError: The with statement raised because a key is missing or a value is malformed.
     """
     try:
         yield
@@ -187,7 +201,7 @@ def well_formed(folder: Path) -> Iterator[None]:
 
 
 def _is_output(folder: Path) -> bool:
-    """Tell whether `folder` is empty or holds an artifact or a report."""
+    """Return whether `folder` is empty or holds an artifact or a report."""
     if not folder.is_dir():
         return False
     names = {entry.name for entry in folder.iterdir()}
@@ -210,7 +224,7 @@ def _load_tensors(path: Path, sha256: str | None) -> dict[str, Tensor]:
 def _exchange(folder: Path, new: Path) -> None:
     backup = _backup(folder)
     if folder.exists():
-        # A kill may have left an older backup, of which nothing is needed any more.
+        # A killed process may have left an older backup, which is obsolete.
         _remove(backup)
         folder.rename(backup)
     new.rename(folder)

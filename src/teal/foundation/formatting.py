@@ -1,16 +1,16 @@
-"""How numbers are shown to people, in tables and on pages alike."""
+"""Formatting of numbers for people, in tables and reports."""
 
 
 def percent(fraction: float) -> str:
-    """Show a fraction as a percentage with one decimal."""
+    """Return a fraction as a percentage with one decimal."""
     return f"{100 * fraction:.1f} %"
 
 
 def format_name(weight_format: str, group_size: int | None = None) -> str:
-    """Show a format of weights, with its group size where it has one."""
+    """Return a weight format, followed by its group size if it has one."""
     return f"{weight_format}/{group_size}" if group_size else weight_format
 
 
 def with_error(value: float, error: float | None) -> str:
-    """Show a value with its standard error."""
+    """Return a value with its standard error, if there is one."""
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"

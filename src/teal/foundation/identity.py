@@ -1,4 +1,4 @@
-"""Which model something was made for: its type and the shapes of its projections."""
+"""The identity of a model: its type and the shapes of its projections."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from teal.foundation.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelIdentity:
-    """What statistics, plans and models must agree on to belong together.
+    """The properties that a model, its statistics and its plans must have in common.
 
     Attributes:
         model_type: Hugging Face model type, such as "llama".
-        shapes: (in_features, out_features) of every projection by dotted module name, in the
-            order of the forward pass.
+        shapes: (in_features, out_features) of every projection, by dotted module name in the order
+            of the forward pass.
     """
 
     model_type: str
@@ -29,24 +29,24 @@ class ModelIdentity:
         """Return the mean over the given projections, weighted by weight size.
 
         Args:
-            sparsities: Sparsity by projection; those left out do not count.
+            sparsities: Sparsity by projection; projections left out do not count.
 
         Returns:
-            The sparsity budget if these are targets; 0 for an empty mapping.
+            The mean, which is the sparsity budget if these are targets; 0 for an empty mapping.
         """
         total = sum(self.weight_size(name) for name in sparsities)
         dropped = sum(self.weight_size(name) * s for name, s in sparsities.items())
         return dropped / total if total else 0.0
 
     def require(self, other: "ModelIdentity", what: str) -> None:
-        """Check that `other`, a model, is the one that this belongs to.
+        """Check that a model has this identity.
 
         Args:
-            other: Identity of the model at hand.
-            what: What carries this identity, such as "plan", for the message.
+            other: Identity of the model.
+            what: Artifact that has this identity, such as "plan", for the message.
 
         Raises:
-            UserError: It is another model; the message names the first mismatch.
+            UserError: The identities differ; the message names the first mismatch.
         """
         mismatch = self._first_mismatch(other)
         if mismatch:
@@ -64,7 +64,7 @@ class ModelIdentity:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "ModelIdentity":
-        """Rebuild from `to_dict`."""
+        """Rebuild an identity from `to_dict`."""
         shapes = {str(name): (int(i), int(o)) for name, (i, o) in content["shapes"].items()}
         return cls(model_type=str(content["model_type"]), shapes=shapes)
 

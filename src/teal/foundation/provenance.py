@@ -1,4 +1,4 @@
-"""Where tokens came from, and whether two token streams share text."""
+"""The provenance of tokens, and a test for text shared by two token streams."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Two texts share a window when half of the window's fingerprints occur in the other text; a
-# licence header or an import block that both quote stays far below.
+# A text contains a window if it has half of the window's fingerprints; a licence header or an
+# import block that both texts quote stays far below that.
 SHARED_WINDOW = 0.5
 
 _GRAM = 32
@@ -19,13 +19,13 @@ _MIX = -7046029254386353131
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextProvenance:
-    """The text that token windows were cut from.
+    """The text that token windows come from.
 
     Attributes:
-        source: File, data set and split, or another name a reader can find it by.
-        sha256: Hash of the whole text, or `None` where the text itself was not at hand.
-        offset: First token used.
-        num_tokens: Tokens used, from `offset` on.
+        source: File, data set and split, or another name to find the text by.
+        sha256: Hash of the whole text, or `None` if only its tokens were available.
+        offset: Index of the first token used.
+        num_tokens: Number of tokens used, from `offset` on.
         sequence_length: Tokens per window.
         fingerprints: Sampled hashes of the token runs used, (number,), int64, sorted.
     """
@@ -38,13 +38,13 @@ class TextProvenance:
     fingerprints: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON form; `fingerprints` travel as a tensor beside it."""
+        """Return a JSON form without `fingerprints`, which are stored as a tensor."""
         fields = ("source", "sha256", "offset", "num_tokens", "sequence_length")
         return {name: getattr(self, name) for name in fields}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], fingerprints: Tensor) -> "TextProvenance":
-        """Rebuild from `to_dict` and the fingerprints."""
+        """Rebuild a provenance from `to_dict` and its fingerprints."""
         return cls(
             source=str(content["source"]),
             sha256=None if content["sha256"] is None else str(content["sha256"]),
@@ -58,14 +58,14 @@ class TextProvenance:
 def fingerprint(tokens: Tensor) -> Tensor:
     """Hash every run of 32 tokens and keep the hashes that are divisible by 16.
 
-    Which runs are kept depends on their content alone, so a text is recognised at any offset
-    (content-defined sampling, as in winnowing).
+    Sampling depends on the content of a run alone, so a text is recognised at any offset (as in
+    winnowing).
 
     Args:
         tokens: Token ids, (num_tokens,), int64.
 
     Returns:
-        Distinct kept hashes, sorted, (about num_tokens / 16,), int64.
+        Distinct sampled hashes, sorted, (about num_tokens / 16,), int64.
     """
     if len(tokens) < _GRAM:
         return torch.empty(0, dtype=torch.int64)
@@ -80,14 +80,14 @@ def fingerprint(tokens: Tensor) -> Tensor:
 
 
 def shared_windows(windows: Tensor, text: TextProvenance) -> int:
-    """Count the windows that `text` contains, wherever it contains them.
+    """Count the windows that `text` contains, at any offset.
 
     Args:
         windows: Token ids, (windows, sequence_length), int64.
-        text: The other text, with its fingerprints.
+        text: Provenance of the other text, with its fingerprints.
 
     Returns:
-        Number of windows of which at least half the fingerprints occur in `text`.
+        Number of windows that have at least half of their fingerprints in `text`.
     """
     shared = 0
     for window in windows:

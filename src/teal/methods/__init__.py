@@ -1,4 +1,4 @@
-"""Which activations are dropped: one file per published method."""
+"""Methods that choose which activations are dropped: one file per published method."""
 
 from teal.foundation.errors import unknown_name
 from teal.methods.base import MaskRule, Method, ScoreQuantiles
@@ -13,7 +13,7 @@ def register_method(method: Method) -> None:
     """Make `method` available under its name.
 
     Args:
-        method: An instance; its `name` must be new.
+        method: Instance of the method; its `name` must be new.
 
     Raises:
         ValueError: The name is taken.

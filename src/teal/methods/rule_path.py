@@ -1,4 +1,4 @@
-"""The rules of a model at every sparsity up to an end, to choose from while it runs."""
+"""The rules of a model at every sparsity up to a limit, to select from at run time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,16 +18,16 @@ _TENSORS = ("sparsities", "targets", "thresholds")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RulePath:
-    """Target sparsity and rule of every projection, point by point from dense upwards.
+    """Target sparsity and rule of every projection at several budgets, from dense upwards.
 
     Only thresholds change along a path; a projection keeps its score scale and shift.
 
     Attributes:
-        projections: Dotted module names, one for each column.
+        projections: Dotted module names, one per column.
         sparsities: Sparsity budget of each point, (points,), float64, rising from 0.
         targets: Target sparsities, (points, projections), float64.
-        thresholds: Thresholds, (points, projections), float32; negative where there is no rule.
-        vectors: Scale and shift by projection and kind, for those that have any.
+        thresholds: Thresholds, (points, projections), float32; negative if there is no rule.
+        vectors: Score scale and shift, by projection and name, of projections that have any.
     """
 
     projections: tuple[str, ...]
@@ -40,17 +40,20 @@ class RulePath:
         shape = (*self.sparsities.shape, len(self.projections))
         if len(shape) != 2 or self.targets.shape != shape or self.thresholds.shape != shape:
             raise ValueError("the path has a target or threshold too many or too few")
-        # Written so that NaN fails too, and a path without a point.
+        # Negated so that NaN and an empty path fail too.
         rises = bool((self.sparsities.diff() > 0).all()) and self.sparsities[:1].tolist() == [0.0]
         if not rises or not self.end < 1.0 or bool(self.targets[0].any()):
             raise ValueError("the path does not rise from 0 to less than 1")
 
     @classmethod
     def from_points(cls, points: Mapping[float, Planned]) -> "RulePath | None":
-        """Put what is planned at several sparsity budgets, 0 among them, in a row.
+        """Build a path from the rules at several sparsity budgets.
+
+        Args:
+            points: Target sparsity and rule of every projection by budget; 0 must be among them.
 
         Returns:
-            The path, or `None` where a score scale or shift changes along it.
+            The path, or `None` if a score scale or shift changes along it.
         """
         vectors: dict[str, Mapping[str, Tensor]] = {}
         for planned in points.values():
@@ -71,20 +74,20 @@ class RulePath:
 
     @property
     def end(self) -> float:
-        """The highest sparsity."""
+        """The highest sparsity budget of the path."""
         return float(self.sparsities[-1])
 
     def at(self, sparsity: float) -> Planned:
-        """Return target sparsity and rule of every projection.
+        """Return target sparsity and rule of every projection at a budget.
 
-        They are exact at the points. Between two, targets and thresholds are interpolated
-        linearly, and having no rule counts as threshold 0.
+        Between two points, targets and thresholds are interpolated linearly, with threshold 0
+        for a missing rule.
 
         Args:
             sparsity: Sparsity budget in [0, 1).
 
         Raises:
-            UserError: The path ends below it.
+            UserError: The path ends below `sparsity`.
         """
         if sparsity > self.end:
             raise UserError(
@@ -102,11 +105,11 @@ class RulePath:
         return {name: (target, self._rule(name, threshold)) for name, target, threshold in columns}
 
     def to_dict(self) -> dict[str, float]:
-        """Return what a reader may want to know; everything else is in the tensors."""
+        """Return a summary in JSON form; the path itself is in `to_tensors`."""
         return {"points": len(self.sparsities), "end": self.end}
 
     def to_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Return the points, each tensor's name beginning with `prefix`."""
+        """Return the points as tensors whose names begin with `prefix`."""
         return {f"{prefix}.{kind}": getattr(self, kind) for kind in _TENSORS}
 
     @classmethod
@@ -117,10 +120,16 @@ class RulePath:
         tensors: Mapping[str, Tensor],
         prefix: str,
     ) -> "RulePath":
-        """Rebuild from `to_tensors` and what a plan stores of every projection anyway.
+        """Rebuild a path from `to_tensors` and what a plan stores of its projections.
+
+        Args:
+            projections: Dotted module names, one per column.
+            vectors: Score scale and shift by projection and name.
+            tensors: Tensors by name; others than those of the path are ignored.
+            prefix: Prefix of the tensor names.
 
         Raises:
-            ValueError: The tensors are no path of these projections.
+            ValueError: The tensors are not a path of these projections.
         """
         points = {kind: tensors[f"{prefix}.{kind}"] for kind in _TENSORS}
         return cls(projections=projections, vectors=vectors, **points)
@@ -132,7 +141,7 @@ class RulePath:
 
 
 def _between(low: Tensor, high: Tensor, weight: float) -> Tensor:
-    # Not lerp, which makes NaN of an infinite threshold.
+    # Not torch.lerp, which returns NaN for an infinite threshold.
     mixed = (1 - weight) * low.double().clamp(min=0) + weight * high.double().clamp(min=0)
     return torch.where((low < 0) & (high < 0), _NO_RULE, mixed)
 

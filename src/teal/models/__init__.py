@@ -1,1 +1,1 @@
-"""Where the projections of a model are, and how a model is opened."""
+"""Models: where their projections are, what their layers compute, and how they are opened."""

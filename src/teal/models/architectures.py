@@ -1,4 +1,4 @@
-"""What a decoder must know of a model: sizes, norms, rotary embeddings, windows, multipliers."""
+"""The structure of a model as a decoder needs it: sizes, norms, rope, windows, multipliers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionInput:
-    """One input of a layer's projections, and the projections that read it.
+    """An input of a layer's projections, and the projections that share it.
 
     Attributes:
         name: Full name, such as "model.layers.3.mlp_input".
-        in_features: Its size.
+        in_features: Number of input channels.
         output_sizes: out_features by full projection name, in the order of the forward pass.
     """
 
@@ -35,29 +35,30 @@ class Architecture:
 
     Attributes:
         model_type: Hugging Face model type, such as "llama".
-        family: Where projections are and what a layer computes around them.
+        family: Row of the family table: names of projections and norms.
         vocab_size: Number of token ids.
-        hidden_size: Size of the hidden states.
-        intermediate_size: Size inside the MLP.
+        hidden_size: Channels of the hidden states.
+        intermediate_size: Channels inside the MLP.
         num_layers: Number of decoder layers.
-        heads: Query heads.
-        kv_heads: Key and value heads.
-        head_dim: Channels of a head.
-        eps: Of every RMSNorm.
-        activation: Of the gate, "silu" or "gelu_pytorch_tanh".
-        attention_scale: Multiplies the products of queries and keys.
-        attention_softcap: Attention scores end smoothly here; 0 for no cap.
-        logit_softcap: Logits end smoothly here; 0 for no cap.
-        embedding_multiplier: Multiplies embeddings.
-        residual_multiplier: Multiplies what attention and MLP add to the hidden states.
-        logit_divisor: Divides logits.
+        heads: Number of query heads.
+        kv_heads: Number of key and value heads.
+        head_dim: Channels per head.
+        eps: Epsilon of every RMSNorm.
+        activation: Activation function of the gate, "silu" or "gelu_pytorch_tanh".
+        attention_scale: Factor on the dot products of queries and keys.
+        attention_softcap: Soft cap on attention scores; 0 for none.
+        logit_softcap: Soft cap on logits; 0 for none.
+        embedding_multiplier: Factor on the embeddings.
+        residual_multiplier: Factor on the outputs of attention and MLP before they are added to
+            the hidden states.
+        logit_divisor: Divisor of the logits.
         qkv_bias: Whether q, k and v have a bias.
-        o_bias: Whether the output projection of attention has one.
-        mlp_bias: Whether the projections of the MLP have one.
-        windows: Newest positions that each layer attends to; 0 for all.
+        o_bias: Whether the output projection of attention has a bias.
+        mlp_bias: Whether the projections of the MLP have a bias.
+        windows: Attention window of each layer in tokens; 0 for full attention.
         ropes: Rotary embedding of each layer.
-        tied_head: Whether the logits' weight is the embedding.
-        max_context: Longest sequence that the model was made for, in tokens.
+        tied_head: Whether the output head shares its weight with the embedding.
+        max_context: Longest sequence that the model was trained for, in tokens.
     """
 
     model_type: str
@@ -87,37 +88,37 @@ class Architecture:
 
     @property
     def form(self) -> LayerForm:
-        """What a layer computes around its projections."""
+        """Norms, biases and scaling of a layer."""
         assert self.family.form is not None
         return self.family.form
 
     @property
     def q_size(self) -> int:
-        """Channels of all query heads together."""
+        """Output channels of all query heads together."""
         return self.heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        """Channels of all key heads together, and of all value heads."""
+        """Output channels of all key heads together, and of all value heads."""
         return self.kv_heads * self.head_dim
 
     @property
     def num_weights(self) -> int:
-        """Number of weights in all matrices; norms and biases are not worth counting."""
+        """Number of weights in all matrices, without the small norms and biases."""
         identity = self.identity
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_head else 2)
         return embeddings + sum(map(identity.weight_size, identity.shapes))
 
     @property
     def identity(self) -> ModelIdentity:
-        """What plans of this model must agree with; equal to that of the Hugging Face model."""
+        """Identity that plans must match; equal to that of the Hugging Face model."""
         inputs = [entry for layer in range(self.num_layers) for entry in self.inputs(layer)]
         return ModelIdentity(
             model_type=self.model_type,
             shapes={
-                projection: (entry.in_features, width)
+                projection: (entry.in_features, size)
                 for entry in inputs
-                for projection, width in entry.output_sizes.items()
+                for projection, size in entry.output_sizes.items()
             },
         )
 
@@ -126,13 +127,13 @@ class Architecture:
         return f"{self.family.blocks}.{layer}"
 
     def inputs(self, layer: int) -> tuple[ProjectionInput, ...]:
-        """Return what the projections of a layer read, in the order of the forward pass.
+        """Return the inputs of a layer's projections, in the order of the forward pass.
 
         Args:
-            layer: Its index.
+            layer: Index of the layer.
 
         Returns:
-            Inputs of q, k and v, of the output projection, of gate and up, and of down.
+            Four inputs: of q, k and v; of the output projection; of gate and up; of down.
         """
         prefix = self.layer_name(layer)
         in_features = (self.hidden_size, self.q_size, self.hidden_size, self.intermediate_size)
@@ -140,14 +141,14 @@ class Architecture:
             ProjectionInput(
                 name=f"{prefix}.{key}",
                 in_features=size,
-                output_sizes={f"{prefix}.{name}": self._width(name) for name in projections},
+                output_sizes={f"{prefix}.{name}": self._output_size(name) for name in projections},
             )
             for size, (key, projections) in zip(
                 in_features, self.family.inputs.items(), strict=True
             )
         )
 
-    def _width(self, projection: str) -> int:
+    def _output_size(self, projection: str) -> int:
         return {
             "q_proj": self.q_size,
             "k_proj": self.kv_size,
@@ -165,13 +166,10 @@ def architecture_of(config: Any) -> Architecture:
     """Read the architecture of a model from its Hugging Face configuration.
 
     Args:
-        config: Configuration of a model, as `AutoConfig` opens it.
-
-    Returns:
-        The architecture.
+        config: Hugging Face configuration, as `AutoConfig` opens it.
 
     Raises:
-        UserError: The engine does not compute what the configuration asks for.
+        UserError: The engine does not support what the configuration asks for.
     """
     family = family_named(config.model_type)
     form = _require_form(config, family)
@@ -222,7 +220,7 @@ def _require_form(config: Any, family: Family) -> LayerForm:
 
 
 def _activation(config: Any) -> str:
-    # Gemma has both, and goes by the first.
+    # Gemma configurations have both fields; transformers reads hidden_activation.
     name = str(getattr(config, "hidden_activation", None) or config.hidden_act)
     if name not in GATES:
         raise UserError(

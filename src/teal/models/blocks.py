@@ -1,4 +1,4 @@
-"""Running a model one block at a time, whatever its family."""
+"""Running a model of any family one block at a time."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ from teal.models.families import Block, blocks_of
 
 @dataclass(eq=False)
 class Batch:
-    """A batch of token windows on its way through the blocks of a model.
+    """A batch of token windows between two blocks of a model.
 
     Attributes:
         hidden_states: Input of the next block, (batch, tokens, hidden_size).
-        arguments: Keyword arguments of every block, in order: masks, positions and the like,
-            which do not depend on the hidden states.
+        arguments: Keyword arguments of each block, such as masks and positions; they do not
+            depend on the hidden states.
         padding: 1 for a token, 0 for padding, (batch, tokens), or `None` without padding.
     """
 
@@ -30,7 +30,7 @@ class Batch:
 def first_batches(
     model: nn.Module, tokens: Tensor, *, padding: Tensor | None = None, batch_size: int = 1
 ) -> list[Batch]:
-    """Bring token windows up to the first block of `model`, without running any block.
+    """Compute the input of the first block of `model` for token windows; no block is run.
 
     Args:
         model: A supported causal language model.
@@ -39,7 +39,7 @@ def first_batches(
         batch_size: Windows per batch.
 
     Returns:
-        Batches on the device of the model's embedding.
+        Batches, on the device of the model's embedding.
     """
     windows = torch.split(tokens, batch_size)
     masks = [None] * len(windows) if padding is None else torch.split(padding, batch_size)
@@ -49,15 +49,15 @@ def first_batches(
 
 @torch.no_grad()
 def run_block(block: Block, hidden_states: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """Run one block on the device its weights are on.
+    """Run one block on the device of its weights.
 
     Args:
         block: The block.
-        hidden_states: Its input, (batch, tokens, hidden_size), on any device.
-        arguments: Its keyword arguments from its `Batch`.
+        hidden_states: Input, (batch, tokens, hidden_size), on any device.
+        arguments: Keyword arguments of the block, from a `Batch`.
 
     Returns:
-        Its output, (batch, tokens, hidden_size), on the block's device.
+        Output, (batch, tokens, hidden_size), on the block's device.
     """
     device = next(block.module.parameters()).device
     output = block.module(hidden_states.to(device), **_moved(arguments, device))
@@ -67,7 +67,7 @@ def run_block(block: Block, hidden_states: Tensor, arguments: dict[str, Any]) ->
 
 @contextmanager
 def resident(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Keep `module` on `device` while the block runs, then where it was."""
+    """Keep `module` on `device` inside the with statement, then move it back."""
     home = next(module.parameters()).device
     module.to(device)
     try:
@@ -83,7 +83,7 @@ def _first_batch(model: nn.Module, tokens: Tensor, padding: Tensor | None) -> Ba
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     mask = None if padding is None else padding.to(device)
     with _replaced(model, blocks, recorders):
-        # The base model: no logits are needed.
+        # The base model has no head; logits are not needed.
         model.base_model(tokens.to(device), attention_mask=mask, use_cache=False)  # type: ignore[operator]
     first = recorders[0].hidden_states
     assert first is not None
@@ -91,7 +91,7 @@ def _first_batch(model: nn.Module, tokens: Tensor, padding: Tensor | None) -> Ba
 
 
 class _Recorder(nn.Module):
-    """Takes the place of a block, remembers how it is called and passes its input on."""
+    """Stands in for a block: records its arguments and returns its input."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

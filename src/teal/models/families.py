@@ -1,4 +1,4 @@
-"""Where the projections of each model family are: one table row per family."""
+"""The table of model families: where the projections are and what a layer computes."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,19 +25,19 @@ FUSED_PROJECTIONS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LayerForm:
-    """What a decoder layer computes around its projections, as far as the type alone decides.
+    """The parts of a decoder layer besides projections that the model type alone decides.
 
-    Norms are named relative to the layer; `None` stands for no norm at that place.
+    Norms are named relative to the layer; `None` means that the layer has no such norm.
 
     Attributes:
-        attention_norm: RMSNorm of what attention reads.
-        mlp_norm: RMSNorm of what the MLP reads.
-        attention_post_norm: RMSNorm of what attention adds to the hidden states.
-        mlp_post_norm: RMSNorm of what the MLP adds to the hidden states.
-        norm_offset: Added to the weight of every RMSNorm.
-        qk_norm: Whether q and k are normed per "head", as a whole "vector", or not: "none".
-        qkv_bias: Whether q, k and v have a bias whatever the configuration says.
-        embedding_scaled: Whether embeddings are multiplied with the root of their size.
+        attention_norm: RMSNorm on the input of attention.
+        mlp_norm: RMSNorm on the input of the MLP.
+        attention_post_norm: RMSNorm on the output of attention, before the residual is added.
+        mlp_post_norm: RMSNorm on the output of the MLP, before the residual is added.
+        norm_offset: Number added to the weight of every RMSNorm.
+        qk_norm: RMSNorm on q and k: "none", per "head", or over the whole "vector".
+        qkv_bias: Whether q, k and v have a bias regardless of the configuration.
+        embedding_scaled: Whether embeddings are multiplied by the square root of hidden_size.
     """
 
     attention_norm: str | None = "input_layernorm"
@@ -52,14 +52,14 @@ class LayerForm:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How the models of one Hugging Face model type are laid out.
+    """Names and structure of the models of one Hugging Face model type.
 
     Attributes:
-        inputs: The distinct inputs of a block's projections, each with the projections that
-            share it, named relative to the block, in the order of the forward pass.
+        inputs: Projections by the input that they share, named relative to the block, in the
+            order of the forward pass.
         blocks: Dotted name of the list of blocks.
         attention: Name of the attention module, relative to the block.
-        form: What the engine has to compute, or `None` where only transformers runs the type.
+        form: Structure of a layer for the engine, or `None` if only transformers runs the type.
     """
 
     inputs: Mapping[str, tuple[str, ...]]
@@ -104,8 +104,8 @@ class Block:
     Attributes:
         name: Dotted module name, such as "model.layers.3".
         module: The layer.
-        attention: Its attention module.
-        attention_name: Dotted name of that.
+        attention: Attention module of the layer.
+        attention_name: Dotted name of the attention module.
         inputs: Full projection names by full input name, such as
             "model.layers.3.mlp_input" → ("model.layers.3.mlp.gate_proj", …).
     """
@@ -127,7 +127,7 @@ class Block:
 
 
 def family_named(model_type: str) -> Family:
-    """Return the row of `model_type`.
+    """Return the family of a Hugging Face model type.
 
     Raises:
         UserError: The type is not in the table.
@@ -144,7 +144,7 @@ def model_type_of(model: nn.Module) -> str:
     """Return the Hugging Face model type of `model`.
 
     Raises:
-        UserError: It has no Hugging Face configuration.
+        UserError: The model has no Hugging Face configuration.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
@@ -174,7 +174,7 @@ def projections_of(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def identity_of(model: nn.Module) -> ModelIdentity:
-    """Return what plans and statistics of `model` must agree with."""
+    """Return the identity of `model`, which its plans and statistics must match."""
     return ModelIdentity(
         model_type=model_type_of(model),
         shapes={

@@ -1,4 +1,4 @@
-"""How far rotary embeddings turn queries and keys at each position."""
+"""Rotary position embeddings: their frequencies and their tables of cosines and sines."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +18,8 @@ class Rope:
     """One rotary embedding.
 
     Attributes:
-        frequencies: Angle per position of each pair of channels, float32 values; half as many as
-            channels that are turned.
-        scaling: Factor of cosines and sines, which YaRN puts there.
+        frequencies: Angle per position of each pair of channels, (rotary_dim / 2,), float32 values.
+        scaling: Factor on cosines and sines, as used by YaRN.
     """
 
     frequencies: tuple[float, ...]
@@ -31,10 +30,10 @@ class Rope:
 
         Args:
             length: Number of positions.
-            device: Where to put the tables.
+            device: Device of the tables.
 
         Returns:
-            Two tensors, (length, rotary_dim / 2), float32.
+            Cosines and sines, (length, rotary_dim / 2) each, float32.
         """
         positions = torch.arange(length, dtype=torch.float32, device=device)
         frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=device)
@@ -50,14 +49,14 @@ def ropes_of(config: Any, layer_types: tuple[str, ...]) -> tuple[Rope, ...]:
         layer_types: Kind of each layer, such as "full_attention".
 
     Returns:
-        One per layer.
+        One rotary embedding per layer.
 
     Raises:
         UserError: The type of the rotary embedding is not one of `ROPE_TYPES`.
     """
     config.standardize_rope_params()
     parameters = config.rope_parameters
-    # Gemma 3 has parameters per kind of layer, everybody else has one set.
+    # Gemma 3 has one set of parameters per kind of layer, other families a single set.
     if "rope_type" in parameters:
         return (_rope(config, parameters, None),) * len(layer_types)
     by_type = {kind: _rope(config, parameters[kind], kind) for kind in set(layer_types)}

@@ -1,4 +1,4 @@
-"""Of what the weights of a model in memory are: floats, or the values of codes of few bits."""
+"""The format that the weights of a model in memory come from: float, or a quantized one."""
 
 import logging
 
@@ -13,16 +13,17 @@ logger = logging.getLogger(__name__)
 
 
 def weight_format_of(model: nn.Module) -> str:
-    """Return whose values the weights of the projections are.
+    """Return the format of the projections' weights.
 
     Args:
         model: A Hugging Face causal language model.
 
     Returns:
-        "float", "int8", "int4" or "fp8", or several of them with "+" between.
+        "float", or the format that the weights were dequantized from: "int8", "int4", "fp8", or
+        several joined with "+".
 
     Raises:
-        UserError: transformers opened it quantized, so that its weights are no matrices of floats.
+        UserError: transformers opened the model quantized, so its weights are not float matrices.
     """
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise UserError(
@@ -34,16 +35,21 @@ def weight_format_of(model: nn.Module) -> str:
 
 
 def mark_weight_format(model: nn.Module, weight_format: str) -> None:
-    """Note whose values the weights of the projections are, for `weight_format_of`."""
+    """Record the format that the weights of `model` were dequantized from, in place.
+
+    Args:
+        model: A Hugging Face causal language model.
+        weight_format: Format that `weight_format_of` returns from now on.
+    """
     model.__dict__[_MARK] = weight_format
 
 
 def warn_of_format(calibrated: str, weight_format: str) -> None:
-    """Say in the log that a plan was calibrated with weights of another format, if it was.
+    """Log a warning if a plan was calibrated with another weight format.
 
     Args:
-        calibrated: Format of the weights during calibration.
-        weight_format: Format of the weights of the model at hand.
+        calibrated: Weight format during calibration.
+        weight_format: Weight format of the model.
     """
     if calibrated != weight_format:
         logger.warning(

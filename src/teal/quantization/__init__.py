@@ -1,4 +1,4 @@
-"""Weights of few bits: int8, int4 and fp8, channel-major; making, packing and loading them."""
+"""Quantized weights in int8, int4 and fp8, channel-major: rounding, GPTQ and packing."""
 
 from teal.quantization.gptq import SecondMoments, quantize_by_moments
 from teal.quantization.rounding import Scheme, round_to_nearest

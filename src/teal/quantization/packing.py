@@ -1,4 +1,4 @@
-"""Small numbers packed into 32-bit words, the lowest bits first, as checkpoints on the hub do."""
+"""4- and 8-bit numbers packed into 32-bit words, lowest bits first, as in published checkpoints."""
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,10 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
 
     Args:
         values: Numbers below 2^bits, (rows, columns), uint8.
-        bits: 4 or 8.
+        bits: Bits per number, 4 or 8.
 
     Returns:
-        (rows, ⌈columns · bits / 32⌉), int32; what fills up the last word is zero.
+        Words, (rows, ⌈columns · bits / 32⌉), int32; the last word is padded with zeros.
     """
     per_word = WORD_BITS // bits
     padded = F.pad(values, (0, -values.shape[1] % per_word))
@@ -24,7 +24,16 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack_words(words: Tensor, bits: int, columns: int) -> Tensor:
-    """Undo `pack_words`: (rows, columns), uint8."""
+    """Undo `pack_words`.
+
+    Args:
+        words: Packed numbers, (rows, words), int32.
+        bits: Bits per number, 4 or 8.
+        columns: Numbers per row.
+
+    Returns:
+        Numbers, (rows, columns), uint8.
+    """
     octets = words.contiguous().view(torch.uint8)
     if bits == 4:
         octets = torch.stack((octets & 0xF, octets >> 4), dim=-1).flatten(1)

@@ -1,4 +1,4 @@
-"""How a float weight becomes codes: quantization parameters of each group, and rounding."""
+"""Rounding float weights to codes, with a scale and zero fitted per group and output."""
 
 from dataclasses import dataclass
 
@@ -17,13 +17,13 @@ _LARGEST_FP8 = torch.finfo(FP8).max
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """Into what a weight is quantized.
+    """How a weight is quantized.
 
     Attributes:
         format: "int8", "int4" or "fp8".
-        group_size: Input channels that share a scale, for int4 only: 128 where none is given. int8
-            and fp8 have one scale per output.
-        symmetric: Centre the codes on zero; only int4 can do without.
+        group_size: Input channels that share a scale, int4 only; the default is 128. int8 and fp8
+            have one scale per output.
+        symmetric: Whether the codes are centred on zero; only int4 supports asymmetric codes.
     """
 
     format: str
@@ -49,13 +49,13 @@ class Scheme:
 
 
 @dataclass(frozen=True, eq=False)
-class QuantParams:
-    """The values that the weights of one group can take, `(code - zero) · scale` per output.
+class GroupQuantizer:
+    """Rounds the weights of one group to codes, with value `(code - zero) · scale`.
 
     Attributes:
         format: "int8", "int4" or "fp8".
-        scales: (out_features,).
-        zeros: (out_features,), uint8, or `None`.
+        scales: Scale per output, (out_features,), float.
+        zeros: Code of zero per output, (out_features,), uint8; `None` for symmetric codes.
     """
 
     format: str
@@ -63,13 +63,13 @@ class QuantParams:
     zeros: Tensor | None
 
     @classmethod
-    def fit(cls, weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> "QuantParams":
-        """Span the weights of a group.
+    def fit(cls, weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> "GroupQuantizer":
+        """Fit scales and zeros to the range of a group's weights.
 
         Args:
             weight: Weights of the group, (channels, out_features), float32.
-            scheme: What to span.
-            dtype: Dtype of the scales; codes are chosen after rounding to it.
+            scheme: Format and symmetry.
+            dtype: Dtype of the scales; codes are rounded against the scales in this dtype.
         """
         if not scheme.symmetric:
             lowest, highest = weight.amin(0).clamp(max=0), weight.amax(0).clamp(min=0)
@@ -85,7 +85,7 @@ class QuantParams:
         """Round to the nearest value.
 
         Args:
-            weight: (channels, out_features), float32.
+            weight: Weights of the group, (channels, out_features), float32.
 
         Returns:
             Codes, (channels, out_features): int8, float8_e4m3fn, or int4 as 0 … 15 in uint8.
@@ -98,7 +98,7 @@ class QuantParams:
         return (steps.round() + self._zero()).clamp(0, _LARGEST_INT4).to(torch.uint8)
 
     def values(self, codes: Tensor) -> Tensor:
-        """Return what `codes` stand for, in float32, of the same shape."""
+        """Return the values of `codes`, (channels, out_features), float32."""
         return (codes.float() - self._zero()) * self.scales.float()
 
     def _zero(self) -> Tensor | float:
@@ -108,37 +108,40 @@ class QuantParams:
 
 
 def round_to_nearest(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
-    """Quantize a weight without looking at activations.
+    """Round every weight to the nearest code, without using activations.
 
     Args:
-        weight: Channel-major weight, (in_features, out_features), a float dtype, which the scales
-            take too.
-        scheme: Into what.
+        weight: Channel-major weight, (in_features, out_features), any float dtype; scales take the
+            same.
+        scheme: Format, group size and symmetry.
+
+    Returns:
+        The quantized weight, on the same device.
 
     Raises:
         UserError: The weight holds NaN or infinity.
     """
     require_finite(weight)
     group_size = scheme.group_size or len(weight)
-    quants, codes = [], []
+    quantizers, codes = [], []
     for group in torch.split(weight, group_size):
-        quants.append(QuantParams.fit(group.float(), scheme, weight.dtype))
-        codes.append(quants[-1].codes(group.float()))
-    return assembled(torch.cat(codes), quants, group_size)
+        quantizers.append(GroupQuantizer.fit(group.float(), scheme, weight.dtype))
+        codes.append(quantizers[-1].codes(group.float()))
+    return assembled(torch.cat(codes), quantizers, group_size)
 
 
-def assembled(codes: Tensor, quants: list[QuantParams], group_size: int) -> QuantizedWeight:
-    """Put codes and the quantization parameters of all groups together.
+def assembled(codes: Tensor, quantizers: list[GroupQuantizer], group_size: int) -> QuantizedWeight:
+    """Assemble a weight from its codes and the quantizers of its groups.
 
     Args:
-        codes: (in_features, out_features), as `QuantParams.codes` gives them.
-        quants: One per group, in order.
+        codes: Codes, (in_features, out_features), as `GroupQuantizer.codes` returns them.
+        quantizers: One per group, in order.
         group_size: Input channels per group.
     """
-    scales = torch.stack([quant.scales for quant in quants])
-    if quants[0].format != "int4":
+    scales = torch.stack([quantizer.scales for quantizer in quantizers])
+    if quantizers[0].format != "int4":
         return QuantizedWeight(codes=codes, scales=scales, group_size=group_size)
-    zeros = [quant.zeros for quant in quants if quant.zeros is not None]
+    zeros = [quantizer.zeros for quantizer in quantizers if quantizer.zeros is not None]
     return QuantizedWeight.of_int4(codes, scales, group_size, torch.stack(zeros) if zeros else None)
 
 
@@ -146,13 +149,13 @@ def require_finite(weight: Tensor) -> None:
     """Check that a weight can be quantized.
 
     Raises:
-        UserError: It holds NaN or infinity.
+        UserError: The weight holds NaN or infinity.
     """
     if not bool(torch.isfinite(weight).all()):
         raise UserError("A weight holds NaN or infinity. Quantize an undamaged model.")
 
 
 def _not_zero(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to `dtype`; where all weights are zero, any scale does."""
+    """Round to `dtype`, and replace zero scales, whose weights are all zero, by one."""
     rounded = scales.to(dtype)
     return torch.where(rounded == 0, torch.ones_like(rounded), rounded)

@@ -1,4 +1,4 @@
-"""One weight of few bits, laid out so that an input channel is one contiguous strip."""
+"""A quantized weight, channel-major: the codes of an input channel are contiguous."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,25 +20,25 @@ from teal.kernels.reference.quantized import (
 # Format by the dtype of its codes.
 FORMATS: Mapping[torch.dtype, str] = {FP8: "fp8", INT4: "int4", INT8: "int8"}
 
-# What a weight is that has none of them.
+# Name of the format of weights that are not quantized.
 FLOAT = "float"
 
-# Input channels that may share a scale, besides all of them.
+# Supported numbers of input channels that share a scale, besides all of them.
 GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class QuantizedWeight:
-    """A channel-major weight `(code - zero) · scale`, its format told by the dtype of its codes.
+    """A channel-major weight `(code - zero) · scale`; the dtype of its codes tells its format.
 
     Attributes:
-        codes: int8 or float8_e4m3fn (in_features, out_features), or uint8 with two neighbouring
-            int4 columns per byte, (in_features, ⌈out_features / 2⌉).
-        scales: One per group and output, (groups, out_features), float; none is zero.
-        group_size: Input channels per group; the last group may be shorter. in_features where
-            there is one scale per output.
-        zeros: Code of zero per group and output, (groups, out_features), uint8; `None` where all
-            codes are centred. int4 only.
+        codes: Codes in int8 or float8_e4m3fn, (in_features, out_features), or in uint8 with two
+            neighbouring int4 columns per byte, (in_features, ⌈out_features / 2⌉).
+        scales: Scale per group and output, (groups, out_features), float; none is zero.
+        group_size: Input channels per group; the last group may be shorter. in_features if there
+            is one scale per output.
+        zeros: Code of zero per group and output, (groups, out_features), uint8, int4 only; `None`
+            for symmetric codes.
     """
 
     codes: Tensor
@@ -70,13 +70,14 @@ class QuantizedWeight:
     def of_int4(
         cls, unsigned: Tensor, scales: Tensor, group_size: int, zeros: Tensor | None = None
     ) -> "QuantizedWeight":
-        """Pack int4 codes; zeros that are all in the middle are left out.
+        """Pack int4 codes; zeros that all equal the middle code are dropped.
 
         Args:
             unsigned: Codes from 0 to 15, (in_features, out_features), uint8.
-            scales: (groups, out_features).
+            scales: Scale per group and output, (groups, out_features), float.
             group_size: Input channels per group.
-            zeros: (groups, out_features), uint8, or `None`.
+            zeros: Code of zero per group and output, (groups, out_features), uint8, or `None` for
+                symmetric codes.
         """
         if zeros is not None and bool((zeros == INT4_MIDDLE).all()):
             zeros = None
@@ -85,7 +86,7 @@ class QuantizedWeight:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], group_size: int) -> "QuantizedWeight":
-        """Rebuild from `tensors` and the group size."""
+        """Rebuild a weight from its `tensors` and its group size."""
         return cls(
             codes=tensors["codes"],
             scales=tensors["scales"],
@@ -95,7 +96,7 @@ class QuantizedWeight:
 
     @property
     def format(self) -> str:
-        """One of "fp8", "int4" and "int8"."""
+        """Format: "fp8", "int4" or "int8"."""
         return FORMATS[self.codes.dtype]
 
     @property
@@ -119,17 +120,17 @@ class QuantizedWeight:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by name, as they are saved."""
+        """Return the tensors by attribute name, without zeros if there are none."""
         named = {"codes": self.codes, "scales": self.scales, "zeros": self.zeros}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def integers(self) -> Tensor:
-        """Return the codes one by one: int4 as 0 … 15 in uint8, (in_features, out_features)."""
+        """Return unpacked codes, (in_features, out_features): int4 as 0 … 15 in uint8."""
         is_packed = self.format == "int4"
         return unpack_nibbles(self.codes, self.out_features) if is_packed else self.codes
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight as floats, channel-major, (in_features, out_features)."""
+        """Return the weight in a float dtype, channel-major, (in_features, out_features)."""
         return dequantized(self.codes, self.scales, self.zeros, self.group_size, dtype)
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":
@@ -146,10 +147,10 @@ class QuantizedWeight:
 
 
 def checked_group_size(group_size: int, in_features: int) -> int:
-    """Return `group_size` if a weight with `in_features` inputs may have it.
+    """Return `group_size` if it is supported for a weight with `in_features` inputs.
 
     Raises:
-        UserError: It may not.
+        UserError: It is not supported.
     """
     if group_size not in (*GROUP_SIZES, in_features):
         raise UserError(
@@ -160,16 +161,16 @@ def checked_group_size(group_size: int, in_features: int) -> int:
 
 
 def side_by_side(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Join weights that share their input into one, their outputs beside each other.
+    """Concatenate weights that share an input along their outputs.
 
     Args:
-        weights: At least one, of one format, group size and device.
+        weights: One or more weights of the same format, group size and device.
 
     Returns:
-        The same values, (in_features, sum of out_features).
+        A weight with the same values, (in_features, sum of out_features).
 
     Raises:
-        UserError: They differ in format, inputs or group size.
+        UserError: The weights differ in format, inputs or group size.
     """
     first = weights[0]
     kinds = {(weight.format, weight.in_features, weight.group_size) for weight in weights}
@@ -177,7 +178,7 @@ def side_by_side(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
         shown = ", ".join(f"{f} of {i} inputs in groups of {g}" for f, i, g in sorted(kinds))
         raise UserError(f"Weights of unlike kinds cannot be joined: {shown}. Quantize them alike.")
     scales = torch.cat([weight.scales for weight in weights], dim=1)
-    # Codes one by one, because a weight of odd width ends within a byte.
+    # Unpacked, because an int4 weight with an odd number of outputs ends within a byte.
     codes = torch.cat([weight.integers().view(torch.uint8) for weight in weights], dim=1)
     if first.format == "int4":
         zeros = torch.cat([_explicit_zeros(weight) for weight in weights], dim=1)

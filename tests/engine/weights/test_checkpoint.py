@@ -47,7 +47,7 @@ def test_weights_of_a_folder_are_those_of_its_model(
     assert_same_weights(weights, from_model(model))
 
 
-def test_weights_in_several_files_are_the_same(sharded: Path) -> None:
+def test_weights_of_a_sharded_checkpoint_are_the_same(sharded: Path) -> None:
     assert_same_weights(from_folder(sharded, None, CPU), from_model(tiny_model("llama")))
 
 
