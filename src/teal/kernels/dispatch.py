@@ -27,6 +27,9 @@ try:
     from teal.kernels.cpu import attention as cpu_attention
     from teal.kernels.cpu import gemv as cpu_gemv
     from teal.kernels.cpu import lm_head
+    from teal.kernels.cpu.backend import NumbaBackend
+
+    numba_backend = NumbaBackend()
 except ImportError:
     cpu_gemv = None  # type: ignore[assignment]
 
@@ -158,8 +161,8 @@ def _has_triton_kernel(operands: Operands) -> bool:
 
 
 def _on_cpu(operands: Operands) -> Tensor:
-    if has_numba() and cpu_gemv.can_compute(operands):
-        return cpu_gemv.compute(operands)
+    if has_numba() and numba_backend.can_run(operands, None) is None:
+        return numba_backend.run(operands, None)
     return by_reference(operands)
 
 

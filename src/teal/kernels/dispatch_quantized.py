@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from teal.kernels.checks import check_quantized
-from teal.kernels.dispatch import by_reference, finished, gated_operands, has_numba, normed
+from teal.kernels.dispatch import finished, gated_operands, has_numba, normed, numba_backend
 from teal.kernels.operands import Operands, QuantParams
 from teal.kernels.reference.matmul import sparse_gemv
 from teal.kernels.reference.quantized import INT4, dequantized
@@ -17,10 +17,6 @@ try:
     from teal.kernels.cuda import gemv as cuda_gemv
 except ImportError:
     cuda_gemv = None  # type: ignore[assignment]
-try:
-    from teal.kernels.cpu import quantized_gemv
-except ImportError:
-    quantized_gemv = None  # type: ignore[assignment]
 
 Compute = Callable[[Operands, QuantParams], Tensor]
 
@@ -99,10 +95,8 @@ def _on_cuda(operands: Operands, quant: QuantParams) -> Tensor:
 
 
 def _on_cpu(operands: Operands, quant: QuantParams) -> Tensor:
-    if has_numba() and quantized_gemv.can_compute(operands, quant):
-        return quantized_gemv.compute(operands, quant)
-    if has_numba() and quantized_gemv.can_dequantize(operands, quant):
-        return by_reference(operands._replace(weight=quantized_gemv.dequantized(operands, quant)))
+    if has_numba() and numba_backend.can_run(operands, quant) is None:
+        return numba_backend.run(operands, quant)
     return _by_reference(operands, quant)
 
 

@@ -59,3 +59,13 @@ class QuantParams(NamedTuple):
     scales: Tensor
     zeros: Tensor | None
     group_size: int
+
+
+# Parts of one product that kernels take at most, such as q, k and v.
+MAX_PARTS = 3
+
+
+def padded_thresholds(thresholds: Sequence[float]) -> tuple[float, float, float]:
+    """Return one threshold for each of `MAX_PARTS` parts, 0 where there is no part."""
+    first, second, third = (*thresholds, 0.0, 0.0)[:MAX_PARTS]
+    return first, second, third
