@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+# Projections that share an input: q, k and v.
+MAX_PARTS = 3
+
 
 class Operands(NamedTuple):
     """Operands of parts beside each other, or of gate and up.
@@ -59,3 +62,17 @@ class QuantParams(NamedTuple):
     scales: Tensor
     zeros: Tensor | None
     group_size: int
+
+
+def padded_thresholds(thresholds: Sequence[float]) -> tuple[float, float, float]:
+    """Return one threshold per possible part, with zeros for those that do not exist."""
+    first, second, third = (*thresholds, 0.0, 0.0)[:MAX_PARTS]
+    return first, second, third
+
+
+def part_starts(output_sizes: Sequence[int]) -> tuple[int, int]:
+    """Return the first columns of the second and third part, N for those that do not exist."""
+    columns = sum(output_sizes)
+    starts = [sum(output_sizes[:part]) for part in range(1, len(output_sizes))]
+    second, third = (*starts, columns, columns)[: MAX_PARTS - 1]
+    return second, third

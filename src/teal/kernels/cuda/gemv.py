@@ -1,4 +1,4 @@
-"""Launches the CUDA C++ kernel of one product on its own; see gemv.cu."""
+"""Launches the CUDA C++ kernel of a product on its own; see gemv.cu."""
 
 import functools
 from collections.abc import Sequence
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from teal.kernels.cuda.gemv_config import Product, config_for, tiles
+from teal.kernels.cuda.kernel_config import Activation, GemvConfig
 from teal.kernels.cuda.nvrtc import (
     FLOAT,
-    Definitions,
     Kernel,
     can_compile,
     function,
     has_clusters,
     launch,
 )
-from teal.kernels.cuda.tile_config import TileConfig, can_load, weight_definitions
+from teal.kernels.cuda.tile_config import TileConfig, can_load, product_config
 from teal.kernels.operands import Operands, QuantParams
 from teal.kernels.reference import matmul as reference
 from teal.kernels.reference.quantized import INT4
@@ -27,7 +27,6 @@ MAX_PARTS = 3
 # Those of floats are multiplied at once, those of codes in launches of their own.
 MAX_ROWS = 8
 
-_ACTIVATIONS = (None, "silu", "gelu_pytorch_tanh")
 # Channels of the longest weight of floats for which this was measured to be the fastest.
 _LONGEST = 1 << 15
 # Of addresses, in bytes.
@@ -35,7 +34,7 @@ _ALIGNMENT = 16
 # A norm reads so many activations at once.
 _NORM_PIECE = 8
 # Strips of a chunk that a dense part asks for before its input is known.
-_PREFETCH = 16
+_PREFETCHED_ROWS = 16
 
 
 class _Signature(NamedTuple):
@@ -45,7 +44,7 @@ class _Signature(NamedTuple):
     weight: tuple[torch.Size, torch.dtype]
     output_sizes: tuple[int, ...]
     activation: str | None
-    has_one_list: bool
+    has_one_mask: bool
     has_scale: bool = False
     has_shift: bool = False
     has_norm: bool = False
@@ -164,33 +163,28 @@ def product_of(operands: Operands, quant: QuantParams | None) -> Product:
     )
 
 
-def definitions_of(
+def gemv_config_of(
     operands: Operands, quant: QuantParams | None, config: TileConfig
-) -> Definitions:
-    """Return what the kernel is compiled with.
+) -> GemvConfig:
+    """Return what the kernel is compiled for.
 
     Args:
-        operands: As `compute`; only shapes and dtypes are read, and whether thresholds differ.
-        quant: As `compute`.
-        config: How the product is config.
+        operands: As in `compute`; only shapes and dtypes are read, and whether thresholds differ.
+        quant: What decodes the weight; `None` for floats.
+        config: How the product is divided into blocks.
     """
-    output_sizes, columns = operands.output_sizes, sum(operands.output_sizes)
-    starts = [*(sum(output_sizes[:part]) for part in range(1, len(output_sizes))), columns, columns]
-    given = {
-        "ACTIVATION": _ACTIVATIONS.index(operands.activation),
-        "HAS_NORM": int(operands.norm_weight is not None),
-        "HAS_ONE_LIST": int(_has_one_list(operands)),
-        "HAS_SCALE": int(operands.score_scale is not None),
-        "HAS_SHIFT": int(operands.shift is not None),
-        "PREFETCH": _PREFETCH,
-        "START_1": starts[0],
-        "START_2": starts[1],
-    }
     rows = _rows_at_once(operands, quant)
-    weight_rows = weight_definitions(
-        operands.weight, quant, columns, operands.x.dtype, config, rows
+    return GemvConfig(
+        product=product_config(
+            operands.weight, quant, operands.output_sizes, operands.x.dtype, config, rows
+        ),
+        activation=Activation(operands.activation),
+        has_norm=operands.norm_weight is not None,
+        has_one_mask=_has_one_mask(operands),
+        has_score_scale=operands.score_scale is not None,
+        has_shift=operands.shift is not None,
+        prefetched_rows=_PREFETCHED_ROWS,
     )
-    return (*weight_rows, *sorted(given.items()))
 
 
 def kernel_of(
@@ -204,7 +198,7 @@ def kernel_of(
         config: How the product is config.
         device: Index of the CUDA device.
     """
-    return function(SOURCE, "multiply", definitions_of(operands, quant, config), device)
+    return function(SOURCE, "gemv", gemv_config_of(operands, quant, config), device)
 
 
 @functools.cache
@@ -224,7 +218,7 @@ def _signature(operands: Operands, quant: QuantParams | None) -> _Signature:
         (weight.shape, weight.dtype),
         tuple(operands.output_sizes),
         operands.activation,
-        _has_one_list(operands),
+        _has_one_mask(operands),
         operands.score_scale is not None,
         operands.shift is not None,
         operands.norm_weight is not None,
@@ -250,7 +244,7 @@ def _shapes_of(signature: _Signature) -> tuple[Operands, QuantParams | None]:
     operands = Operands(
         x,
         weight,
-        [0.0] if signature.has_one_list else [0.0, 1.0],
+        [0.0] if signature.has_one_mask else [0.0, 1.0],
         signature.output_sizes,
         score_scale=vector if signature.has_scale else None,
         shift=vector if signature.has_shift else None,
@@ -264,7 +258,7 @@ def _shapes_of(signature: _Signature) -> tuple[Operands, QuantParams | None]:
     return operands, QuantParams(scales, zeros, signature.group_size)
 
 
-def _has_one_list(operands: Operands) -> bool:
+def _has_one_mask(operands: Operands) -> bool:
     """Tell whether gate and up keep the same channels; other parts are in blocks of their own."""
     keeps_alike = operands.score_scale is None and len(set(operands.thresholds)) == 1
     return operands.activation is None or keeps_alike

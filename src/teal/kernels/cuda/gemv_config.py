@@ -128,8 +128,8 @@ def shared_bytes(product: Product, config: TileConfig) -> int:
     columns = halves * tile_columns(product, config)
     lists = halves * (9 if product.rows == 1 else 5 + 2 * product.rows) * config.chunk
     # Every warp has those of its own groups; one for a column is shared.
-    turns = config.turns(product.group_size or config.chunk)
-    groups = turns * config.warps_k if product.bits == _INT4_BITS else 1
+    segments = config.segments_per_warp(product.group_size or config.chunk)
+    groups = segments * config.warps_k if product.bits == _INT4_BITS else 1
     return lists + columns * (groups * product.group_bytes + _bytes_of_sums(product, config))
 
 
@@ -160,7 +160,7 @@ def _with_even_shares(product: Product, config: TileConfig) -> TileConfig:
 
     def waste(warps: int) -> float:
         shared = replace(config, warps_k=warps)
-        return shared.turns(group_size) * shared.segment(group_size) * warps / config.chunk
+        return shared.segments_per_warp(group_size) * shared.segment(group_size) * warps / config.chunk
 
     # A thread finishes one column at most.
     least = math.ceil(tile_columns(product, config) / (config.cluster * WARP * config.warps_n))
@@ -172,7 +172,7 @@ def _with_even_shares(product: Product, config: TileConfig) -> TileConfig:
     warps = min(around, key=lambda number: (waste(number), abs(number - config.warps_k)))
     shared = replace(config, warps_k=warps)
     has_one_sum = (
-        shared.turns(group_size) == 1 and config.chunk * config.cluster >= product.in_features
+        shared.segments_per_warp(group_size) == 1 and config.chunk * config.cluster >= product.in_features
     )
     if not has_one_sum:
         return replace(shared, blocks=1, unroll=min(config.unroll, _UNROLL_OF_GROUPS))
