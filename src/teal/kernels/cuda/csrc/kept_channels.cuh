@@ -80,10 +80,7 @@ template <bool IS_THERE>
 struct InputSums {
   float input_sums[CHANNEL_WORDS];
 
-  __device__ __forceinline__ void record_sum(int word, float x) {
-    float sum = warp_sum(x);
-    if (word < CHANNEL_WORDS && threadIdx.x % WARP == 0) input_sums[word] = sum;
-  }
+  __device__ __forceinline__ void set_input_sum(int word, float sum) { input_sums[word] = sum; }
 
   // Sum over NUMBER words.
   template <int NUMBER>
@@ -97,7 +94,7 @@ struct InputSums {
 
 template <>
 struct InputSums<false> {
-  __device__ __forceinline__ void record_sum(int, float) {}
+  __device__ __forceinline__ void set_input_sum(int, float) {}
 };
 
 // The kept channels of a chunk. What only some formats need is a base, which takes no room where it
@@ -128,9 +125,14 @@ struct KeptChannels : ChannelStore,
 #pragma unroll
     for (int i = 0; i < CHANNELS_PER_THREAD; i++) {
       int word = warp * CHANNELS_PER_THREAD + i;
-      if (word < CHANNEL_WORDS && lane == 0) set_start(word, place);
-      if (word == CHANNEL_WORDS - 1 && lane == 0) set_start(CHANNEL_WORDS, place + __popc(kept[i]));
-      record_sum(word, keeps[i] ? x[0][i] : 0.0f);
+      if constexpr (IS_INT4) {
+        if (word < CHANNEL_WORDS && lane == 0) set_start(word, place);
+        if (word == CHANNEL_WORDS - 1 && lane == 0) set_start(CHANNEL_WORDS, place + __popc(kept[i]));
+      }
+      if constexpr (HAS_CODE_OFFSET) {
+        float sum = warp_sum(keeps[i] ? x[0][i] : 0.0f);
+        if (word < CHANNEL_WORDS && lane == 0) set_input_sum(word, sum);
+      }
       if (keeps[i]) {
         float inputs[Config::ROWS];
 #pragma unroll
