@@ -95,4 +95,8 @@ __device__ __forceinline__ float rms_norm(float hidden, float inverse_rms, float
   return rounded(rounded(hidden * inverse_rms) * norm_weight);
 }
 
+__device__ __forceinline__ float rms_norm(i64 hidden, float inverse_rms, float norm_weight) {
+  return rms_norm(from_fixed(hidden), inverse_rms, norm_weight);
+}
+
 }  // namespace teal

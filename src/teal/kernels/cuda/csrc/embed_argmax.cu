@@ -34,10 +34,8 @@ final_norm(const i64* hidden, const float* norm_weight, const int* overflow, u16
   float sum = block_sum_of_squares<THREADS>(hidden, size / 2, threadIdx.x, THREADS);
   float inverse_rms = rsqrtf(sum / size + eps);
   float fault = *overflow ? __int_as_float(0x7fffffff) : 0.0f;
-  for (int i = threadIdx.x; i < size; i += THREADS) {
-    float normed = rms_norm(from_fixed(__ldcg(hidden + i)), inverse_rms, norm_weight[i]);
-    out[i] = to_bits(normed + fault);
-  }
+  for (int i = threadIdx.x; i < size; i += THREADS)
+    out[i] = to_bits(rms_norm(__ldcg(hidden + i), inverse_rms, norm_weight[i]) + fault);
 }
 
 constexpr bool HAS_WIDE_LOGITS = Config::DTYPE == Dtype::FLOAT32;

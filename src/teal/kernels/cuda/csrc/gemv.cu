@@ -246,7 +246,7 @@ gemv(const u16* x, const u8* weight, const void* all_scales, const u8* all_zeros
   for (int i = 0; i < OUTPUTS_PER_THREAD; i++)
     outputs[i].load(i, finished_here, first_column, columns, bias, residual);
 
-  Sums total(HAS_WHOLE_TILES ? TILE_N : columns - column);
+  Sums total(HAS_SEVERAL_ROWS && !HAS_WHOLE_TILES ? columns - column : TILE_N);
   float inverses[Config::ROWS] = {};
 #pragma unroll 1
   for (int first_channel = rank * CHUNK; first_channel < IN_FEATURES;

@@ -83,26 +83,13 @@ struct SegmentScales {
   LaneCopy<Scale> scales[SEGMENTS];
 };
 
-// Zeros of a warp's segments, if codes are not symmetric.
 template <int SEGMENTS, bool IS_THERE = Config::HAS_ZEROS>
 struct SegmentZeros {
   LaneCopy<u8> zeros[SEGMENTS];
-
-  static __device__ __forceinline__ void prefetch_zeros(const u8* from) {
-    LaneCopy<u8>::prefetch(from);
-  }
-  __device__ __forceinline__ void copy_zeros(int i, const u8* from) { zeros[i].copy(from); }
-  __device__ __forceinline__ void read_zeros(int i, u8 (&numbers)[Config::PER_LANE]) const {
-    zeros[i].read(numbers);
-  }
 };
 
 template <int SEGMENTS>
-struct SegmentZeros<SEGMENTS, false> {
-  static __device__ __forceinline__ void prefetch_zeros(const u8*) {}
-  __device__ __forceinline__ void copy_zeros(int, const u8*) {}
-  __device__ __forceinline__ void read_zeros(int, u8 (&)[Config::PER_LANE]) const {}
-};
+struct SegmentZeros<SEGMENTS, false> {};
 
 // How a chunk of int4 is divided into segments, the channels that a warp scales at once: its share of
 // the chunk, or a group if groups do not divide into shares evenly.
@@ -136,9 +123,9 @@ struct GroupScalesOf<true, GROUP_SIZE> : SegmentScales<Segments<GROUP_SIZE>::PER
   __device__ __forceinline__ void prefetch(const void* all_scales, const u8* all_zeros,
                                            int first_channel, u64 column) const {
     for_each(first_channel, [&](int, u64 group) {
-      u64 offset = group * Config::OUT_FEATURES + column;
-      LaneCopy<Scale>::prefetch(static_cast<const Scale*>(all_scales) + offset);
-      this->prefetch_zeros(all_zeros + offset);
+      LaneCopy<Scale>::prefetch(static_cast<const Scale*>(all_scales) + group * Config::OUT_FEATURES + column);
+      if constexpr (Config::HAS_ZEROS)
+        LaneCopy<u8>::prefetch(all_zeros + group * Config::OUT_FEATURES + column);
     });
   }
 
@@ -146,9 +133,9 @@ struct GroupScalesOf<true, GROUP_SIZE> : SegmentScales<Segments<GROUP_SIZE>::PER
   __device__ __forceinline__ void copy(const void* all_scales, const u8* all_zeros,
                                        int first_channel, u64 column) {
     for_each(first_channel, [&](int i, u64 group) {
-      u64 offset = group * Config::OUT_FEATURES + column;
-      this->scales[i].copy(static_cast<const Scale*>(all_scales) + offset);
-      this->copy_zeros(i, all_zeros + offset);
+      this->scales[i].copy(static_cast<const Scale*>(all_scales) + group * Config::OUT_FEATURES + column);
+      if constexpr (Config::HAS_ZEROS)
+        this->zeros[i].copy(all_zeros + group * Config::OUT_FEATURES + column);
     });
   }
 
@@ -160,7 +147,7 @@ struct GroupScalesOf<true, GROUP_SIZE> : SegmentScales<Segments<GROUP_SIZE>::PER
     Scale scales_of[Config::PER_LANE];
     this->scales[i].read(scales_of);
     u8 zeros_of[Config::PER_LANE];
-    this->read_zeros(i, zeros_of);
+    if constexpr (Config::HAS_ZEROS) this->zeros[i].read(zeros_of);
 #pragma unroll
     for (int c = 0; c < Config::PER_LANE; c++) {
       float zero = Config::HAS_ZEROS ? (float)zeros_of[c] : SYMMETRIC_ZERO;
