@@ -108,7 +108,7 @@ class FusedStep:
         for index, (layer, place) in enumerate(zip(self.layers, places, strict=True)):
             self._attend(layer, cache.positions, *place)
             self._feed_forward(layer, index)
-        embed_argmax.finish(
+        embed_argmax.final_norm(
             decoder.weights.final_norm,
             decoder.architecture.eps,
             memory,

@@ -164,7 +164,7 @@ class Sampler:
             logits: (rows, vocab_size), bfloat16, float16 or float32; compared in float32.
         """
         if self._is_one_launch:
-            embed_argmax.choose(logits, self.tokens, self.history, self._step, BROKEN)
+            embed_argmax.argmax(logits, self.tokens, self.history, self._step, BROKEN)
             return
         logits = logits.float()
         best, tokens = logits.max(-1)

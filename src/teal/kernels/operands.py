@@ -28,6 +28,7 @@ class Operands(NamedTuple):
         norm_weight: Weight of an RMSNorm that `x` goes through first, (in_features,).
         eps: Of that norm.
         activation: Of the gate, for `activation(gate) · up`; `None` for parts beside each other.
+        tuning: Folder of tuning tables, "" for those of the package.
     """
 
     x: Tensor
@@ -41,6 +42,7 @@ class Operands(NamedTuple):
     norm_weight: Tensor | None = None
     eps: float = 0.0
     activation: str | None = None
+    tuning: str = ""
 
     @property
     def rows(self) -> int:

@@ -1,4 +1,4 @@
-"""Launches the attention of a fused decode step of one sequence; see attention.cu."""
+"""Launches the attention of a fused decode step; see attention.cu."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ from teal.kernels.cuda.tile_config import WARP
 
 SOURCE = "attention.cu"
 
-# Warps of a block, each with 16 positions at a time; fewer if the query heads have more channels than
-# this, because they take more shared memory.
+# Warps of a block, each with 16 positions at a time; fewer if the query heads have more channels
+# than this, because they take more shared memory.
 _WARPS, _FEWER_WARPS = 8, 4
 _MOST_SHARED_CHANNELS = 1024
 _FEWEST_SPLITS, _MOST_SPLITS = 4, 32

@@ -1,4 +1,4 @@
-"""Launches the products of a fused decode step of one sequence; see decode_step.cu."""
+"""Launches the products of a fused decode step; see decode_step.cu."""
 
 import math
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from teal.kernels.cuda.tile_config import WARP, TileConfig, bits_of, product_con
 from teal.kernels.cuda.tuned_configs import Task, tuned_config
 from teal.kernels.operands import QuantParams
 from teal.kernels.reference.quantized import INT4
+from teal.kernels.tuning import device_name
 
 SOURCE = "decode_step.cu"
 UNIT = 2.0**-FRACTION_BITS
@@ -46,6 +47,7 @@ class Projections:
         multiplier: Factor of the result.
         quant: What decodes the weight; `None` for floats.
         config: How to divide the product into blocks; by default as the tuning table says.
+        tuning: Folder of tuning tables, "" for those of the package.
     """
 
     weight: Tensor
@@ -59,6 +61,7 @@ class Projections:
     multiplier: float = 1.0
     quant: QuantParams | None = None
     config: TileConfig | None = None
+    tuning: str = ""
 
 
 class StepMemory:
@@ -159,10 +162,12 @@ def config_for(projections: Projections, *, clusters: bool) -> TileConfig:
         clusters: Whether the device has clusters of blocks.
     """
     quant, in_features = projections.quant, len(projections.weight)
-    config = projections.config or tuned_config(task_of(projections))
+    config = projections.config or tuned_config(
+        task_of(projections), projections.tuning, device_name(projections.weight.device)
+    )
     if quant is not None and projections.weight.dtype == INT4:
         config = _of_groups(config, quant)
-    # A thread has columns of one projection.
+    # A thread has columns of only one projection.
     config = replace(config, per_lane=math.gcd(config.per_lane, *projections.output_sizes))
     return replace(config, cluster=_cluster(in_features, config) if clusters else 1)
 

@@ -1,4 +1,4 @@
-"""Launches embedding, final norm and argmax of a decode step of one sequence; see embed_argmax.cu."""
+"""Launches embedding, final norm and argmax of a fused decode step; see embed_argmax.cu."""
 
 import math
 

@@ -164,8 +164,8 @@ def function(
     return Kernel(handle, shared_bytes, local_bytes)
 
 
-# The kernels of a decode step all prefer the same carve-out. To change it, a multiprocessor has to be
-# idle, so the next launch could not begin on it early.
+# The kernels of a decode step all prefer the same carve-out. To change it, a multiprocessor has to
+# be idle, so the next launch could not begin on it early.
 function_of_step = functools.partial(function, carveout=60)
 
 

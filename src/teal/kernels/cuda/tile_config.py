@@ -158,7 +158,9 @@ def product_config(
 def _group_size(in_features: int, quant: QuantParams, config: TileConfig) -> int:
     """Return the channels that share a scale; a single group is extended to whole chunks."""
     has_one_group = len(quant.scales) == 1
-    return math.ceil(in_features / config.chunk) * config.chunk if has_one_group else quant.group_size
+    return (
+        math.ceil(in_features / config.chunk) * config.chunk if has_one_group else quant.group_size
+    )
 
 
 def _has_known_scales(codes: Tensor, quant: QuantParams) -> bool:
