@@ -5,8 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from teal.kernels.ops import lm_head_gemv, sparse_glu, sparse_linear
-from teal.kernels.ops_quantized import quantized_glu, quantized_linear
+from teal.kernels.ops import (
+    lm_head_gemv,
+    quantized_glu,
+    quantized_linear,
+    sparse_glu,
+    sparse_linear,
+)
 from teal.kernels.reference import matmul as reference
 from teal.quantization import FLOAT, QuantizedWeight
 
