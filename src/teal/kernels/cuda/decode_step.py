@@ -1,5 +1,6 @@
 """Launches the products of a fused decode step; see decode_step.cu."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -161,15 +162,12 @@ def config_for(projections: Projections, *, clusters: bool) -> TileConfig:
         projections: What is computed.
         clusters: Whether the device has clusters of blocks.
     """
-    quant, in_features = projections.quant, len(projections.weight)
-    config = projections.config or tuned_config(
-        task_of(projections), projections.tuning, device_name(projections.weight.device)
-    )
-    if quant is not None and projections.weight.dtype == INT4:
-        config = _of_groups(config, quant)
-    # A thread has columns of only one projection.
-    config = replace(config, per_lane=math.gcd(config.per_lane, *projections.output_sizes))
-    return replace(config, cluster=_cluster(in_features, config) if clusters else 1)
+    p = projections
+    group_size = 0
+    if p.quant is not None and p.weight.dtype == INT4:
+        group_size = len(p.weight) if len(p.quant.scales) == 1 else p.quant.group_size
+    table = p.tuning, device_name(p.weight.device)
+    return _fitted(p.config, task_of(p), tuple(p.output_sizes), group_size, table, clusters)
 
 
 def task_of(projections: Projections) -> Task:
@@ -216,11 +214,39 @@ def _name_of(projections: Projections) -> str:
     return "project_o" if projections.input == "attention" else "project_down"
 
 
-def _of_groups(config: TileConfig, quant: QuantParams) -> TileConfig:
+# Eager decoding asks before every launch.
+@functools.cache
+def _fitted(
+    config: TileConfig | None,
+    task: Task,
+    output_sizes: tuple[int, ...],
+    group_size: int,
+    table: tuple[str, str],
+    clusters: bool,
+) -> TileConfig:
+    """Return `config`, or that of the table, fitted to a product.
+
+    Args:
+        config: How to divide the product into blocks; `None` to look it up.
+        task: Key of the product in the tuning table.
+        output_sizes: Columns of each projection.
+        group_size: Channels that share a scale, for int4; else 0.
+        table: Folder of tuning tables, and name of the device.
+        clusters: Whether the device has clusters of blocks.
+    """
+    config = config or tuned_config(task, *table)
+    if group_size:
+        config = _with_whole_groups(config, group_size, task.in_features)
+    # A thread has columns of only one projection.
+    config = replace(config, per_lane=math.gcd(config.per_lane, *output_sizes))
+    return replace(config, cluster=_cluster(task.in_features, config) if clusters else 1)
+
+
+def _with_whole_groups(config: TileConfig, size: int, in_features: int) -> TileConfig:
     """Return a similar config whose chunks are whole groups, or parts that warps share evenly."""
-    shared, size = WARP * config.warps_k, quant.group_size
+    shared = WARP * config.warps_k
     part = max(1, config.chunk // shared) * shared
-    if len(quant.scales) == 1 or (config.chunk < size and size % part == 0):
+    if size >= in_features or (config.chunk < size and size % part == 0):
         return replace(config, chunk=part)
     config = replace(config, chunk=max(1, config.chunk // size) * size)
     # With several segments per warp, each has sums of its own, which take registers.

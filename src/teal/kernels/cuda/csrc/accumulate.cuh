@@ -18,11 +18,13 @@ typedef Conditional<HAS_SEVERAL_ROWS, MultiRowSums, SingleRowSums>::Type Sums;
 
 // Add a warp's share of a chunk of floats or 8-bit codes. Column scales are applied later.
 template <typename Kept>
-__device__ __forceinline__ void add_columns(const Kept& kept, const u8* weight, SingleRowSums& total) {
+__device__ __forceinline__ void add_columns(const Kept& kept, const u8* weight,
+                                            SingleRowSums& total) {
   int share = share_of_warp();
   float inverse = kept.inverse_factor();
   OperandSums sums;
-  sums.add(kept.channels + share, (kept.size - share + Config::WARPS_K - 1) / Config::WARPS_K, weight);
+  sums.add(kept.channels + share, (kept.size - share + Config::WARPS_K - 1) / Config::WARPS_K,
+           weight);
   float offset = 0.0f;
   if constexpr (Config::FORMAT == Format::INT8) {
     // Each warp takes its share of the offset of the codes.

@@ -1,10 +1,11 @@
-// Attention of one decode step of one sequence: from the fixed-point sums of q, k and v to one partial
-// result for each split of the context. The output projection combines the splits (decode_step.cu).
+// Attention of one decode step of one sequence: from the fixed-point sums of q, k and v to one
+// partial result for each split of the context. The output projection combines the splits
+// (decode_step.cu).
 //
 // A block has the query heads of one key head and one split: of the tiles of the context, every
 // SPLITS-th. Its warps take turns. They load the cache straight into the registers that they
-// multiply, the first tile of each warp before the queries are known: after that, unless the context
-// is long, memory is accessed only once more.
+// multiply, the first tile of each warp before the queries are known: after that, unless the
+// context is long, memory is accessed only once more.
 
 #include "attention_mma.cuh"
 
@@ -121,7 +122,8 @@ attend(const i64* qkv, u16* keys, u16* values, const i64* positions, const float
   wait_for_input();
 
   u64 newest = (u64)position * HEAD_DIM;
-  heads.store(qkv, eps, (tiles - 1) % Config::SPLITS == split, keys + newest, values + newest, shared);
+  bool has_newest = (tiles - 1) % Config::SPLITS == split;
+  heads.store(qkv, eps, has_newest, keys + newest, values + newest, shared);
   __syncthreads();
   Softmax softmax;
   bool is_first = true;

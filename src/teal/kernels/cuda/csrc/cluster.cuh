@@ -1,5 +1,5 @@
-// Blocks that work together as a cluster. On GPUs without clusters every block is alone: its cluster
-// has one block.
+// Blocks that work together as a cluster. On GPUs without clusters every block is alone: its
+// cluster has one block.
 
 #pragma once
 

@@ -2,8 +2,8 @@
 // docs/fused-step.md explains the scheme with a drawing.
 //
 // Sums of several blocks are kept in fixed point, as 64-bit integers with FRACTION_BITS fractional
-// bits. Integer addition gives the same bits in any order, so blocks add with atomics and never wait
-// for each other. The residual stream is such a sum from the first layer to the last.
+// bits. Integer addition gives the same bits in any order, so blocks add with atomics and never
+// wait for each other. The residual stream is such a sum from the first layer to the last.
 
 #include "accumulate.cuh"
 #include "prefetch.cuh"

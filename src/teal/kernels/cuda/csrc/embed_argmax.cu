@@ -11,8 +11,8 @@ constexpr int WARPS = THREADS / WARP;
 static_assert(WARPS == WARP && Config::CLUSTER <= WARP,
               "a warp reads what all warps, or blocks, found");
 
-// Begin the residual stream with the embedding of a token, clear the overflow flag, and fill `clear`
-// with zeros.
+// Begin the residual stream with the embedding of a token, clear the overflow flag, and fill
+// `clear` with zeros.
 extern "C" __global__ void embed(const i64* token, const u16* embedding, i64* hidden, i64* clear,
                                  int* overflow, float multiplier, int size, int clear_size) {
   int channel = blockIdx.x * blockDim.x + threadIdx.x;
@@ -24,11 +24,11 @@ extern "C" __global__ void embed(const i64* token, const u16* embedding, i64* hi
   hidden[channel] = (i64)(value * FIXED_ONE);
 }
 
-// Write the normed residual stream for the language-model head, NaN everywhere after an overflow, and
-// advance the position of the sequence.
+// Write the normed residual stream for the language-model head, NaN everywhere after an overflow,
+// and advance the position of the sequence.
 extern "C" __global__ void __launch_bounds__(THREADS)
-final_norm(const i64* hidden, const float* norm_weight, const int* overflow, u16* out, i64* position,
-           float eps, int size) {
+final_norm(const i64* hidden, const float* norm_weight, const int* overflow, u16* out,
+           i64* position, float eps, int size) {
   wait_for_input();
   if (threadIdx.x == 0) *position += 1;
   float sum = block_sum_of_squares<THREADS>(hidden, size / 2, threadIdx.x, THREADS);
@@ -52,8 +52,8 @@ __device__ __forceinline__ float logit_at(const u32* words, int i) {
     return i % 2 ? high_half(words[i / 2]) : low_half(words[i / 2]);
 }
 
-// The largest of some logits, and the first of equals. NaN counts as larger than any number. `order`
-// is a logit mapped to an unsigned integer that compares alike, 0 if there is none.
+// The largest of some logits, and the first of equals. NaN counts as larger than any number.
+// `order` is a logit mapped to an unsigned integer that compares alike, 0 if there is none.
 struct Best {
   static constexpr u32 POSITIVE_INFINITY = 0xff800000u, NEGATIVE_INFINITY = 0x007fffffu;
 
@@ -82,7 +82,8 @@ struct Best {
 __device__ __forceinline__ Best best_of_share(const Logit* logits, int size) {
   constexpr int STRIDE = Config::CLUSTER * THREADS;
   int thread = cluster_rank() * THREADS + threadIdx.x;
-  // A view may begin anywhere: then all logits are read one by one, as are those after the last load.
+  // A view may begin anywhere: then all logits are read one by one, as are those after the last
+  // load.
   int loads = (u64)logits % sizeof(uint4) ? 0 : size / LOGITS_PER_LOAD;
   Best best = {0, 0};
   for (int first = thread; first < loads; first += LOADS * STRIDE) {

@@ -1,10 +1,10 @@
 // One product for one row of activations, or for several at once: parts side by side, or
 // activation(gate) · up. docs/kernels.md explains the scheme with a drawing.
 //
-// A cluster of blocks owns a tile of columns and shares the channels. Each block compacts its chunks
-// to the kept channels, its warps add up their weight rows, and each block finishes its share of the
-// columns with what the others send it. With several rows, a weight row is read once if any of them
-// keeps its channel.
+// A cluster of blocks owns a tile of columns and shares the channels. Each block compacts its
+// chunks to the kept channels, its warps add up their weight rows, and each block finishes its
+// share of the columns with what the others send it. With several rows, a weight row is read once
+// if any of them keeps its channel.
 
 #include "accumulate.cuh"
 #include "prefetch.cuh"
@@ -83,7 +83,8 @@ struct Activations {
     if constexpr (Config::HAS_NORM) {
 #pragma unroll
       for (int row = 0; row < Config::ROWS; row++) {
-        if (inverses[row] == 0.0f) inverses[row] = inverse_rms(input + row * Config::IN_FEATURES, eps);
+        if (inverses[row] == 0.0f)
+          inverses[row] = inverse_rms(input + row * Config::IN_FEATURES, eps);
 #pragma unroll
         for (int i = 0; i < CHANNELS_PER_THREAD; i++)
           x[row][i] = rms_norm(x[row][i], inverses[row], norm_weights[i]);
@@ -192,8 +193,9 @@ struct Output {
   __device__ __forceinline__ int row(int j) const { return pair * ROWS_PER_SUM + j; }
 };
 
-// There are up to three parts side by side, the second from column START_1 and the third from START_2
-// on, each with its own threshold and score scales; or gate and up, with half of the columns each.
+// There are up to three parts side by side, the second from column START_1 and the third from
+// START_2 on, each with its own threshold and score scales; or gate and up, with half of the
+// columns each.
 extern "C" __global__ void TEAL_CLUSTER __launch_bounds__(THREADS, Config::BLOCKS)
 gemv(const u16* x, const u8* weight, const void* all_scales, const u8* all_zeros,
      const float* norm_weight, const float* score_scale, const float* shift, const u16* bias,
@@ -231,7 +233,7 @@ gemv(const u16* x, const u8* weight, const void* all_scales, const u8* all_zeros
   if (Config::ROWS > 2 || (half == 0 ? threshold : threshold_1) < 0.0f)
     // Nothing is dropped, or few channels by all rows: the first weight rows are known before the
     // input is.
-    for (int i = warp / Config::WARPS_N; i < min(Config::PREFETCHED_ROWS, IN_FEATURES - rank * CHUNK);
+    for (int i = share_of_warp(); i < min(Config::PREFETCHED_ROWS, IN_FEATURES - rank * CHUNK);
          i += Config::WARPS_K)
       prefetch(weight + (rank * CHUNK + i) * WEIGHT_ROW_BYTES);
   // An earlier launch may have written the scales, so they are not read yet.

@@ -127,7 +127,8 @@ struct KeptChannels : ChannelStore,
       int word = warp * CHANNELS_PER_THREAD + i;
       if constexpr (IS_INT4) {
         if (word < CHANNEL_WORDS && lane == 0) set_start(word, place);
-        if (word == CHANNEL_WORDS - 1 && lane == 0) set_start(CHANNEL_WORDS, place + __popc(kept[i]));
+        if (word == CHANNEL_WORDS - 1 && lane == 0)
+          set_start(CHANNEL_WORDS, place + __popc(kept[i]));
       }
       if constexpr (HAS_CODE_OFFSET) {
         float sum = warp_sum(keeps[i] ? x[0][i] : 0.0f);

@@ -1,9 +1,9 @@
 // Products of several rows of activations with weight rows in floating point, on tensor cores.
 //
-// One instruction multiplies 16 columns of 16 channels by eight rows. The lanes of a warp form eight
-// quads. A quad loads eight columns, each of its lanes those of four channels; two channels of a
-// column make up an operand, and the channels of the quad are the 16. So a weight row is read once
-// for all rows. Missing rows are zero.
+// One instruction multiplies 16 columns of 16 channels by eight rows. The lanes of a warp form
+// eight quads. A quad loads eight columns, each of its lanes those of four channels; two channels
+// of a column make up an operand, and the channels of the quad are the 16. So a weight row is read
+// once for all rows. Missing rows are zero.
 //
 // A lane has PER_LANE / 2 loads of eight columns per channel, and loads UNROLL channels at a time
 // together with its quad.
@@ -29,7 +29,9 @@ __device__ __forceinline__ int quad() { return threadIdx.x % WARP / QUAD_LANES; 
 // The kept channels of a chunk in order, with the activations of each row: zero in rows that drop
 // the channel.
 struct MultiRowChannels {
-  static constexpr int ROOM = (Config::CHUNK + Config::UNROLL - 1) / Config::UNROLL * Config::UNROLL;
+  // A whole number of batches.
+  static constexpr int ROOM =
+      (Config::CHUNK + Config::UNROLL - 1) / Config::UNROLL * Config::UNROLL;
   // Rows begin in different banks.
   static constexpr int PITCH = (ROOM + 63) / 64 * 64 + MMA_CHANNELS;
 

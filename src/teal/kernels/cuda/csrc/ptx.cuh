@@ -1,5 +1,5 @@
-// Instructions that CUDA C++ has no name for. All inline assembly is in this file, so that the tests
-// can replace it by functions of the host.
+// Instructions that CUDA C++ has no name for. All inline assembly is in this file, so that the
+// tests can replace it by functions of the host.
 
 #pragma once
 
@@ -117,7 +117,9 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 }
 
 // Wait for this thread's asynchronous copies.
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
 
 // Programmatic dependent launch.
 
@@ -167,23 +169,23 @@ __device__ __forceinline__ void open_barrier(u64* barrier, int bytes) {
 // Write to the place of `mine` in another block's shared memory; that block's barrier counts the
 // bytes.
 __device__ __forceinline__ void send_to_rank(float* mine, u64* barrier, u32 rank, float value) {
-  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
-                   at_rank(mine, rank)),
-               "f"(value), "r"(at_rank(barrier, rank))
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];"
+               :
+               : "r"(at_rank(mine, rank)), "f"(value), "r"(at_rank(barrier, rank))
                : "memory");
 }
 
 __device__ __forceinline__ void send_to_rank(float2* mine, u64* barrier, u32 rank, float2 value) {
   asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
-          at_rank(mine, rank)),
-      "f"(value.x), "f"(value.y), "r"(at_rank(barrier, rank))
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+      :
+      : "r"(at_rank(mine, rank)), "f"(value.x), "f"(value.y), "r"(at_rank(barrier, rank))
       : "memory");
 }
 
 // Wait until all bytes have arrived. The scope is the block, as in CUTLASS's
-// ClusterTransactionBarrier: cluster scope would invalidate the L1 cache, which does not hold shared
-// memory.
+// ClusterTransactionBarrier: cluster scope would invalidate the L1 cache, which does not hold
+// shared memory.
 __device__ __forceinline__ void wait_at_barrier(u64* barrier) {
   u32 here = (u32)__cvta_generic_to_shared(barrier), done = 0;
   while (!done)

@@ -91,8 +91,8 @@ struct SegmentZeros {
 template <int SEGMENTS>
 struct SegmentZeros<SEGMENTS, false> {};
 
-// How a chunk of int4 is divided into segments, the channels that a warp scales at once: its share of
-// the chunk, or a group if groups do not divide into shares evenly.
+// How a chunk of int4 is divided into segments, the channels that a warp scales at once: its share
+// of the chunk, or a group if groups do not divide into shares evenly.
 template <int GROUP_SIZE>
 struct Segments {
   static constexpr int SHARE = Config::CHUNK / Config::WARPS_K;
@@ -123,7 +123,8 @@ struct GroupScalesOf<true, GROUP_SIZE> : SegmentScales<Segments<GROUP_SIZE>::PER
   __device__ __forceinline__ void prefetch(const void* all_scales, const u8* all_zeros,
                                            int first_channel, u64 column) const {
     for_each(first_channel, [&](int, u64 group) {
-      LaneCopy<Scale>::prefetch(static_cast<const Scale*>(all_scales) + group * Config::OUT_FEATURES + column);
+      LaneCopy<Scale>::prefetch(static_cast<const Scale*>(all_scales) +
+                                group * Config::OUT_FEATURES + column);
       if constexpr (Config::HAS_ZEROS)
         LaneCopy<u8>::prefetch(all_zeros + group * Config::OUT_FEATURES + column);
     });
@@ -133,7 +134,8 @@ struct GroupScalesOf<true, GROUP_SIZE> : SegmentScales<Segments<GROUP_SIZE>::PER
   __device__ __forceinline__ void copy(const void* all_scales, const u8* all_zeros,
                                        int first_channel, u64 column) {
     for_each(first_channel, [&](int i, u64 group) {
-      this->scales[i].copy(static_cast<const Scale*>(all_scales) + group * Config::OUT_FEATURES + column);
+      this->scales[i].copy(static_cast<const Scale*>(all_scales) + group * Config::OUT_FEATURES +
+                           column);
       if constexpr (Config::HAS_ZEROS)
         this->zeros[i].copy(all_zeros + group * Config::OUT_FEATURES + column);
     });

@@ -1,16 +1,17 @@
-// Products of one row of activations with weight rows: floats by fused multiply-add, codes on tensor
-// cores.
+// Products of one row of activations with weight rows: floats by fused multiply-add, codes on
+// tensor cores.
 //
-// Tensor cores add up a row of A times a column of B. Here a row of A holds weights of the four lanes
-// of a quad: of each lane two columns of two channels. Each column of B holds the activations at one
-// column of one lane and zeros elsewhere, so that every lane receives the sums of its own columns.
+// Tensor cores add up a row of A times a column of B. Here a row of A holds weights of the four
+// lanes of a quad: of each lane two columns of two channels. Each column of B holds the activations
+// at one column of one lane and zeros elsewhere, so that every lane receives the sums of its own
+// columns.
 //
 // Two columns of one channel fill a register. Codes become float16 by one or two operations; what
 // that multiplies them by, or adds to them, is taken out of the sums:
 //   int8  counts from -128 on, as a denormal number in units of 2^-24
 //   fp8   becomes float16, too small by 2^8
-//   int4  as int8, from 0 on, every other pair in units of 2^-20; the third pair of a word keeps the
-//         fourth beside it, which saves an operation
+//   int4  as int8, from 0 on, every other pair in units of 2^-20; the third pair of a word keeps
+//         the fourth beside it, which saves an operation
 
 #pragma once
 
@@ -24,8 +25,10 @@ constexpr int COLUMN_PAIRS = 16 / BITS;  // of a word
 constexpr int SMALLEST_BATCH = !IS_QUANTIZED ? Config::UNROLL
                                              : (Config::UNROLL / 2 + CHANNELS_AT_ONCE - 1) /
                                                    CHANNELS_AT_ONCE * CHANNELS_AT_ONCE;
-static_assert(!IS_QUANTIZED || Config::UNROLL % CHANNELS_AT_ONCE == 0, "batches are multiplied whole");
-static_assert(!IS_QUANTIZED || LOAD_WORDS * COLUMN_PAIRS % 2 == 0, "pairs are multiplied two by two");
+static_assert(!IS_QUANTIZED || Config::UNROLL % CHANNELS_AT_ONCE == 0,
+              "batches are multiplied whole");
+static_assert(!IS_QUANTIZED || LOAD_WORDS * COLUMN_PAIRS % 2 == 0,
+              "pairs are multiplied two by two");
 
 // A pair of columns of a word as operands: the columns `pair` and `pair` + COLUMN_PAIRS.
 __device__ __forceinline__ u32 column_pair(u32 word, int pair) {
@@ -126,7 +129,8 @@ struct OperandSums {
       int word = column / (2 * COLUMN_PAIRS), pair = column % COLUMN_PAIRS;
       int half = column / COLUMN_PAIRS % 2;
       const float* pairs = sums + 2 * word * COLUMN_PAIRS + half;
-      float unit = Config::FORMAT == Format::FP8 ? 1 << 8 : IS_INT4 && pair % 2 == 1 ? 1 << 20 : 1 << 24;
+      bool is_fp8 = Config::FORMAT == Format::FP8;
+      float unit = is_fp8 ? 1 << 8 : IS_INT4 && pair % 2 == 1 ? 1 << 20 : 1 << 24;
       float beside = IS_INT4 && pair == 2 ? pairs[2 * 3] : 0.0f;
       return (pairs[2 * pair] - beside) * unit;
     }

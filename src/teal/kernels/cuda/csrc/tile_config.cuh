@@ -14,10 +14,11 @@ constexpr bool IS_QUANTIZED = Config::FORMAT != Format::FLOAT;
 constexpr bool IS_INT4 = Config::FORMAT == Format::INT4;
 // Codes of 8 bits have one scale per column, codes of 4 bits one per group of channels and column.
 constexpr bool HAS_COLUMN_SCALES = IS_QUANTIZED && !IS_INT4;
-// Codes are multiplied as float16, and so are activations; bfloat16 has to be scaled into its range.
+// Codes are multiplied as float16, and so are activations; bfloat16 has to be scaled into its
+// range.
 constexpr bool HAS_INPUT_FACTOR = IS_BFLOAT16 && IS_QUANTIZED;
-// Integer codes are multiplied as counts from the lowest code on, which adds a multiple of the sum of
-// activations to each result.
+// Integer codes are multiplied as counts from the lowest code on, which adds a multiple of the sum
+// of activations to each result.
 constexpr bool HAS_CODE_OFFSET = IS_INT4 || Config::FORMAT == Format::INT8;
 
 static_assert(!HAS_SEVERAL_ROWS || !IS_QUANTIZED, "codes are multiplied row by row");

@@ -54,8 +54,8 @@ struct WeightRowBatch {
   WeightRow rows[NUMBER];
   Operand operands[NUMBER];
 
-  // Load those of the first of `count` kept channels of a warp. If there are fewer than NUMBER, load
-  // the last one again and multiply it by zero.
+  // Load those of the first of `count` kept channels of a warp. If there are fewer than NUMBER,
+  // load the last one again and multiply it by zero.
   template <bool IS_WHOLE>
   __device__ __forceinline__ void load(const KeptChannel* kept, int count, const u8* weight) {
 #pragma unroll
