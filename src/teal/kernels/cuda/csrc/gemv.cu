@@ -233,8 +233,8 @@ gemv(const u16* x, const u8* weight, const void* all_scales, const u8* all_zeros
   if (Config::ROWS > 2 || (half == 0 ? threshold : threshold_1) < 0.0f)
     // Nothing is dropped, or few channels by all rows: the first weight rows are known before the
     // input is.
-    for (int i = share_of_warp(); i < min(Config::PREFETCHED_ROWS, IN_FEATURES - rank * CHUNK);
-         i += Config::WARPS_K)
+    for (int i = warp / Config::WARPS_N;
+         i < min(Config::PREFETCHED_ROWS, IN_FEATURES - rank * CHUNK); i += Config::WARPS_K)
       prefetch(weight + (rank * CHUNK + i) * WEIGHT_ROW_BYTES);
   // An earlier launch may have written the scales, so they are not read yet.
   shared.group_scales.prefetch(all_scales, all_zeros, rank * CHUNK, offset);
