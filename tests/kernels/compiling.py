@@ -1,4 +1,4 @@
-"""What NVIDIA's tools tell of a compiled kernel."""
+"""Inspects compiled kernels with NVIDIA's tools."""
 
 import re
 import subprocess
@@ -10,8 +10,8 @@ import torch
 from teal.kernels.cuda.tile_config import TileConfig, bits_of
 
 
-def told(cubin: Path, option: str) -> str:
-    """Return what NVIDIA's tools say of a compiled kernel."""
+def dumped(cubin: Path, option: str) -> str:
+    """Return the output of cuobjdump for a compiled kernel."""
     triton = pytest.importorskip("triton")
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not cuobjdump.exists():
@@ -21,17 +21,17 @@ def told(cubin: Path, option: str) -> str:
 
 
 def assert_no_spills(cubin: Path) -> None:
-    used = told(cubin, "--dump-resource-usage")
+    used = dumped(cubin, "--dump-resource-usage")
     assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}
 
 
-def assert_strips_load_whole(
+def assert_weight_rows_load_whole(
     cubin: Path, config: TileConfig, dtype: torch.dtype, rows: int = 1
 ) -> None:
-    """Check that a thread asks at once for all its columns, of every strip under way."""
+    """Check that a thread loads all its columns at once, of every weight row of a batch."""
     bits = config.per_lane * bits_of(dtype)
-    # Threads share the channels that several rows ask for, and read 16 bytes of each.
+    # With several rows, threads share the channels and load 16 bytes of each.
     width, number = (bits, config.unroll) if rows == 1 else (128, config.unroll * bits // 128)
     suffix = "" if width == 32 else rf"\.{width}"
-    loads = re.findall(rf"LDG\.E\.NA{suffix}\.CONSTANT", told(cubin, "--dump-sass"))
+    loads = re.findall(rf"LDG\.E\.NA{suffix}\.CONSTANT", dumped(cubin, "--dump-sass"))
     assert len(loads) >= number

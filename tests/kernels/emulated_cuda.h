@@ -1,8 +1,8 @@
-// A GPU on the host, for tests: what the CUDA kernels use of CUDA C++, and ptx.cuh.
+// Emulates a GPU on the host, for tests: the parts of CUDA C++ that the kernels use, and ptx.cuh.
 //
 // A block is a thread of the host and its threads are contexts, which take turns: one runs until it
-// has to wait for others. So code that leaves out a barrier reads what is not there yet. Copies in
-// the background happen when they are waited for, and not before.
+// has to wait for others. So code that lacks a barrier reads data that is not there yet. Asynchronous
+// copies happen when they are waited for, and not before.
 
 #pragma once
 
@@ -28,13 +28,10 @@
 #define __shared__ static thread_local
 #define __CUDA_ARCH__ 900
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-typedef unsigned long long u64;
+#include "types.cuh"
 
-constexpr int WARP = 32;
+namespace teal {
+
 constexpr int STACK_BYTES = 128 * 1024;
 
 struct alignas(16) uint4 { u32 x, y, z, w; };
@@ -44,7 +41,7 @@ struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) longlong2 { i64 x, y; };
 struct Index { u32 x, y, z; };
 
-// What lanes of a warp tell each other: two meetings at a time, for one may be at the next already.
+// Exchanges words between the lanes of a warp: two meetings at a time, as a lane may be at the next.
 struct Meeting {
   u32 words[WARP][6];
   int arrived = 0;
@@ -55,7 +52,7 @@ struct Copy { void* to; const void* from; int bytes; };
 struct Context {
   ucontext_t place;
   std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
-  std::vector<Copy> copies;  // in the background
+  std::vector<Copy> copies;  // asynchronous ones that nobody has waited for
   int meetings = 0, cluster_phases = 0;
   bool is_done = false;
 };
@@ -200,7 +197,7 @@ inline u32 to_float16_pair(float low, float high) { return to_float16(low) | (u3
 inline u32 to_bfloat16_pair(float low, float high) { return to_bfloat16(low) | (u32)to_bfloat16(high) << 16; }
 inline float power_of_2(float x) { return exp2f(x); }
 
-// Operands are where PTX says that they are.
+// Operands lie where the PTX manual says.
 template <float (*NUMBER)(u16)>
 void multiply_operands(float* sums, const u32 (&a)[4], u32 b0, u32 b1) {
   const u32(*given)[6] = meet({a[0], a[1], a[2], a[3], b0, b1});
@@ -216,15 +213,15 @@ void multiply_operands(float* sums, const u32 (&a)[4], u32 b0, u32 b1) {
     sums[i] = (float)(sums[i] + sum);
   }
 }
-inline void multiply_float16(float* sums, const u32 (&a)[4], u32 b0, u32 b1) { multiply_operands<from_float16>(sums, a, b0, b1); }
-inline void multiply_bfloat16(float* sums, const u32 (&a)[4], u32 b0, u32 b1) { multiply_operands<from_bfloat16>(sums, a, b0, b1); }
+inline void mma_float16(float* sums, const u32 (&a)[4], u32 b0, u32 b1) { multiply_operands<from_float16>(sums, a, b0, b1); }
+inline void mma_bfloat16(float* sums, const u32 (&a)[4], u32 b0, u32 b1) { multiply_operands<from_bfloat16>(sums, a, b0, b1); }
 
 template <typename T> T load_early(const T* pointer) { return *pointer; }
 template <int NUMBER> void load_once(u32 (&words)[NUMBER], const u8* pointer) { memcpy(words, pointer, sizeof(words)); }
-inline const u8* ready(const u8* pointer) { return pointer; }
-// As a GPU would, but that what is read has to be there.
+inline const u8* computed(const u8* pointer) { return pointer; }
+// Unlike a GPU, fault if the address is not readable.
 inline void prefetch(const void* pointer) { (void)*static_cast<const volatile char*>(pointer); }
-template <int BYTES> void copy(void* shared, const void* global) {
+template <int BYTES> void copy_async(void* shared, const void* global) {
   block->context().copies.push_back({shared, global, BYTES});
 }
 inline void wait_for_copies() {
@@ -280,7 +277,7 @@ inline void run_block(std::function<void()> work, Cluster& cluster, u32 rank, In
     makecontext(&context.place, run_context, 0);
   }
   while (mine.live > 0) {
-    // The last first: most code is written as if the first were.
+    // The last thread first: most code is written as if the first ran first.
     for (int thread = threads - 1; thread >= 0; thread--) {
       if (mine.contexts[thread].is_done) continue;
       mine.running = thread, threadIdx = {(u32)thread, 0, 0};
@@ -295,22 +292,24 @@ void call(void (*function)(A...), void** arguments, std::index_sequence<I...>) {
   function(*static_cast<std::remove_reference_t<A>*>(arguments[I])...);
 }
 
-// Clusters lie along y where the grid has blocks there, else along x.
+// Clusters lie along y.
 template <typename... A>
 void launch(void (*function)(A...), u32 columns, u32 rows, int cluster, int threads, int shared_bytes, void** arguments) {
   u32 number = columns * rows / cluster;
   for (u32 first = 0; first < number; first++) {
     Cluster all;
     all.memories = std::vector<std::vector<char>>(cluster);
-    // What was not written is no number.
+    // Unwritten floats are NaN.
     for (auto& memory : all.memories) memory.assign(shared_bytes + 16, (char)0xff);
     all.threads = cluster * threads;
     std::vector<std::thread> blocks;
     for (int rank = 0; rank < cluster; rank++) {
-      Index index = rows > 1 ? Index{first % columns, first / columns * cluster + rank, 0} : Index{first * cluster + rank, 0, 0};
+      Index index{first % columns, first / columns * cluster + rank, 0};
       auto work = [=] { call(function, arguments, std::index_sequence_for<A...>{}); };
       blocks.emplace_back(run_block, work, std::ref(all), rank, index, Index{columns, rows, 1}, threads);
     }
     for (std::thread& each : blocks) each.join();
   }
 }
+
+}  // namespace teal

@@ -17,29 +17,31 @@ import torch
 from teal.kernels.cuda import attention as cuda_attention
 from teal.kernels.cuda import decode_step, embed_argmax
 from teal.kernels.cuda import gemv as cuda_gemv
-from teal.kernels.cuda.nvrtc import Argument, Definitions, Kernel
+from teal.kernels.cuda.kernel_config import KernelConfig, cluster_of, header
+from teal.kernels.cuda.nvrtc import Argument, Kernel
 
-# Where the tensors of tests are that run on a GPU, or on one that is emulated.
+# Device of the tensors of tests that run on a GPU, or on an emulated one.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 SOURCES = Path(decode_step.__file__).parent / "csrc"
 HEADER = Path(__file__).parent / "emulated_cuda.h"
 MODULES: tuple[ModuleType, ...] = (cuda_attention, embed_argmax, cuda_gemv, decode_step)
 
-# Memory that a block shares comes from the launch.
+# Dynamic shared memory comes from the launch.
 DECLARED, GIVEN = (
     "extern __shared__ uint4 memory[];",
     "uint4* memory = reinterpret_cast<uint4*>(block->memory);",
 )
 ENTRY = """
+using teal::u32;
 extern "C" void run(u32 columns, u32 rows, int cluster, int threads, int bytes, void** arguments) {
-  launch(%s, columns, rows, cluster, threads, bytes, arguments);
+  teal::launch(teal::%s, columns, rows, cluster, threads, bytes, arguments);
 }
 """
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch, *, clusters: bool) -> None:
-    """Let the launchers take tensors of the CPU, as on a GPU with or without clusters."""
+    """Let the launchers take CPU tensors, as on a GPU with or without clusters."""
     if torch.cuda.is_available():
         pytest.skip("the GPU runs such tests itself")
     if shutil.which("g++") is None:
@@ -58,7 +60,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, *, clusters: bool) -> None:
 
 @functools.cache
 def _sources() -> tempfile.TemporaryDirectory[str]:
-    """Keep the sources, with functions of the host for those of the GPU, while tests run."""
+    """Write the sources to a folder, with functions of the host in place of ptx.cuh."""
     temporary = tempfile.TemporaryDirectory(prefix="emulated-")
     folder = Path(temporary.name)
     for path in (*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")):
@@ -68,22 +70,20 @@ def _sources() -> tempfile.TemporaryDirectory[str]:
 
 
 @functools.cache
-def _function(source: str, name: str, definitions: Definitions, device: object) -> Kernel:
+def _function(source: str, name: str, config: KernelConfig, device: object) -> Kernel:
     del device
     folder = Path(_sources().name)
-    number = len(list(folder.glob("*.so")))
-    entry = folder / f"{number}.cpp"
+    own = Path(tempfile.mkdtemp(dir=folder))
+    (own / "config.cuh").write_text(header(config))
+    entry, library = own / "entry.cpp", own / "entry.so"
     entry.write_text(f'#include "{source}"\n' + ENTRY % name)
-    library = folder / f"{number}.so"
     options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-w"]
-    defined = [f"-D{key}={value}" for key, value in definitions]
-    command = ["g++", *options, *defined, str(entry), "-o", str(library)]
+    command = ["g++", *options, f"-I{own}", f"-I{folder}", str(entry), "-o", str(library)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     loaded = ctypes.CDLL(str(library))
     has_memory = "shared_bytes" in (folder / source).read_text()
     shared_bytes = ctypes.c_int.in_dll(loaded, "shared_bytes").value if has_memory else 0
-    cluster = int(dict(definitions).get("CLUSTER", 1))
-    return Kernel((loaded.run, cluster), shared_bytes)
+    return Kernel((loaded.run, cluster_of(config)), shared_bytes)
 
 
 def _launch(

@@ -1,4 +1,4 @@
-"""Weights of every format, and what their products shall be, for the tests of the CUDA kernel."""
+"""Weights of every format and their exact products, for the tests of the CUDA kernel."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ SCHEMES = {
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight on the GPU, and what it stands for.
+    """A weight on the GPU and its exact values.
 
     Attributes:
         tensor: Floats or codes, (K, …).
-        quant: What codes stand for.
+        quant: What decodes it; `None` for floats.
         exact: The weight in float64, (K, N).
     """
 
@@ -67,31 +67,20 @@ def of_quantized(weight: QuantizedWeight) -> Weight:
 
 def by_torch(weight: Weight, operands: Operands, dtype: torch.dtype) -> Tensor:
     """Compute the product in float32 (in float64 for `dtype` float64) and round it to `dtype`."""
-    (
-        x,
-        _,
-        thresholds,
-        output_sizes,
-        score_scale,
-        shift,
-        bias,
-        residual,
-        norm_weight,
-        eps,
-        activation,
-        _,
-    ) = operands
+    x, shift, norm_weight = operands.x, operands.shift, operands.norm_weight
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    x = x if norm_weight is None else reference.rms_norm(x, norm_weight, eps)
+    x = x if norm_weight is None else reference.rms_norm(x, norm_weight, operands.eps)
     centred = x if shift is None else (x.float() - shift.float()).to(x.dtype)
     products = []
-    for part, columns in enumerate(weight.exact.to(wide).split(list(output_sizes), dim=1)):
-        score = None if score_scale is None else score_scale[part]
-        keep = reference.keep_mask(x, thresholds[part], score, shift)
+    columns_of_parts = weight.exact.to(wide).split(list(operands.output_sizes), dim=1)
+    for part, columns in enumerate(columns_of_parts):
+        score_scale = None if operands.score_scale is None else operands.score_scale[part]
+        keep = reference.keep_mask(x, operands.thresholds[part], score_scale, shift)
         products.append(torch.where(keep, centred, 0).to(wide) @ columns)
     product = torch.cat(products, dim=-1)
-    product = product if bias is None else product + bias.to(wide)
-    product = product if residual is None else product + residual.to(wide)
+    for added in (operands.bias, operands.residual):
+        product = product if added is None else product + added.to(wide)
+    activation = operands.activation
     return (product if activation is None else reference.gate_and_up(product, activation)).to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""Inputs of the kernels of a fused decode step, and what they shall compute."""
+"""Inputs of the kernels of a fused decode step, and their exact results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teal.kernels.cuda.decode_step import UNIT, Input, Projections, StepMemory
+from teal.kernels.cuda.decode_step import UNIT, InputName, Projections, StepMemory
 from teal.kernels.cuda.nvrtc import has_clusters
-from teal.kernels.operands import QuantParams
+from teal.kernels.operands import QuantParams, padded_thresholds
 from teal.kernels.reference.quantized import dequantized
 from teal.quantization import Scheme, round_to_nearest
 from teal.quantization.weight import FORMATS
@@ -26,15 +26,15 @@ class Wanted:
 
     Attributes:
         input: What their input is made from.
-        in_features: Its size.
-        output_sizes: Columns of each.
-        scheme: Into what the weight is quantized.
-        dtype: Of activations.
-        bias: Whether there is one.
-        seed: Of the draw.
+        in_features: Number of channels.
+        output_sizes: Columns of each projection.
+        scheme: How the weight is quantized; `None` for floats.
+        dtype: Dtype of the activations.
+        bias: Whether there is a bias.
+        seed: Seed of the draw.
     """
 
-    input: Input
+    input: InputName
     in_features: int
     output_sizes: Sequence[int]
     scheme: Scheme | None = None
@@ -46,7 +46,7 @@ class Wanted:
 def projections_of(
     wanted: Wanted, thresholds: Sequence[float] | None = None, device: str = "cuda"
 ) -> Projections:
-    """Draw projections; dense where there are no thresholds."""
+    """Draw projections; dense if there are no thresholds."""
     generator = torch.Generator().manual_seed(wanted.seed)
     thresholds = thresholds or [-1.0] * len(wanted.output_sizes)
 
@@ -62,7 +62,7 @@ def projections_of(
     return Projections(
         weight=weight.to(device),
         output_sizes=wanted.output_sizes,
-        thresholds=torch.tensor([*thresholds, 0.0, 0.0][:3], device=device),
+        thresholds=torch.tensor(padded_thresholds(thresholds), device=device),
         input=wanted.input,
         is_dense=max(thresholds) < 0,
         bias=draw(sum(wanted.output_sizes)).to(device, wanted.dtype) if wanted.bias else None,
@@ -74,7 +74,7 @@ def projections_of(
 
 
 def outlined(wanted: Wanted) -> Projections:
-    """Return projections of the right sizes without numbers, to compile for."""
+    """Return projections on the meta device, to compile for."""
     (in_features, columns), scheme = (wanted.in_features, sum(wanted.output_sizes)), wanted.scheme
     weight, quant = torch.empty(in_features, columns, dtype=wanted.dtype, device="meta"), None
     if scheme is not None:
@@ -113,19 +113,19 @@ def exact_product(projections: Projections, x: Tensor) -> Tensor:
 
 
 def magnitude(projections: Projections, x: Tensor) -> float:
-    """Return what rounding errors of a product are measured against."""
+    """Return the scale of rounding errors: the largest sum of magnitudes."""
     return float((x.double().abs() @ exact_weight(projections).abs()).max())
 
 
 def normed(hidden: Tensor, projections: Projections, dtype: torch.dtype) -> Tensor:
-    """Return what the norm in front of projections makes of the residual stream."""
+    """Return the residual stream after the norm in front of projections."""
     assert projections.norm_weight is not None
     factor = torch.rsqrt(hidden.float().square().mean() + EPS)
     return ((hidden.float() * factor).to(dtype).float() * projections.norm_weight).to(dtype)
 
 
 def memory_of(dtype: torch.dtype, device: str = "cuda") -> StepMemory:
-    """Return memory that fits all cases, all sums zero."""
+    """Return memory that is large enough for all cases, with all sums zero."""
     hidden_size, intermediate_size, qkv_size = SIZES
     parts = (HEADS, SPLITS, HEAD_DIM)
     return StepMemory(hidden_size, qkv_size, intermediate_size, parts, dtype, torch.device(device))
@@ -136,17 +136,17 @@ def fixed(values: Tensor) -> Tensor:
     return (values.double() / UNIT).long()
 
 
-def in_a_gap(x: Tensor, cut: float) -> float:
-    """Move a threshold into the middle between two neighbouring activations."""
+def in_a_gap(x: Tensor, threshold: float) -> float:
+    """Move a threshold into the middle between two neighbouring magnitudes of activations."""
     scores = torch.cat([x.float().abs().unique(), torch.tensor([1e4], device=x.device)])
-    above = int(torch.searchsorted(scores, cut, right=True).clamp(1, len(scores) - 1))
+    above = int(torch.searchsorted(scores, threshold, right=True).clamp(1, len(scores) - 1))
     return float(scores[above - 1] + scores[above]) / 2
 
 
 def thresholds_at(x: Tensor, sparsity: float, parts: int) -> list[float]:
-    """Return thresholds near a sparsity that rounding errors do not carry activations across."""
-    cuts = [float(x.float().abs().quantile(sparsity)) + part * 0.01 for part in range(parts)]
-    return [in_a_gap(x, cut) for cut in cuts]
+    """Return thresholds near a sparsity, so that no rounding error moves an activation across."""
+    quantile = float(x.float().abs().quantile(sparsity))
+    return [in_a_gap(x, quantile + part * 0.01) for part in range(parts)]
 
 
 def hopper() -> bool:

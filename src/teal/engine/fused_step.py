@@ -107,7 +107,7 @@ class FusedStep:
         for index, (layer, entry) in enumerate(zip(self.layers, entries, strict=True)):
             self._attend(layer, cache.positions, entry)
             self._feed_forward(layer, index)
-        embed_argmax.finish(
+        embed_argmax.final_norm(
             decoder.weights.final_norm,
             decoder.architecture.eps,
             memory,

@@ -171,7 +171,7 @@ class Sampler:
                 float32.
         """
         if self._is_one_launch:
-            embed_argmax.choose(logits, self.tokens, self.history, self._step, NONFINITE)
+            embed_argmax.argmax(logits, self.tokens, self.history, self._step, NONFINITE)
             return
         logits = logits.float()
         best, tokens = logits.max(-1)

@@ -30,14 +30,11 @@ try:
 except ImportError:
     TritonBackend = None  # type: ignore[assignment, misc]
 try:
-    from teal.kernels.cuda import gemv as cuda_gemv
+    from teal.kernels.cuda.gemv import CudaBackend
 except ImportError:
-    cuda_gemv = None  # type: ignore[assignment]
+    CudaBackend = None  # type: ignore[assignment, misc]
 try:
-    from teal.kernels.cpu import attention as cpu_attention
-    from teal.kernels.cpu import lm_head as cpu_lm_head
-    from teal.kernels.cpu.backend import NumbaBackend
-    from teal.kernels.cpu.gemv import ELEMENTS
+    from teal.kernels.cpu.backend import NumbaAttention, NumbaBackend, NumbaHead
 except ImportError:
     NumbaBackend = None  # type: ignore[assignment, misc]
 
@@ -112,65 +109,32 @@ class _NotInstalled:
         raise NotImplementedError(self.reason)
 
 
-# --- Adapter, until teal.kernels.cuda.gemv has CudaBackend.
-
-
-class _CudaBackend:
-    name = "cuda"
-
-    def can_run(self, operands: Operands, quant: QuantParams | None) -> str | None:
-        # ROCm builds of torch call their devices "cuda" too.
-        if torch.version.hip is not None:
-            return "it needs an NVIDIA GPU"
-        if cuda_gemv is None:
-            return "cuda-core is not installed"
-        can_compute = cuda_gemv.can_compute(operands, quant)
-        return None if can_compute else "another backend is faster or the only one"
-
-    def run(self, operands: Operands, quant: QuantParams | None) -> Tensor:
-        return cuda_gemv.compute(operands, quant)
-
-
-# --- End of the adapter.
-
-
-class _NumbaAttention:
-    name = "numba"
-
-    def can_run(self, qkv: Tensor, *_: Tensor) -> str | None:
-        return None if qkv.dtype in ELEMENTS else "qkv is not float32, bfloat16 or float16"
-
-    def run(self, *tensors: Tensor, **options: Any) -> Tensor:
-        return cpu_attention.attend(*tensors, **options)
-
-
-class _NumbaHead:
-    name = "numba"
-
-    def can_run(self, x: Tensor, weight: Tensor) -> str | None:
-        can_compute = cpu_lm_head.can_compute(x, weight)
-        return None if can_compute else "x has more than 8 rows, or it cannot read the tensors"
-
-    def run(self, x: Tensor, weight: Tensor) -> Tensor:
-        return cpu_lm_head.lm_head_gemv(x, weight)
-
-
 _NUMBA = _NotInstalled("numba", "numba is not installed")
 _TRITON = _NotInstalled("triton", "Triton is not installed")
+# ROCm builds of torch call their devices "cuda" too, and do not come with NVIDIA's bindings.
+_CUDA = _NotInstalled(
+    "cuda",
+    "NVIDIA's Python bindings are not installed"
+    if torch.version.hip is None
+    else "it needs an NVIDIA GPU",
+)
 
 # Backends of products by torch's device type, in the order in which they are asked. The reference
 # computes what none of them can, and everything on other devices.
 BACKENDS: dict[str, list[Backend]] = {
     "cpu": [_NUMBA if NumbaBackend is None else NumbaBackend()],
-    "cuda": [_CudaBackend(), _TRITON if TritonBackend is None else TritonBackend()],
+    "cuda": [
+        _CUDA if CudaBackend is None else CudaBackend(),
+        _TRITON if TritonBackend is None else TritonBackend(),
+    ],
 }
 # The same for `attend` and `lm_head_gemv`, whose arguments `can_run` and `run` take.
 ATTENTION_BACKENDS: dict[str, list[_Candidate]] = {
-    "cpu": [_NUMBA if NumbaBackend is None else _NumbaAttention()],
+    "cpu": [_NUMBA if NumbaBackend is None else NumbaAttention()],
     "cuda": [_TRITON if TritonBackend is None else TritonAttention()],
 }
 LM_HEAD_BACKENDS: dict[str, list[_Candidate]] = {
-    "cpu": [_NUMBA if NumbaBackend is None else _NumbaHead()],
+    "cpu": [_NUMBA if NumbaBackend is None else NumbaHead()],
 }
 
 _REFERENCE = ReferenceBackend()

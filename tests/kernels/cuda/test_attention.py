@@ -15,8 +15,8 @@ from teal.kernels.cuda.attention import (
     SOURCE,
     Attention,
     attend,
+    attention_config,
     can_attend,
-    definitions_of,
     splits_for,
 )
 from teal.kernels.cuda.decode_step import StepMemory
@@ -24,13 +24,13 @@ from teal.kernels.cuda.nvrtc import compiled
 from teal.kernels.cuda.tile_config import DTYPES
 from teal.kernels.reference.attention import attend as reference_attend
 from teal.kernels.reference.attention import placed
-from tests.kernels.compiling import assert_no_spills, told
+from tests.kernels.compiling import assert_no_spills, dumped
 from tests.kernels.emulation import DEVICE, emulate
 from tests.kernels.stepping import fixed, hopper
 
 NAN = float("nan")
 SPLITS = 8
-# Of sums and weights in float32, the latter with twice the digits of the activations.
+# For sums in float32 and softmax weights with twice the digits of the activations.
 TOLERANCE = 2e-5
 # Query heads per key head and channels of a head.
 SHAPES = [(4, 128), (1, 128), (8, 128), (16, 128), (7, 64), (9, 64), (8, 256), (4, 80), (1, 96)]
@@ -64,7 +64,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 class Call:
-    """A call of the kernel and what it is given; nothing that it must not read is a number."""
+    """A call of the kernel and its operands; everything that it must not read is NaN."""
 
     def __init__(self, case: AttentionCase, dtype: torch.dtype, splits: int = SPLITS) -> None:
         qkv, *tensors = (tensor.to(DEVICE) for tensor in case.tensors(dtype))
@@ -81,13 +81,13 @@ class Call:
             rows[:, :, : self.first] = NAN
         parts = (case.heads, splits, case.head_dim)
         self.memory = StepMemory(8, qkv.shape[1], 8, parts, dtype, qkv.device)
-        # The kernel rounds them to the very activations.
+        # The kernel rounds these sums to exactly the activations.
         self.memory.qkv.copy_(fixed(case.tensors(torch.float32)[0][0]))
         self.memory.parts.fill_(NAN)
 
     def run(self) -> Tensor:
-        """Return what the splits give together in float64, (heads, head_dim)."""
-        # The cache is read before the launch in front has ended.
+        """Return the combined result of the splits in float64, (heads, head_dim)."""
+        # The cache is read before the previous launch has ended.
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         attend(Attention(**self.options), *self.cache, self.memory, dependent=hopper())
@@ -97,9 +97,9 @@ class Call:
         return (factors * totals).sum(1) / (factors * weights).sum(1)
 
     def exact(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what attention gives in float64, and the cache after it.
+        """Return the attention in float64 and the cache after it.
 
-        Queries and keys are rounded as those of the reference.
+        Queries and keys are rounded as in the reference.
         """
         keys, values, positions, *angles = self.cache
         keys, values = keys.clone(), values.clone()
@@ -139,19 +139,23 @@ def _assert_right(
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @dtypes
-def test_attention_is_that_in_float64_and_appends(case: AttentionCase, dtype: torch.dtype) -> None:
+def test_attention_equals_that_in_float64_and_appends_to_the_cache(
+    case: AttentionCase, dtype: torch.dtype
+) -> None:
     _assert_right(case, dtype)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_attention_is_right_where_a_gpu_is_emulated(
+def test_attention_is_right_on_an_emulated_gpu(
     case: AttentionCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulate(monkeypatch, clusters=True)
     _assert_right(case)
 
 
-def test_borders_are_right_where_a_gpu_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_around_tile_borders_are_right_on_an_emulated_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     emulate(monkeypatch, clusters=False)
     for position in (1, 15, 16, 17, 127, 128, 129, 511, 512, 513):
         _assert_right(_case(position), torch.float16)
@@ -163,7 +167,7 @@ def test_borders_are_right_where_a_gpu_is_emulated(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "position", [1, 14, 15, 16, 17, 127, 128, 129, 511, 512, 513, 1023, 1024, 1025, 3000]
 )
-def test_every_length_around_the_borders_of_tiles_and_turns_is_right(position: int) -> None:
+def test_lengths_around_the_borders_of_tiles_and_strides_are_right(position: int) -> None:
     _assert_right(_case(position))
 
 
@@ -181,7 +185,7 @@ def test_any_number_of_splits_gives_the_same_attention(splits: int) -> None:
 
 
 @pytest.mark.gpu
-def test_a_split_without_positions_weighs_nothing() -> None:
+def test_a_split_without_positions_has_no_weight() -> None:
     call = Call(_case(31), torch.bfloat16)
     call.run()
     empty = call.memory.parts[0, :, 2:]
@@ -191,7 +195,7 @@ def test_a_split_without_positions_weighs_nothing() -> None:
 
 
 @pytest.mark.gpu
-def test_attention_is_the_same_bits_again() -> None:
+def test_attention_gives_the_same_bits_again() -> None:
     calls = [Call(_case(777), torch.bfloat16) for _ in range(3)]
     for call in calls:
         call.run()
@@ -201,7 +205,7 @@ def test_attention_is_the_same_bits_again() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cache", [0, 1], ids=["key", "value"])
-def test_what_is_no_number_in_the_cache_stays_visible_in_its_heads_and_only_there(
+def test_nan_in_the_cache_shows_in_the_heads_that_read_it_and_only_there(
     cache: int,
 ) -> None:
     call = Call(_case(300), torch.bfloat16)
@@ -212,7 +216,7 @@ def test_what_is_no_number_in_the_cache_stays_visible_in_its_heads_and_only_ther
 
 
 @pytest.mark.gpu
-def test_a_captured_launch_appends_token_after_token_as_an_eager_one() -> None:
+def test_a_captured_launch_appends_tokens_as_an_eager_one_does() -> None:
     results = []
     for is_captured in (False, True):
         call = Call(_case(30, capacity=40), torch.bfloat16)
@@ -251,17 +255,17 @@ def test_attention_without_norms_compiles_without_spills(
     assert_no_spills(_cubin(tmp_path, 4, 128, "sm_90", dtype))
 
 
-def test_the_first_tile_is_asked_for_in_wide_loads_before_the_wait(tmp_path: Path) -> None:
-    sass = told(_cubin(tmp_path, 4, 128, "sm_90"), "--dump-sass")
+def test_the_first_tile_is_loaded_in_wide_loads_before_the_wait(tmp_path: Path) -> None:
+    sass = dumped(_cubin(tmp_path, 4, 128, "sm_90"), "--dump-sass")
     before, _, after = sass.partition("ACQBULK")
     # Four loads of each of two keys, two of each of four values.
     assert before.count("LDG.E.128.STRONG.GPU") == 16
-    # Of sums, which are known only then.
+    # The sums of the projections are loaded only after the wait.
     assert not before.count("LDG.E.64")
     assert after.count("LDG.E.64")
 
 
-def test_only_heads_that_fit_and_are_turned_whole_are_computed_here() -> None:
+def test_only_heads_that_fit_and_that_rope_covers_whole_are_computed() -> None:
     tables = {dim: torch.zeros(4, dim // 2) for dim in (40, 64, 80, 96, 128, 256, 512)}
     for queries, head_dim in SHAPES:
         assert can_attend(2 * queries, 2, head_dim, tables[head_dim])
@@ -287,14 +291,14 @@ def _cubin(
 ) -> Path:
     keys = torch.empty(1, 2, 8, head_dim, dtype=dtype, device="meta")
     memory = StepMemory(8, 8, 8, (2 * queries, SPLITS, head_dim), dtype, torch.device("meta"))
-    definitions = definitions_of(attention or Attention(scale=1.0), keys, memory)
+    config = attention_config(attention or Attention(scale=1.0), keys, memory)
     cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled(SOURCE, definitions, architecture))
+    cubin.write_bytes(compiled(SOURCE, config, architecture))
     return cubin
 
 
 def _quarter_turns(table: Tensor) -> list[Tensor]:
-    """Return cosines and sines, of the shape of a table, that leave nothing to round."""
+    """Return cosines and sines of the shape of a table that need no rounding."""
     positions, pairs = (torch.arange(size, device=table.device) for size in table.shape)
     turns = positions[:, None] + pairs
     quarters = torch.tensor([1.0, 0.0, -1.0, 0.0], device=table.device)
@@ -303,10 +307,10 @@ def _quarter_turns(table: Tensor) -> list[Tensor]:
 
 def _step(call: Call) -> Callable[[], object]:
     def step() -> None:
-        # Not before the launch in front has ended, which moves the position on.
+        # It must not begin before the previous launch has ended, which advances the position.
         attend(Attention(**call.options), *call.cache, call.memory, dependent=False)
         call.cache[2].add_(1)
 
-    # Compiled before it is captured.
+    # Compile before capturing.
     step()
     return step

@@ -36,7 +36,7 @@ def _returns(result: bytes) -> Callable[[], bytes]:
     return lambda: result
 
 
-def test_another_process_reads_what_was_compiled() -> None:
+def test_another_process_reads_the_compiled_kernel() -> None:
     assert kept([b"source", b"header"], _returns(b"cubin")) == b"cubin"
     _begin_again()
     assert kept([b"source", b"header"], _never) == b"cubin"
@@ -48,28 +48,30 @@ def test_other_inputs_are_compiled(inputs: list[bytes]) -> None:
     assert kept(inputs, _returns(b"other")) == b"other"
 
 
-def test_where_nothing_can_be_kept_it_is_compiled(tmp_path: Path) -> None:
+def test_kernels_are_compiled_every_time_if_the_cache_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "teal").write_text("a file where the folder would be")
     assert kept([b"source"], _returns(b"first")) == b"first"
     assert kept([b"source"], _returns(b"second")) == b"second"
 
 
-def test_without_the_library_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_compiled_every_time_without_the_cache_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(compile_cache, "FileStreamProgramCache", None)
     assert kept([b"source"], _returns(b"first")) == b"first"
     assert kept([b"source"], _returns(b"second")) == b"second"
 
 
-def test_what_does_not_compile_is_not_kept() -> None:
+def test_a_failed_compilation_is_not_kept() -> None:
     with pytest.raises(AssertionError):
         kept([b"source"], _never)
     assert kept([b"source"], _returns(b"cubin")) == b"cubin"
 
 
-def test_a_kernel_is_compiled_once_for_each_set_of_definitions(
+def test_a_kernel_is_compiled_once_for_each_configuration(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bfloat16, float16 = map(embed_argmax.definitions_of, (torch.bfloat16, torch.float16))
+    bfloat16, float16 = map(embed_argmax.embed_argmax_config, (torch.bfloat16, torch.float16))
     first = compiled(embed_argmax.SOURCE, bfloat16, "sm_90")
     calls: list[object] = []
     compile_program = nvrtc.nvrtcCompileProgram

@@ -13,16 +13,16 @@ from teal.kernels.cuda.decode_step import (
     ALIGNMENT,
     SOURCE,
     UNIT,
-    Input,
+    InputName,
     Projections,
     config_for,
-    definitions_of,
     project,
+    step_config,
 )
-from teal.kernels.cuda.embed_argmax import finish
+from teal.kernels.cuda.embed_argmax import final_norm
 from teal.kernels.cuda.nvrtc import compiled
 from teal.kernels.cuda.tile_config import DTYPES, TileConfig
-from tests.kernels.compiling import assert_no_spills, assert_strips_load_whole
+from tests.kernels.compiling import assert_no_spills, assert_weight_rows_load_whole
 from tests.kernels.emulation import emulate
 from tests.kernels.stepping import (
     EPS,
@@ -44,23 +44,23 @@ from tests.kernels.stepping import (
     thresholds_at,
 )
 
-# K and the output sizes of each input, odd in every way that is allowed for weights of 16 bits.
-SHAPES: dict[Input, tuple[int, list[int]]] = {
+# K and the output sizes of each input, as odd as weights of 16 bits allow.
+SHAPES: dict[InputName, tuple[int, list[int]]] = {
     "hidden": (584, [264, 24, 8]),
     "attention": (HEADS * HEAD_DIM, [584]),
     "silu": (1048, [584]),
     "gelu_pytorch_tanh": (200, [264]),
 }
-# The same for every format.
-ALIGNED: dict[Input, tuple[int, list[int]]] = {
+# The same, for weights of every format.
+ALIGNED: dict[InputName, tuple[int, list[int]]] = {
     "hidden": (584, [288, 32, 32]),
     "attention": (HEADS * HEAD_DIM, [608]),
     "silu": (1048, [1056]),
     "gelu_pytorch_tanh": (200, [288]),
 }
 
-# Unlike each other in every respect.
-CUTS = [
+# They differ from each other in every respect.
+CONFIGS = [
     TileConfig(chunk=256, per_lane=8, warps_n=2, warps_k=4, unroll=4, blocks=2, cluster=8, depth=2),
     TileConfig(
         chunk=608, per_lane=16, warps_n=1, warps_k=8, unroll=2, blocks=2, cluster=4, depth=2
@@ -74,25 +74,25 @@ CUTS = [
 
 inputs = pytest.mark.parametrize("kind", SHAPES)
 configs = pytest.mark.parametrize(
-    "config", CUTS, ids=lambda config: f"{config.chunk} × {config.columns}"
+    "config", CONFIGS, ids=lambda config: f"{config.chunk} × {config.columns}"
 )
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 
 
-def wanted(kind: Input, scheme: str = "floats", **changes: object) -> Wanted:
+def wanted(kind: InputName, scheme: str = "floats", **changes: object) -> Wanted:
     in_features, output_sizes = (SHAPES if scheme == "floats" else ALIGNED)[kind]
     return replace(Wanted(kind, in_features, output_sizes, SCHEMES[scheme]), **changes)  # type: ignore[arg-type]
 
 
 def _for(scheme: str, config: TileConfig) -> TileConfig:
-    """Return a config whose threads have as many columns as they can have of a format."""
+    """Return a config with a number of columns per thread that the format allows."""
     least, most = {"floats": (4, 8), "int8": (8, 16), "fp8": (8, 16)}.get(scheme, (8, 32))
     return replace(config, per_lane=min(max(config.per_lane, least), most))
 
 
-def _source(kind: Input, dtype: torch.dtype, device: str = "cuda") -> tuple[Tensor, Tensor]:
-    """Return what an input is made from, and the activations that it makes, (K,)."""
+def _source(kind: InputName, dtype: torch.dtype, device: str = "cuda") -> tuple[Tensor, Tensor]:
+    """Return what an input is made from, and the activations that result, (K,)."""
     in_features, _ = SHAPES[kind]
     generator = torch.Generator().manual_seed(2)
     if kind == "attention":
@@ -135,17 +135,17 @@ def _assert_right(
 @inputs
 @schemes
 def test_products_compile_to_wide_loads_without_spills(
-    kind: Input, scheme: str, architecture: str, tmp_path: Path
+    kind: InputName, scheme: str, architecture: str, tmp_path: Path
 ) -> None:
     clusters = architecture != "sm_80"
     projections = projections_of(wanted(kind, scheme), device="cpu")
     config = config_for(projections, clusters=clusters)
     memory = memory_of(torch.bfloat16, "cpu")
-    definitions = definitions_of(projections, config, memory)
+    compiled_for = step_config(projections, config, memory)
     cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled(SOURCE, definitions, architecture))
+    cubin.write_bytes(compiled(SOURCE, compiled_for, architecture))
     assert_no_spills(cubin)
-    assert_strips_load_whole(cubin, config, projections.weight.dtype)
+    assert_weight_rows_load_whole(cubin, config, projections.weight.dtype)
 
 
 @pytest.mark.parametrize("is_dense", [False, True], ids=["sparse", "dense"])
@@ -166,7 +166,7 @@ def test_models_compile_without_spills(
         config = config_for(projections, clusters=True)
         memory = memory_of(torch.bfloat16, "meta")
         cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(compiled(SOURCE, definitions_of(projections, config, memory), "sm_90"))
+        cubin.write_bytes(compiled(SOURCE, step_config(projections, config, memory), "sm_90"))
         assert_no_spills(cubin)
 
 
@@ -176,8 +176,8 @@ def test_models_compile_without_spills(
 @schemes
 @inputs
 @dtypes
-def test_products_are_those_of_the_kept_channels(
-    kind: Input, dtype: torch.dtype, scheme: str, sparsity: float | None, bias: bool
+def test_products_sum_over_the_kept_channels(
+    kind: InputName, dtype: torch.dtype, scheme: str, sparsity: float | None, bias: bool
 ) -> None:
     projections = projections_of(wanted(kind, scheme, dtype=dtype, bias=bias))
     _assert_right(projections, sparsity, dtype)
@@ -186,8 +186,8 @@ def test_products_are_those_of_the_kept_channels(
 @pytest.mark.parametrize("clusters", [True, False], ids=["clusters", ""])
 @inputs
 @schemes
-def test_products_are_right_where_a_gpu_is_emulated(
-    kind: Input, scheme: str, clusters: bool, monkeypatch: pytest.MonkeyPatch
+def test_products_are_right_on_an_emulated_gpu(
+    kind: InputName, scheme: str, clusters: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulate(monkeypatch, clusters=clusters)
     for sparsity in (0.5, 1.0):
@@ -197,16 +197,18 @@ def test_products_are_right_where_a_gpu_is_emulated(
 
 @configs
 @schemes
-def test_every_cut_compiles_without_spills(scheme: str, config: TileConfig, tmp_path: Path) -> None:
+def test_every_tile_config_compiles_without_spills(
+    scheme: str, config: TileConfig, tmp_path: Path
+) -> None:
     projections = replace(
         projections_of(wanted("silu", scheme), device="cpu"), config=_for(scheme, config)
     )
     config = config_for(projections, clusters=True)
     cubin = tmp_path / "kernel.cubin"
-    definitions = definitions_of(projections, config, memory_of(torch.bfloat16, "cpu"))
-    cubin.write_bytes(compiled(SOURCE, definitions, "sm_90"))
+    compiled_for = step_config(projections, config, memory_of(torch.bfloat16, "cpu"))
+    cubin.write_bytes(compiled(SOURCE, compiled_for, "sm_90"))
     assert_no_spills(cubin)
-    assert_strips_load_whole(cubin, config, projections.weight.dtype)
+    assert_weight_rows_load_whole(cubin, config, projections.weight.dtype)
 
 
 @pytest.mark.parametrize("warps", [1, 4, 8])
@@ -220,9 +222,7 @@ def test_warps_share_the_only_group_of_int4_evenly(chunk: int, warps: int) -> No
 
 @pytest.mark.parametrize("warps", [1, 2, 4, 8])
 @pytest.mark.parametrize("chunk", [32, 64, 96, 160, 608])
-def test_chunks_are_of_whole_groups_or_of_parts_that_warps_share_evenly(
-    chunk: int, warps: int
-) -> None:
+def test_chunks_are_whole_groups_or_parts_that_warps_share_evenly(chunk: int, warps: int) -> None:
     projections = projections_of(wanted("hidden", "int4 in 128"), device="cpu")
     assert projections.quant is not None and len(projections.quant.scales) > 1
     config = TileConfig(chunk=chunk, per_lane=8, warps_n=1, warps_k=warps, unroll=2, blocks=2)
@@ -237,8 +237,8 @@ def test_chunks_are_of_whole_groups_or_of_parts_that_warps_share_evenly(
 @configs
 @schemes
 @pytest.mark.parametrize("kind", ["hidden", "silu"])
-def test_products_are_right_however_they_are_cut(
-    kind: Input, scheme: str, config: TileConfig, sparsity: float | None
+def test_products_are_right_with_every_tile_config(
+    kind: InputName, scheme: str, config: TileConfig, sparsity: float | None
 ) -> None:
     projections = replace(projections_of(wanted(kind, scheme)), config=_for(scheme, config))
     _assert_right(projections, sparsity)
@@ -246,7 +246,7 @@ def test_products_are_right_however_they_are_cut(
 
 @configs
 @schemes
-def test_every_cut_is_right_where_a_gpu_is_emulated(
+def test_every_tile_config_is_right_on_an_emulated_gpu(
     scheme: str, config: TileConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulate(monkeypatch, clusters=True)
@@ -257,7 +257,7 @@ def test_every_cut_is_right_where_a_gpu_is_emulated(
 
 @pytest.mark.gpu
 @schemes
-def test_a_product_is_the_same_bits_twice_and_clears_sums_for_later(scheme: str) -> None:
+def test_a_product_gives_the_same_bits_twice_and_clears_sums_for_later(scheme: str) -> None:
     source, _ = _source("hidden", torch.bfloat16)
     memory = memory_of(torch.bfloat16)
     projections = projections_of(wanted("hidden", scheme), [0.3, 0.5, 0.7])
@@ -273,16 +273,16 @@ def test_a_product_is_the_same_bits_twice_and_clears_sums_for_later(scheme: str)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("visible", [float("nan"), float("inf"), 3e38])
-def test_what_does_not_fit_into_sums_sets_the_flag_and_makes_the_output_nan(visible: float) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_sums_that_overflow_set_the_flag_and_make_the_output_nan(value: float) -> None:
     memory = memory_of(torch.bfloat16)
     source, _ = _source("attention", torch.bfloat16)
-    source[0, 1, 0, 5] = visible
+    source[0, 1, 0, 5] = value
     projections = projections_of(wanted("attention"), [0.2])
     project(projections, source, memory.hidden, None, memory, dependent=hopper())
     assert memory.overflow.item() == 1
     position = torch.zeros(1, dtype=torch.int64, device="cuda")
-    finish(torch.ones(SIZES[0], device="cuda"), EPS, memory, position, dependent=hopper())
+    final_norm(torch.ones(SIZES[0], device="cuda"), EPS, memory, position, dependent=hopper())
     assert memory.normed.isnan().all()
 
 

@@ -14,7 +14,7 @@ from tests.kernels.cases import EDGES, THRESHOLDS, VECTORS, draw
 
 pytest.importorskip("cuda.bindings")
 
-from teal.kernels.cuda.gemv import can_compute, compute
+from teal.kernels.cuda.gemv import CudaBackend, compute
 from teal.kernels.cuda.tile_config import DTYPES
 from tests.kernels.emulation import DEVICE, emulate
 from tests.kernels.products import SCHEMES, assert_right, by_torch, of_quantized, weight_of
@@ -34,10 +34,14 @@ def _on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
+def _can_run(operands: Operands, quant: QuantParams | None) -> bool:
+    return CudaBackend().can_run(operands, quant) is None
+
+
 @pytest.mark.usefixtures("_on_hopper")
 @schemes
-def test_what_the_kernel_computes_is_told_from_shapes_and_dtypes(scheme: str) -> None:
-    def told(
+def test_shapes_and_dtypes_decide_whether_the_kernel_can_run(scheme: str) -> None:
+    def can_run(
         in_features: int = 128,
         columns: int = 64,
         rows: int = 1,
@@ -48,36 +52,36 @@ def test_what_the_kernel_computes_is_told_from_shapes_and_dtypes(scheme: str) ->
         weight = weight_of(scheme, in_features, columns, dtype, "cpu")
         changed = rest.pop("tensor", lambda tensor: tensor)
         operands = weight.operands(draw(rows, in_features, dtype=dtype), [threshold], **rest)
-        return can_compute(operands._replace(weight=changed(operands.weight)), weight.quant)
+        return _can_run(operands._replace(weight=changed(operands.weight)), weight.quant)
 
     is_float = scheme == "floats"
-    assert told()
-    assert told(dtype=torch.float16)
-    assert told(norm_weight=torch.ones(128))
-    assert told(threshold=-1.0) != is_float
+    assert can_run()
+    assert can_run(dtype=torch.float16)
+    assert can_run(norm_weight=torch.ones(128))
+    assert can_run(threshold=-1.0) != is_float
     gated = {"output_sizes": [32] * 2, "activation": "silu"}
-    assert told(threshold=-1.0, **gated)
-    assert told(rows=8)
-    assert told(rows=8, threshold=-1.0) != is_float
-    assert told(rows=8, threshold=-1.0, **gated)
-    assert not told(rows=9)
-    assert not told(rows=0)
-    assert not told(dtype=torch.float32)
-    assert not told(columns=68)
-    assert not told(in_features=132, norm_weight=torch.ones(132))
-    assert not told(tensor=lambda tensor: tensor.t().contiguous().t())
-    assert not told(output_sizes=[16] * 4)
+    assert can_run(threshold=-1.0, **gated)
+    assert can_run(rows=8)
+    assert can_run(rows=8, threshold=-1.0) != is_float
+    assert can_run(rows=8, threshold=-1.0, **gated)
+    assert not can_run(rows=9)
+    assert not can_run(rows=0)
+    assert not can_run(dtype=torch.float32)
+    assert not can_run(columns=68)
+    assert not can_run(in_features=132, norm_weight=torch.ones(132))
+    assert not can_run(tensor=lambda tensor: tensor.t().contiguous().t())
+    assert not can_run(output_sizes=[16] * 4)
 
 
 @pytest.mark.usefixtures("_on_hopper")
-def test_weights_at_odd_addresses_and_groups_of_parts_of_words_are_left_to_others() -> None:
+def test_weights_at_odd_addresses_and_groups_of_odd_sizes_are_left_to_other_backends() -> None:
     x = draw(1, 96, dtype=torch.bfloat16)
     odd = draw(96 * 64 + 1, dtype=torch.bfloat16)[1:].view(96, 64)
-    assert not can_compute(Operands(x, odd, [0.5], [64]), None)
+    assert not _can_run(Operands(x, odd, [0.5], [64]), None)
     codes, scales = torch.zeros(96, 32, dtype=torch.uint8), torch.ones(2, 64)
-    assert not can_compute(Operands(x, codes, [0.5], [64]), QuantParams(scales, None, 48))
+    assert not _can_run(Operands(x, codes, [0.5], [64]), QuantParams(scales, None, 48))
     ints = torch.zeros(96, 64, dtype=torch.int8)
-    assert not can_compute(Operands(x, ints, [0.5], [64]), QuantParams(scales, None, 48))
+    assert not _can_run(Operands(x, ints, [0.5], [64]), QuantParams(scales, None, 48))
 
 
 @pytest.mark.gpu
@@ -92,7 +96,7 @@ def test_kept_channels_equal_those_of_the_reference(
     score_scale = _draw(64, seed=1).abs() if "score_scale" in vectors else None
     shift = _draw(64, seed=2) if "shift" in vectors else None
     keep = reference.keep_mask(x, threshold, score_scale, shift)
-    # A kept channel brings exactly its own activation to its own column.
+    # Each kept channel contributes exactly its activation, to its own column.
     weight = torch.eye(64, dtype=dtype, device=DEVICE)
     centred = x if shift is None else (x.float() - shift).to(dtype)
     scales = None if score_scale is None else score_scale[None]
@@ -106,7 +110,7 @@ def test_kept_channels_equal_those_of_the_reference(
 @dtypes
 @schemes
 @pytest.mark.parametrize("edge", [INF, -INF, NAN])
-def test_what_is_not_finite_is_kept_and_stays_visible(
+def test_nan_and_infinity_are_kept_and_stay_visible(
     dtype: torch.dtype, scheme: str, edge: float
 ) -> None:
     x = torch.zeros(1, 160, dtype=dtype, device=DEVICE)
@@ -138,7 +142,7 @@ def test_product_is_as_precise_as_torch(
 @dtypes
 @schemes
 @pytest.mark.parametrize("output_sizes", [[256, 32, 32], [288, 64], [96]], ids=str)
-def test_parts_have_thresholds_and_scales_of_their_own(
+def test_every_part_has_its_own_threshold_and_score_scale(
     dtype: torch.dtype, scheme: str, output_sizes: list[int]
 ) -> None:
     weight, x = weight_of(scheme, 600, sum(output_sizes), dtype), _draw(1, 600, dtype=dtype)
@@ -165,9 +169,9 @@ def test_gate_and_up_are_multiplied_after_the_activation(
     given = {"output_sizes": [352] * 2, "activation": activation}
     bias = _draw(704, dtype=dtype, seed=4)
     score_scale = 0.5 + _draw(2, 600, seed=3).abs()
-    configs = [0.2 * threshold for threshold in thresholds]
+    scaled = [0.2 * threshold for threshold in thresholds]
     for rest in ({}, {"bias": bias}, {"score_scale": score_scale}):
-        assert_right(weight, weight.operands(x, configs, **given, **rest))
+        assert_right(weight, weight.operands(x, scaled, **given, **rest))
 
 
 @pytest.mark.gpu
@@ -180,7 +184,7 @@ def test_norm_is_applied_before_the_mask(
     weight, x = weight_of(scheme, 1048, 192, dtype), 3 * _draw(1, 1048, dtype=dtype)
     norm_weight = 1 + 0.1 * _draw(1048, seed=2)
     normed = reference.rms_norm(x, norm_weight, 1e-5).float()
-    # An activation that is rounded otherwise may not fall on the other side of the threshold.
+    # Rounding differently must not move an activation across the threshold.
     x = torch.where((normed.abs() - 0.7).abs() < 0.1, 0, x)
     operands = weight.operands(
         x,
@@ -192,7 +196,7 @@ def test_norm_is_applied_before_the_mask(
     )
     result = compute(operands, weight.quant)
     expected = by_torch(weight, operands, torch.float64)
-    # One activation in some hundred is rounded otherwise by one bit.
+    # About one activation in a hundred is rounded differently, by one bit.
     assert relative_error(result, expected) < 1.5 * torch.finfo(dtype).eps
 
 
@@ -229,7 +233,7 @@ def test_all_channels_may_be_one_group(scheme: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [(2,), (8,), (3, 1)], ids=str)
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "int4 in 128"])
-def test_every_row_has_a_mask_of_its_own(scheme: str, rows: tuple[int, ...]) -> None:
+def test_every_row_has_its_own_mask(scheme: str, rows: tuple[int, ...]) -> None:
     weight, dtype = weight_of(scheme, 300, 192, torch.bfloat16), torch.bfloat16
     x, residual = _draw(*rows, 300, dtype=dtype), _draw(*rows, 192, dtype=dtype, seed=2)
     operands = weight.operands(x, [0.4, 0.8], output_sizes=[128, 64], residual=residual)
@@ -246,7 +250,7 @@ def test_every_row_has_a_mask_of_its_own(scheme: str, rows: tuple[int, ...]) -> 
 @dtypes
 def test_rows_of_floats_are_multiplied_at_once(dtype: torch.dtype, rows: int) -> None:
     weight, x = weight_of("floats", 600, 352, dtype), _draw(rows, 600, dtype=dtype)
-    # A row keeps nothing, another everything.
+    # One row keeps nothing, another everything.
     x[0] *= 0.01
     x[-1] += 3.0
     score_scale = 0.5 + _draw(2, 600, seed=3).abs()
@@ -256,7 +260,7 @@ def test_rows_of_floats_are_multiplied_at_once(dtype: torch.dtype, rows: int) ->
     halves = {"output_sizes": [176] * 2, "activation": "silu"}
     assert_right(weight, weight.operands(0.2 * x, [0.1] * 2, **halves))
     assert_right(weight, weight.operands(0.2 * x, [0.1, 0.2], **halves, score_scale=score_scale))
-    # Each row is normed by itself, as it is alone.
+    # Each row is normed on its own.
     norm_weight = 1 + 0.1 * _draw(600, seed=6)
     norm = {"output_sizes": [256, 96], "norm_weight": norm_weight, "eps": 1e-5}
     together = weight.times(x, [-1.0, 0.5], **norm)
@@ -265,7 +269,7 @@ def test_rows_of_floats_are_multiplied_at_once(dtype: torch.dtype, rows: int) ->
 
 
 @dtypes
-def test_rows_of_floats_where_a_gpu_is_emulated(
+def test_rows_of_floats_are_right_on_an_emulated_gpu(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulate(monkeypatch, clusters=True)
@@ -276,7 +280,7 @@ def test_rows_of_floats_where_a_gpu_is_emulated(
 @pytest.mark.gpu
 @schemes
 @pytest.mark.parametrize("threshold", [INF, -1.0], ids=["all dropped", "all kept"])
-def test_all_or_nothing_may_be_dropped(scheme: str, threshold: float) -> None:
+def test_everything_or_nothing_may_be_dropped(scheme: str, threshold: float) -> None:
     dtype = torch.bfloat16
     weight, x, bias = weight_of(scheme, 300, 96, dtype), _draw(1, 300, dtype=dtype), _draw(96)
     operands = weight.operands(x, [threshold], bias=bias.to(dtype))
@@ -288,20 +292,20 @@ def test_all_or_nothing_may_be_dropped(scheme: str, threshold: float) -> None:
 
 @pytest.mark.parametrize("clusters", [True, False], ids=["clusters", ""])
 @schemes
-def test_products_are_right_where_a_gpu_is_emulated(
+def test_products_are_right_on_an_emulated_gpu(
     scheme: str, clusters: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulate(monkeypatch, clusters=clusters)
     for dtype in DTYPES:
         test_product_is_as_precise_as_torch(dtype, scheme, (300, 288))
-        test_parts_have_thresholds_and_scales_of_their_own(dtype, scheme, [288, 64])
+        test_every_part_has_its_own_threshold_and_score_scale(dtype, scheme, [288, 64])
     test_gate_and_up_are_multiplied_after_the_activation(dtype, scheme, "silu", [0.3, 0.9])
     test_norm_is_applied_before_the_mask(dtype, scheme, "silu")
-    test_all_or_nothing_may_be_dropped(scheme, INF)
+    test_everything_or_nothing_may_be_dropped(scheme, INF)
 
 
 @dtypes
-def test_kept_channels_are_those_of_the_reference_where_a_gpu_is_emulated(
+def test_kept_channels_equal_those_of_the_reference_on_an_emulated_gpu(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulate(monkeypatch, clusters=True)
@@ -319,7 +323,7 @@ def test_twice_the_same_gives_the_same_bits(scheme: str) -> None:
 
 
 @pytest.mark.gpu
-def test_x_may_lie_anywhere() -> None:
+def test_x_may_have_any_address_and_stride() -> None:
     weight, dtype = weight_of("int8", 296, 96, torch.bfloat16), torch.bfloat16
     x, norm_weight = _draw(1, 296, dtype=dtype), 1 + 0.1 * _draw(296, seed=2)
     expected = weight.times(x, [0.4], norm_weight=norm_weight, eps=1e-5)
@@ -331,7 +335,7 @@ def test_x_may_lie_anywhere() -> None:
 
 @pytest.mark.gpu
 @schemes
-def test_each_product_waits_for_the_one_that_it_reads(scheme: str) -> None:
+def test_a_product_waits_for_the_one_whose_result_it_reads(scheme: str) -> None:
     weight, dtype = weight_of(scheme, 1024, 1024, torch.bfloat16), torch.bfloat16
     norm_weight = torch.ones(1024, device=DEVICE)
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from tests.helpers import relative_error
 from tests.kernels.cases import draw
-from tests.kernels.compiling import assert_no_spills, assert_strips_load_whole
+from tests.kernels.compiling import assert_no_spills, assert_weight_rows_load_whole
 
 pytest.importorskip("cuda.bindings")
 
-from teal.kernels.cuda.gemv import SOURCE, compute, definitions_of, product_of
+from teal.kernels.cuda.gemv import SOURCE, compute, gemv_config_of, product_of
 from teal.kernels.cuda.gemv_config import chunked, config_for, shared_bytes, tile_columns
 from teal.kernels.cuda.nvrtc import compiled
 from teal.kernels.cuda.tile_config import WARP, TileConfig
@@ -22,7 +22,7 @@ from teal.kernels.operands import Operands, QuantParams
 from tests.kernels.emulation import DEVICE, emulate
 from tests.kernels.products import SCHEMES, assert_right, by_torch, weight_of
 
-# Channels and columns of the decoder layers of Llama-3-8B and 70B, and of a head.
+# Channels and columns of the decoder layers of Llama-3-8B and 70B, and of a language-model head.
 LAYERS: list[tuple[int, Sequence[int], str | None]] = [
     (4096, [4096], None),
     (4096, [4096, 1024, 1024], None),
@@ -79,13 +79,13 @@ def test_products_compile_to_wide_loads_without_spills(
     operands, quant = _shape_only(scheme, layer, dtype, norm_weight=norm_weight)
     config = config_for(product_of(operands, quant), clusters=architecture != "sm_80")
     cubin = tmp_path / "kernel.cubin"
-    # Gate and up keep the same channels, or not.
+    # With equal and with different masks of gate and up.
     for thresholds in ([0.5] * 3, [0.5, 0.6, 0.7]):
         wanted = operands._replace(thresholds=thresholds[: len(layer[1])])
-        definitions = definitions_of(wanted, quant, config)
-        cubin.write_bytes(compiled(SOURCE, definitions, architecture))
+        compiled_for = gemv_config_of(wanted, quant, config)
+        cubin.write_bytes(compiled(SOURCE, compiled_for, architecture))
         assert_no_spills(cubin)
-        assert_strips_load_whole(cubin, config, operands.weight.dtype)
+        assert_weight_rows_load_whole(cubin, config, operands.weight.dtype)
 
 
 @pytest.mark.parametrize("clusters", [False, True], ids=["", "clusters"])
@@ -95,7 +95,7 @@ def test_products_compile_to_wide_loads_without_spills(
     ids=lambda layer: f"{layer[0]} {layer[1]}",
 )
 @schemes
-def test_cuts_cover_the_channels_and_fit_into_a_block(
+def test_tile_configs_cover_the_channels_and_fit_into_a_block(
     scheme: str, layer: tuple[int, Sequence[int], str | None], clusters: bool
 ) -> None:
     product = product_of(*_shape_only(scheme, layer, torch.bfloat16))
@@ -111,7 +111,7 @@ def test_cuts_cover_the_channels_and_fit_into_a_block(
 
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if "int4 in" in name])
 @pytest.mark.parametrize("warps_n", [1, 2, 4])
-def test_groups_never_ask_for_more_threads_than_a_block_has(scheme: str, warps_n: int) -> None:
+def test_groups_never_need_more_threads_than_a_block_has(scheme: str, warps_n: int) -> None:
     product = product_of(*_shape_only(scheme, (1200, [192, 128], None), torch.bfloat16))
     for cluster in (1, 2, 4, 6, 8):
         config = config_for(product, clusters=False)
@@ -131,17 +131,17 @@ def test_products_of_several_rows_compile_without_spills(
     config = config_for(product, clusters=True)
     assert shared_bytes(product, config) <= 96 * 1024
     cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled(SOURCE, definitions_of(operands, None, config), "sm_90"))
+    cubin.write_bytes(compiled(SOURCE, gemv_config_of(operands, None, config), "sm_90"))
     assert_no_spills(cubin)
-    assert_strips_load_whole(cubin, config, operands.weight.dtype, rows)
+    assert_weight_rows_load_whole(cubin, config, operands.weight.dtype, rows)
 
 
-def test_what_is_no_cut_of_a_product_does_not_compile() -> None:
+def test_a_tile_config_that_does_not_suit_the_product_does_not_compile() -> None:
     operands, quant = _shape_only("int4 in 128", LAYERS[2], torch.bfloat16)
     product = product_of(operands, quant)
     config = TileConfig(chunk=32, per_lane=32, warps_n=4, warps_k=2, unroll=4, blocks=1, cluster=2)
     with pytest.raises(RuntimeError, match="a thread finishes a column"):
-        compiled(SOURCE, definitions_of(operands, quant, chunked(product, config)), "sm_90")
+        compiled(SOURCE, gemv_config_of(operands, quant, chunked(product, config)), "sm_90")
 
 
 @pytest.mark.gpu
@@ -149,7 +149,7 @@ def test_what_is_no_cut_of_a_product_does_not_compile() -> None:
 @pytest.mark.parametrize(("depth", "early"), [(1, 5), (2, 0)])
 @pytest.mark.parametrize("warps_n", [2, 4])
 @pytest.mark.parametrize("cluster", [1, 2, 4, 6, 8])
-def test_product_is_right_however_it_is_cut(
+def test_product_is_right_with_every_tile_config(
     scheme: str, cluster: int, warps_n: int, depth: int, early: int
 ) -> None:
     if cluster > 1 and torch.cuda.get_device_capability() < (9, 0):
@@ -182,7 +182,7 @@ def test_threads_of_floats_may_have_half_as_many_columns() -> None:
 @pytest.mark.parametrize(("depth", "early"), [(1, 0), (2, 32)])
 @pytest.mark.parametrize(("per_lane", "unroll"), [(2, 16), (2, 32), (4, 16), (8, 16)])
 @pytest.mark.parametrize("cluster", [1, 6, 8])
-def test_several_rows_are_right_however_they_are_cut(
+def test_several_rows_are_right_with_every_tile_config(
     cluster: int, per_lane: int, unroll: int, depth: int, early: int, rows: int
 ) -> None:
     if cluster > 1 and torch.cuda.get_device_capability() < (9, 0):
@@ -199,13 +199,13 @@ def test_several_rows_are_right_however_they_are_cut(
 
 
 @schemes
-def test_cuts_are_right_where_a_gpu_is_emulated(
+def test_tile_configs_are_right_on_an_emulated_gpu(
     scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulate(monkeypatch, clusters=True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     for cluster, warps_n, depth, early in ((1, 2, 1, 5), (4, 4, 2, 0), (6, 2, 1, 5)):
-        test_product_is_right_however_it_is_cut(scheme, cluster, warps_n, depth, early)
+        test_product_is_right_with_every_tile_config(scheme, cluster, warps_n, depth, early)
     if scheme == "floats":
         test_threads_of_floats_may_have_half_as_many_columns()
         for cluster, per_lane, unroll, depth, early, rows in (
@@ -213,7 +213,7 @@ def test_cuts_are_right_where_a_gpu_is_emulated(
             (6, 4, 16, 2, 32, 3),
             (8, 8, 16, 1, 0, 8),
         ):
-            test_several_rows_are_right_however_they_are_cut(
+            test_several_rows_are_right_with_every_tile_config(
                 cluster, per_lane, unroll, depth, early, rows
             )
     test_a_block_may_have_several_chunks(scheme, [0.4])

@@ -6,7 +6,14 @@ import pytest
 
 pytest.importorskip("cuda.bindings")
 
-from teal.kernels.cuda.tuned_configs import TABLE, Task, read_table, table_text, tuned_config
+from teal.kernels.cuda.tuned_configs import (
+    TABLE,
+    Task,
+    from_row,
+    read_table,
+    table_text,
+    tuned_config,
+)
 
 STEP_FORMS, PRODUCT_FORMS = ("hidden", "attention", "gated"), ("plain", "gated")
 
@@ -18,19 +25,19 @@ def task(**changes: object) -> Task:
     return replace(usual, **changes)  # type: ignore[arg-type]
 
 
-def test_a_table_survives_being_written(tmp_path: Path) -> None:
+def test_a_table_can_be_written_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "configs.json"
     path.write_text(table_text(read_table(), "some GPU"))
-    assert read_table(path) == read_table()
+    assert dict(TABLE.read(path, from_row)) == read_table()
 
 
-def test_a_task_of_the_table_gets_its_own_cut() -> None:
+def test_a_task_in_the_table_gets_its_own_config() -> None:
     for known, config in read_table().items():
         assert tuned_config(known) == config
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_every_kind_of_task_gets_a_cut(bits: int) -> None:
+def test_every_kind_of_task_gets_a_config(bits: int) -> None:
     for form, is_dense in product(STEP_FORMS, (False, True)):
         assert tuned_config(task(form=form, bits=bits, is_dense=is_dense)).threads
     for form in PRODUCT_FORMS:
@@ -44,9 +51,14 @@ def test_rows_of_a_folder_replace_those_of_the_package(tmp_path: Path) -> None:
     shipped, own = read_table(), read_table(str(tmp_path))
     assert own == {**shipped, task(): config}
     assert next(iter(own)) == task()
+    folder = str(tmp_path)
+    for size in (14336, 14400):
+        assert tuned_config(task(in_features=size), folder) == config
+    smaller = task(in_features=11008)
+    assert tuned_config(smaller, folder) == tuned_config(smaller) == shipped[smaller]
 
 
-def test_another_size_gets_the_cut_of_the_nearest() -> None:
+def test_another_size_gets_the_config_of_the_nearest() -> None:
     assert tuned_config(task(in_features=10500, out_features=4000)) == tuned_config(
         task(in_features=11008)
     )

@@ -30,7 +30,9 @@ _MOST_THREADS = 1024
 def has_kernel(product: Product) -> bool:
     """Tell whether the CUDA kernel computes a product at `SPARSITY`."""
     operands, quant = product.operands(0, product.threshold(SPARSITY))
-    return cuda_gemv is not None and product.x.is_cuda and cuda_gemv.can_compute(operands, quant)
+    if cuda_gemv is None or not product.x.is_cuda:
+        return False
+    return cuda_gemv.CudaBackend().can_run(operands, quant) is None
 
 
 def tune(product: Product) -> "tuple[Task, Found]":

@@ -1,7 +1,7 @@
 """Keeps compiled CUDA kernels on disk, so that other processes need not compile them again.
 
-NVIDIA's cuda-core does it where it is installed: files that are written whole or not at all, shared
-by any number of processes, the longest unread deleted first.
+NVIDIA's cuda-core does it, if it is installed: files are written whole or not at all, shared by any
+number of processes, and deleted when they have not been read for longest.
 """
 
 import functools
@@ -20,12 +20,12 @@ _MOST_BYTES = 1 << 28
 
 
 def kept(inputs: Sequence[object], compile: Callable[[], bytes]) -> bytes:
-    """Return what `compile` returns, or returned for the same inputs in this or another process.
+    """Return the result of `compile`, now or earlier for the same inputs, in any process.
 
-    Where nothing can be kept, it compiles.
+    Without a cache it always compiles.
 
     Args:
-        inputs: Everything that the result depends on, told apart by how it is printed.
+        inputs: Everything that the result depends on; they are equal if their `repr` is.
         compile: Makes the result.
     """
     cache = _cache()

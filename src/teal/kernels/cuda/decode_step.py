@@ -1,5 +1,6 @@
-"""Launches the products of a fused decode step of one stream; see decode_step.cu."""
+"""Launches the products of a fused decode step; see decode_step.cu."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,25 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from teal.kernels.cuda.nvrtc import (
-    FLOAT,
-    INT,
-    Definitions,
-    Kernel,
-    function_of_step,
-    has_clusters,
-    launch,
-)
-from teal.kernels.cuda.tile_config import (
-    FRACTION_BITS,
-    WARP,
-    TileConfig,
-    bits_of,
-    weight_definitions,
-)
+from teal.kernels.cuda.kernel_config import FRACTION_BITS, Input, StepConfig
+from teal.kernels.cuda.nvrtc import FLOAT, INT, Kernel, function_of_step, has_clusters, launch
+from teal.kernels.cuda.tile_config import WARP, TileConfig, bits_of, product_config
 from teal.kernels.cuda.tuned_configs import Task, tuned_config
 from teal.kernels.operands import QuantParams
 from teal.kernels.reference.quantized import INT4
+from teal.kernels.tuning import device_name
 
 SOURCE = "decode_step.cu"
 UNIT = 2.0**-FRACTION_BITS
@@ -35,35 +24,37 @@ UNIT = 2.0**-FRACTION_BITS
 ALIGNMENT = 8
 
 # What the input of a product is made from.
-Input = Literal["hidden", "attention", "silu", "gelu_pytorch_tanh"]
-_INPUTS: tuple[Input, ...] = ("hidden", "attention", "silu", "gelu_pytorch_tanh")
+InputName = Literal["hidden", "attention", "silu", "gelu_pytorch_tanh"]
 
 _GATE_AND_UP = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Projections:
-    """Up to three projections of one input, beside each other.
+    """Up to three projections of one input, side by side in one weight.
 
     Attributes:
         weight: Channel-major floats or codes, (K, …), contiguous; K a multiple of `ALIGNMENT`.
-        output_sizes: Columns of each, which sum to N; see `tile_config.can_load`.
-        thresholds: One for each, (3,), float32, on the device; below zero to drop nothing.
-        input: What the input is made from: the residual stream through an RMSNorm, what the splits
-            of attention gave, or sums of gate and up.
-        is_dense: Nothing is dropped whatever the input is.
+        output_sizes: Columns of each projection, summing to N; see `tile_config.can_load`.
+        thresholds: One per projection, padded to (3,), float32, on the device; negative to drop
+            nothing.
+        input: What the input is made from: "hidden" is the residual stream through an RMSNorm,
+            "attention" the splits of attention; an activation's name stands for
+            activation(gate) · up.
+        is_dense: Whether all thresholds are negative.
         bias: (N,), contiguous, or `None`.
-        norm_weight: Gain of the RMSNorm, (K,), float32, for "hidden".
-        eps: Of that norm.
-        multiplier: Of the result.
-        quant: What codes stand for; `None` for floats.
-        config: How to config the product; by default what was measured to be fast for its size.
+        norm_weight: Weight of the RMSNorm, (K,), float32, for "hidden".
+        eps: Added to the mean square in that norm.
+        multiplier: Factor of the result.
+        quant: What decodes the weight; `None` for floats.
+        config: How to divide the product into blocks; by default as the tuning table says.
+        tuning: Folder of tuning tables, "" for those of the package.
     """
 
     weight: Tensor
     output_sizes: Sequence[int]
     thresholds: Tensor
-    input: Input
+    input: InputName
     is_dense: bool
     bias: Tensor | None = None
     norm_weight: Tensor | None = None
@@ -71,19 +62,20 @@ class Projections:
     multiplier: float = 1.0
     quant: QuantParams | None = None
     config: TileConfig | None = None
+    tuning: str = ""
 
 
 class StepMemory:
-    """Sums of a decode step, shared by all layers.
+    """Intermediate results of a decode step, shared by all layers.
 
     Attributes:
         hidden: Residual stream, (hidden_size,), int64, in units of `UNIT`.
-        qkv: Sums of q, k and v, (size,), as `hidden`.
-        gate_up: Sums of gate and up, (2, 2 · intermediate_size), as `qkv`: layers take turns, each
-            clearing those of the next.
-        parts: What the splits of the context gave, (1, heads, splits, head_dim + 2), float32.
+        qkv: Sums of q, k and v, (size,), int64, in units of `UNIT`.
+        gate_up: Sums of gate and up, (2, 2 · intermediate_size), int64, in units of `UNIT`; layers
+            alternate, each clearing the sums of the next.
+        parts: Results of the splits of the context, (1, heads, splits, head_dim + 2), float32.
         overflow: 1 once a sum did not fit or was NaN, (1,), int32.
-        normed: The residual stream after the final norm, (1, hidden_size).
+        normed: Residual stream after the final norm, (1, hidden_size).
     """
 
     def __init__(
@@ -121,10 +113,10 @@ def project(
     Args:
         projections: What is computed.
         source: What its input is made from.
-        sums: Added to, (N,), int64.
+        sums: Sums to add to, (N,), int64.
         clear: Fixed-point sums to zero for a later launch.
-        memory: Where the overflow flag and the shape of attention are.
-        dependent: The launch may begin before the one in front has ended.
+        memory: Holds the overflow flag, and says how many heads and splits there are.
+        dependent: The launch may begin before the previous one has ended.
     """
     weight = projections.weight
     config = config_for(projections, clusters=has_clusters(weight.device))
@@ -156,33 +148,30 @@ def kernel_of(projections: Projections, config: TileConfig, memory: StepMemory) 
     Args:
         projections: What is computed.
         config: From `config_for`.
-        memory: As `definitions_of`.
+        memory: Says how many heads and splits there are.
     """
-    definitions, device = (
-        definitions_of(projections, config, memory),
-        projections.weight.device.index,
-    )
-    return function_of_step(SOURCE, _name_of(projections), definitions, device)
+    compiled_for = step_config(projections, config, memory)
+    device = projections.weight.device.index
+    return function_of_step(SOURCE, compiled_for.kernel, compiled_for, device)
 
 
 def config_for(projections: Projections, *, clusters: bool) -> TileConfig:
-    """Return how a product is config.
+    """Return how a product is divided into blocks.
 
     Args:
         projections: What is computed.
         clusters: Whether the device has clusters of blocks.
     """
-    quant, in_features = projections.quant, len(projections.weight)
-    config = projections.config or tuned_config(task_of(projections))
-    if quant is not None and projections.weight.dtype == INT4:
-        config = _of_groups(config, quant)
-    # A thread has columns of one projection.
-    config = replace(config, per_lane=math.gcd(config.per_lane, *projections.output_sizes))
-    return replace(config, cluster=_cluster(in_features, config) if clusters else 1)
+    p = projections
+    group_size = 0
+    if p.quant is not None and p.weight.dtype == INT4:
+        group_size = len(p.weight) if len(p.quant.scales) == 1 else p.quant.group_size
+    table = p.tuning, device_name(p.weight.device)
+    return _fitted(p.config, task_of(p), tuple(p.output_sizes), group_size, table, clusters)
 
 
 def task_of(projections: Projections) -> Task:
-    """Return what the config of a product depends on."""
+    """Return the key of a product in the tuning table."""
     is_plain = projections.input in ("hidden", "attention")
     return Task(
         kernel="step",
@@ -194,63 +183,83 @@ def task_of(projections: Projections) -> Task:
     )
 
 
-def definitions_of(projections: Projections, config: TileConfig, memory: StepMemory) -> Definitions:
-    """Return what the kernel `project` is compiled with.
+def step_config(projections: Projections, config: TileConfig, memory: StepMemory) -> StepConfig:
+    """Return what the kernel that `project` launches is compiled for.
 
     Args:
         projections: What is computed.
-        config: How it is config.
-        memory: Where the dtype of activations and the shape of attention are.
+        config: How it is divided into blocks.
+        memory: Says which dtype activations have, and how many heads and splits there are.
     """
-    output_sizes, columns = projections.output_sizes, sum(projections.output_sizes)
-    starts = [sum(output_sizes[:part]) for part in range(1, len(output_sizes))]
-    start_1, start_2 = [*starts, columns, columns][:2]
-    splits, row = memory.parts.shape[2:]
-    given: dict[str, int | str] = {
-        "NAME": _name_of(projections),
-        "SOURCE": _INPUTS.index(projections.input),
-        "START_1": start_1,
-        "START_2": start_2,
-        "HEAD_DIM": row - 2,
-        "SPLITS": splits,
-        "HAS_BIAS": int(projections.bias is not None),
-    }
-    weight_rows = weight_definitions(
-        projections.weight, projections.quant, columns, memory.normed.dtype, config
+    p, (splits, row) = projections, memory.parts.shape[2:]
+    return StepConfig(
+        kernel=_name_of(p),
+        product=product_config(p.weight, p.quant, p.output_sizes, memory.normed.dtype, config),
+        input=Input(p.input),
+        head_dim=row - 2,
+        splits=splits,
+        has_bias=p.bias is not None,
     )
-    return (*weight_rows, *sorted(given.items()))
 
 
 def quant_tensors(quant: QuantParams | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return scales and zeros as a kernel takes them."""
+    """Return scales and zeros as arguments of a kernel."""
     return (None, None) if quant is None else (quant.scales, quant.zeros)
 
 
 def _name_of(projections: Projections) -> str:
-    """Return the name that a profile shows."""
+    """Return the name of the kernel that a profile shows."""
     if projections.input == "hidden":
         return "project_gate_up" if len(projections.output_sizes) == _GATE_AND_UP else "project_qkv"
     return "project_o" if projections.input == "attention" else "project_down"
 
 
-def _of_groups(config: TileConfig, quant: QuantParams) -> TileConfig:
-    """Return about the same config, chunks of whole groups or of parts that warps share evenly."""
-    shared, size = WARP * config.warps_k, quant.group_size
+# Eager decoding asks before every launch.
+@functools.cache
+def _fitted(
+    config: TileConfig | None,
+    task: Task,
+    output_sizes: tuple[int, ...],
+    group_size: int,
+    table: tuple[str, str],
+    clusters: bool,
+) -> TileConfig:
+    """Return `config`, or that of the table, fitted to a product.
+
+    Args:
+        config: How to divide the product into blocks; `None` to look it up.
+        task: Key of the product in the tuning table.
+        output_sizes: Columns of each projection.
+        group_size: Channels that share a scale, for int4; else 0.
+        table: Folder of tuning tables, and name of the device.
+        clusters: Whether the device has clusters of blocks.
+    """
+    config = config or tuned_config(task, *table)
+    if group_size:
+        config = _with_whole_groups(config, group_size, task.in_features)
+    # A thread has columns of only one projection.
+    config = replace(config, per_lane=math.gcd(config.per_lane, *output_sizes))
+    return replace(config, cluster=_cluster(task.in_features, config) if clusters else 1)
+
+
+def _with_whole_groups(config: TileConfig, size: int, in_features: int) -> TileConfig:
+    """Return a similar config whose chunks are whole groups, or parts that warps share evenly."""
+    shared = WARP * config.warps_k
     part = max(1, config.chunk // shared) * shared
-    if len(quant.scales) == 1 or (config.chunk < size and size % part == 0):
+    if size >= in_features or (config.chunk < size and size % part == 0):
         return replace(config, chunk=part)
     config = replace(config, chunk=max(1, config.chunk // size) * size)
-    # Of several turns, each has sums beside those of all: they take registers.
-    return config if config.turns(size) == 1 else replace(config, blocks=1)
+    # With several segments per warp, each has sums of its own, which take registers.
+    return config if config.segments_per_warp(size) == 1 else replace(config, blocks=1)
 
 
 def _cluster(in_features: int, config: TileConfig) -> int:
-    """Return how many chunks work together, such that few are added that have no channels."""
+    """Return the size of clusters that leaves the fewest chunks without channels."""
     chunks = math.ceil(in_features / config.chunk)
     sizes = range(min(chunks, config.cluster // 2 + 1), config.cluster + 1)
     return min(sizes, key=lambda size: (-chunks % size, -size))
 
 
 def _chunks(in_features: int, config: TileConfig) -> int:
-    """Return how many there are; the last ones may have no channels."""
+    """Return the number of chunks; the last ones may have no channels."""
     return math.ceil(in_features / (config.chunk * config.cluster)) * config.cluster

@@ -1,4 +1,4 @@
-"""Launches the beginning and the end of a decode step of one stream; see embed_argmax.cu."""
+"""Launches embedding, final norm and argmax of a fused decode step; see embed_argmax.cu."""
 
 import math
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from teal.kernels.cuda.decode_step import StepMemory
-from teal.kernels.cuda.nvrtc import FLOAT, INT, Definitions, function_of_step, has_clusters, launch
-from teal.kernels.cuda.tile_config import FRACTION_BITS
+from teal.kernels.cuda.kernel_config import Dtype, EmbedArgmaxConfig
+from teal.kernels.cuda.nvrtc import FLOAT, INT, function_of_step, has_clusters, launch
 
 SOURCE = "embed_argmax.cu"
 
@@ -20,18 +20,19 @@ _CLUSTER = 8
 def embed(
     token: Tensor, embedding: Tensor, memory: StepMemory, multiplier: float, *, dependent: bool
 ) -> None:
-    """Start a step: no overflow, no sums, and the embedding of a token as hidden states.
+    """Begin a step: clear the overflow flag and sums, and embed a token as hidden states.
 
     Args:
         token: (1,), int64.
         embedding: (vocab_size, hidden_size), contiguous.
-        memory: Where the stream is.
-        multiplier: Of the embedding.
-        dependent: The launch may begin before the one in front has ended.
+        memory: Holds the residual stream.
+        multiplier: Factor of the embedding.
+        dependent: The launch may begin before the previous one has ended.
     """
     size, first_sums = embedding.shape[1], memory.gate_up[0]
+    config = embed_argmax_config(embedding.dtype)
     launch(
-        function_of_step(SOURCE, "embed", definitions_of(embedding.dtype), token.device.index),
+        function_of_step(SOURCE, "embed", config, token.device.index),
         (math.ceil(size / _EMBED_THREADS), 1),
         _EMBED_THREADS,
         [
@@ -48,24 +49,23 @@ def embed(
     )
 
 
-def finish(
+def final_norm(
     norm_weight: Tensor, eps: float, memory: StepMemory, position: Tensor, *, dependent: bool
 ) -> None:
-    """Write the normed residual stream to `memory.normed`, and move on by a position.
+    """Write the normed residual stream to `memory.normed`, NaN everywhere after an overflow.
 
-    It is NaN everywhere after an overflow.
+    The position advances by one.
 
     Args:
-        norm_weight: Of the final norm, (hidden_size,), float32.
-        eps: Of that norm.
-        memory: Where the stream is.
-        position: Of the token, (1,), int64; one more afterwards.
-        dependent: The launch may begin before the one in front has ended.
+        norm_weight: Weight of the final norm, (hidden_size,), float32.
+        eps: Added to the mean square in that norm.
+        memory: Holds the residual stream.
+        position: Position of the token, (1,), int64.
+        dependent: The launch may begin before the previous one has ended.
     """
+    config = embed_argmax_config(memory.normed.dtype)
     launch(
-        function_of_step(
-            SOURCE, "finish", definitions_of(memory.normed.dtype), norm_weight.device.index
-        ),
+        function_of_step(SOURCE, "final_norm", config, norm_weight.device.index),
         (1, 1),
         _THREADS,
         [
@@ -81,40 +81,35 @@ def finish(
     )
 
 
-def choose(logits: Tensor, token: Tensor, history: Tensor, step: Tensor, broken: int) -> None:
-    """Choose the likeliest token, the first of equals.
+def argmax(logits: Tensor, token: Tensor, history: Tensor, step: Tensor, broken: int) -> None:
+    """Find the likeliest token, the first of equals, and record it.
 
     Args:
         logits: (1, vocab_size), bfloat16, float16 or float32, contiguous.
-        token: Is set, (1,), int64.
-        history: Row `step` is set, (steps, 1), int64.
-        step: (1,), int64; one more afterwards.
-        broken: Goes into `history` where the logits hold NaN or infinity.
+        token: Receives the token, (1,), int64.
+        history: Its row `step` receives the token, (steps, 1), int64.
+        step: Number of the step, (1,), int64; advances by one.
+        broken: Recorded in `history` if the logits hold NaN or infinity.
     """
     device = logits.device
     dependent = has_clusters(device)
     cluster = _CLUSTER if dependent else 1
+    config = embed_argmax_config(logits.dtype, cluster)
     with torch.cuda.device(device):
         launch(
-            function_of_step(SOURCE, "choose", definitions_of(logits.dtype, cluster), device.index),
-            (cluster, 1),
+            function_of_step(SOURCE, "argmax", config, device.index),
+            (1, cluster),
             _THREADS,
             [logits, token, history, step, (logits.shape[1], INT), (broken, INT)],
             dependent=dependent,
         )
 
 
-def definitions_of(dtype: torch.dtype, cluster: int = 1) -> Definitions:
-    """Return what the kernels are compiled with.
+def embed_argmax_config(dtype: torch.dtype, cluster: int = 1) -> EmbedArgmaxConfig:
+    """Return what the kernels are compiled for.
 
     Args:
-        dtype: Of the activations or, for `choose`, of the logits.
+        dtype: Dtype of the activations or, for `argmax`, of the logits.
         cluster: Blocks that read the logits.
     """
-    return (
-        ("BFLOAT16", int(dtype == torch.bfloat16)),
-        ("CLUSTER", cluster),
-        ("FRACTION_BITS", FRACTION_BITS),
-        ("LOGIT_BITS", torch.finfo(dtype).bits),
-        ("THREADS", _THREADS),
-    )
+    return EmbedArgmaxConfig(dtype=Dtype(dtype), threads=_THREADS, cluster=cluster)

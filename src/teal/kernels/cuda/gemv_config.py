@@ -1,4 +1,4 @@
-"""How one product on its own is config into blocks, chosen by its size and format."""
+"""How a product on its own is divided into blocks, chosen by its size and format."""
 
 import functools
 import math
@@ -9,32 +9,32 @@ import torch
 from teal.kernels.cuda.tile_config import WARP, TileConfig, bits_of
 from teal.kernels.cuda.tuned_configs import Task, nearest, tuned_config
 
-# A thread has so many activations of a chunk at most: they take registers.
+# Most activations of a chunk per thread: they take registers.
 _INPUTS_OF_ONE_ROW, _INPUTS_OF_ROWS = 8, 40
-# Of weights or codes of so many bits.
+# Fewest columns per thread, by bits per weight.
 _LEAST_PER_LANE = {16: 4, 8: 8, 4: 8}
 _INT4_BITS = 4
 _WARPS_WITHOUT_CLUSTERS = 16
-# Where a warp adds up groups of int4 one after the other, it has sums of each beside those of all.
+# If a warp adds up several groups of int4, each has sums of its own, which take registers.
 _UNROLL_OF_GROUPS = 8
-# Of a block.
+# Per block.
 _MOST_THREADS = 1024
-# What every GPU that the kernels know lets a block have.
+# Shared memory that a block may have on every GPU that the kernels run on.
 _SHARED_BYTES = 96 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """What a config depends on.
+    """Size and format of a product.
 
     Attributes:
         in_features: Channels.
-        output_sizes: Columns of each part; of gate and of up.
-        dtype: Of weights or codes.
-        is_gated: Gate and up share a block.
-        group_size: Channels that share a scale; 0 where all of them do.
-        group_bytes: Of scale and zero of one group and column.
-        rows: Multiplied at once.
+        output_sizes: Columns of each part, or of gate and of up.
+        dtype: Dtype of the weight or its codes.
+        is_gated: The parts are gate and up, which share blocks.
+        group_size: Channels that share a scale; 0 if all of them do.
+        group_bytes: Bytes of scale and zero per group and column.
+        rows: Rows of activations that are multiplied at once.
     """
 
     in_features: int
@@ -47,28 +47,32 @@ class Product:
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        """Columns of the result, in parts."""
+        """Columns of the result, by part."""
         return self.output_sizes[:1] if self.is_gated else self.output_sizes
 
     @property
     def bits(self) -> int:
-        """Of a weight or code."""
+        """Bits per weight."""
         return bits_of(self.dtype)
 
 
 @functools.cache
-def config_for(product: Product, *, clusters: bool) -> TileConfig:
-    """Return how a product is config: as was measured to be fast for the nearest size.
+def config_for(
+    product: Product, *, clusters: bool, tuning: str = "", device: str = ""
+) -> TileConfig:
+    """Return how a product is divided into blocks: as the tuning table says for the nearest size.
 
     Args:
         product: Its size and format.
         clusters: Whether the device has clusters of blocks.
+        tuning: Folder of tuning tables, "" for those of the package.
+        device: Name of the device that chooses the shipped table.
     """
     task = task_of(product)
-    config, known = tuned_config(task), nearest(task)
+    config, known = tuned_config(task, tuning, device), nearest(task, tuning, device)
     if known.rows == 1 < product.rows:
         config = _for_rows(config)
-    # A thread has columns of one part.
+    # A thread has columns of only one part.
     config = replace(config, chunk=WARP, per_lane=math.gcd(config.per_lane, *product.output_sizes))
     if not clusters:
         # More channels for a block take more registers.
@@ -76,14 +80,14 @@ def config_for(product: Product, *, clusters: bool) -> TileConfig:
         config = replace(config, cluster=1, blocks=1, warps_k=warps_k)
     whole = chunked(product, config)
     if tile_columns(product, whole) > whole.threads * whole.cluster:
-        # A thread finishes one column.
+        # A thread finishes only one column.
         least = min(config.per_lane, _LEAST_PER_LANE[product.bits])
         return chunked(product, replace(config, per_lane=least))
     return whole
 
 
 def task_of(product: Product) -> Task:
-    """Return what the config of a product depends on."""
+    """Return the key of a product in the tuning table."""
     return Task(
         kernel="product",
         form="gated" if product.is_gated else "plain",
@@ -96,17 +100,17 @@ def task_of(product: Product) -> Task:
 
 
 def tiles(product: Product, config: TileConfig) -> int:
-    """Return how many blocks lie beside each other."""
-    return sum(math.ceil(width / tile_columns(product, config)) for width in product.outputs)
+    """Return the number of blocks side by side."""
+    return sum(math.ceil(size / tile_columns(product, config)) for size in product.outputs)
 
 
 def tile_columns(product: Product, config: TileConfig) -> int:
-    """Return how many columns of the result a block computes."""
+    """Return the number of columns of the result that a block computes."""
     return config.columns // 2 if product.is_gated else config.columns
 
 
 def chunked(product: Product, config: TileConfig) -> TileConfig:
-    """Return `config` with a chunk for every block of a cluster that fits into its memory."""
+    """Return `config` with chunks that give every block of a cluster channels and fit into it."""
     inputs = _INPUTS_OF_ONE_ROW if product.rows == 1 else _INPUTS_OF_ROWS
     longest = config.threads * (inputs // product.rows)
     passes = math.ceil(product.in_features / (longest * config.cluster))
@@ -123,58 +127,61 @@ def chunked(product: Product, config: TileConfig) -> TileConfig:
 
 
 def shared_bytes(product: Product, config: TileConfig) -> int:
-    """Return about how much shared memory a block takes."""
+    """Return an estimate of the shared memory of a block."""
     halves = 2 if product.is_gated else 1
     columns = halves * tile_columns(product, config)
-    lists = halves * (9 if product.rows == 1 else 5 + 2 * product.rows) * config.chunk
-    # Every warp has those of its own groups; one for a column is shared.
-    turns = config.turns(product.group_size or config.chunk)
-    groups = turns * config.warps_k if product.bits == _INT4_BITS else 1
-    return lists + columns * (groups * product.group_bytes + _bytes_of_sums(product, config))
+    kept = halves * (9 if product.rows == 1 else 5 + 2 * product.rows) * config.chunk
+    # Every warp has scales of its own groups; column scales are shared.
+    segments = config.segments_per_warp(product.group_size or config.chunk)
+    groups = segments * config.warps_k if product.bits == _INT4_BITS else 1
+    return kept + columns * (groups * product.group_bytes + _bytes_of_sums(product, config))
 
 
 def _bytes_of_sums(product: Product, config: TileConfig) -> int:
-    """Return the bytes of a column's sums, of each warp and of each block of the cluster."""
+    """Return the bytes of a column's sums, from each warp and from each block of the cluster."""
     if product.rows == 1:
-        # Those of threads lie apart; see accumulate.cuh.
+        # Sums of threads are padded; see accumulate.cuh.
         return 4 * (config.warps_k * (config.per_lane + 4) // config.per_lane + 1)
     return 8 * math.ceil(product.rows / 2) * (config.warps_k + 1)
 
 
 def _for_rows(config: TileConfig) -> TileConfig:
-    """Return a config for several rows: it fills operands of tensor cores (multi_row_mma.cuh)."""
+    """Return a config for several rows, which fills operands of tensor cores."""
     return replace(config, per_lane=4, warps_n=4, warps_k=4, unroll=16, blocks=1, depth=1)
 
 
 def _unit(product: Product, config: TileConfig) -> int:
-    """Return what a chunk is a multiple of."""
-    # Groups are scaled whole; where all channels are one, warps share a chunk evenly.
+    """Return the unit of chunks."""
+    # Groups are scaled whole. If all channels are one group, warps share a chunk evenly.
     return product.group_size or WARP * (config.warps_k if product.bits == _INT4_BITS else 1)
 
 
 def _with_even_shares(product: Product, config: TileConfig) -> TileConfig:
-    """Choose as many warps as can share the groups of a chunk evenly."""
+    """Choose the number of warps that shares the groups of a chunk most evenly."""
     group_size = product.group_size
     if not group_size:
         return config
 
     def waste(warps: int) -> float:
         shared = replace(config, warps_k=warps)
-        return shared.turns(group_size) * shared.segment(group_size) * warps / config.chunk
+        return (
+            shared.segments_per_warp(group_size) * shared.segment(group_size) * warps / config.chunk
+        )
 
-    # A thread finishes one column at most.
+    # A thread finishes at most one column.
     least = math.ceil(tile_columns(product, config) / (config.cluster * WARP * config.warps_n))
     most = min(3 * config.warps_k // 2, _MOST_THREADS // (WARP * config.warps_n))
     around = range(max(least, config.warps_k // 2), most + 1)
     if not around:
-        # It is no config of this product, which the compiler will say.
+        # This configuration does not suit the product; the compiler reports it.
         return config
     warps = min(around, key=lambda number: (waste(number), abs(number - config.warps_k)))
     shared = replace(config, warps_k=warps)
     has_one_sum = (
-        shared.turns(group_size) == 1 and config.chunk * config.cluster >= product.in_features
+        shared.segments_per_warp(group_size) == 1
+        and config.chunk * config.cluster >= product.in_features
     )
     if not has_one_sum:
         return replace(shared, blocks=1, unroll=min(config.unroll, _UNROLL_OF_GROUPS))
-    # As many registers for a thread as before.
+    # A thread keeps as many registers as before.
     return replace(shared, blocks=max(1, config.blocks * config.warps_k // warps))

@@ -1,4 +1,4 @@
-"""Compiles CUDA C++ at run time and launches it, through NVIDIA's own bindings."""
+"""Compiles CUDA C++ at run time and launches it, through NVIDIA's Python bindings."""
 
 import ctypes
 import functools
@@ -13,20 +13,21 @@ from cuda.bindings import driver, nvrtc
 
 from teal.foundation.errors import UserError
 from teal.kernels.cuda.compile_cache import kept
+from teal.kernels.cuda.kernel_config import KernelConfig, header
 
-# What a kernel parameter can be, beside pointers.
+# Types of kernel parameters, beside pointers.
 INT = ctypes.c_int
 FLOAT = ctypes.c_float
 _POINTER = ctypes.c_void_p
 
 _AMPERE, _HOPPER = (8, 0), (9, 0)
 
-_CHOICE_OF_DRIVER = -1
+# The driver chooses.
+_DEFAULT_CARVEOUT = -1
 
-# Constant of a source that says how much shared memory the host has to provide.
+# Constant of a source: how much dynamic shared memory the host has to provide.
 _SHARED_BYTES = b"shared_bytes"
 
-Definitions = tuple[tuple[str, int | str], ...]
 Argument = torch.Tensor | tuple[Any, Any] | None
 
 
@@ -35,9 +36,9 @@ class Kernel:
     """A kernel on a device.
 
     Attributes:
-        handle: Of the driver.
-        shared_bytes: Shared memory of a block, beside what is in the kernel's own declaration.
-        local_bytes: Of a thread, where what registers do not hold is spilled to.
+        handle: The driver's function.
+        shared_bytes: Dynamic shared memory per block.
+        local_bytes: Local memory per thread, into which registers are spilled.
     """
 
     handle: Any
@@ -49,13 +50,13 @@ class Kernel:
 def can_compile(capability: tuple[int, int]) -> bool:
     """Tell whether the kernels compile for a compute capability.
 
-    That takes NVIDIA's run-time compiler, which has to know it, and asynchronous copies and
-    bfloat16, which came with 8.0.
+    NVIDIA's run-time compiler has to be installed and to know it, and the GPU needs asynchronous
+    copies and bfloat16, which came with 8.0.
     """
     try:
         known: list[int] = _checked(nvrtc.nvrtcGetSupportedArchs())
     except RuntimeError:
-        # The bindings look for the library at the first call.
+        # The bindings look for the library only at the first call.
         return False
     major, minor = capability
     return capability >= _AMPERE and 10 * major + minor in known
@@ -63,31 +64,33 @@ def can_compile(capability: tuple[int, int]) -> bool:
 
 @functools.cache
 def has_clusters(device: int | torch.device) -> bool:
-    """Tell whether a GPU has clusters of blocks and launches that begin early."""
+    """Tell whether a GPU has clusters of blocks and programmatic dependent launch."""
     return torch.cuda.get_device_capability(device) >= _HOPPER
 
 
 def architecture_of(device: int | torch.device) -> str:
-    """Return what kernels are compiled for to run on a device, such as "sm_90"."""
+    """Return the architecture that kernels are compiled for on a device, such as "sm_90"."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
 
 @functools.cache
-def compiled(source: str, definitions: Definitions, architecture: str) -> bytes:
+def compiled(source: str, config: KernelConfig, architecture: str) -> bytes:
     """Compile a file of this package for one architecture, or read what was compiled before.
 
     Args:
         source: Name of the file in `csrc/`.
-        definitions: Macros and their values.
-        architecture: Such as "sm_90".
+        config: What it is compiled for.
+        architecture: GPU architecture, such as "sm_90".
 
     Returns:
         A cubin.
+
+    Raises:
+        RuntimeError: The source does not compile for this configuration.
     """
-    headers = _headers()
+    headers = {**_headers(), "config.cuh": header(config).encode()}
     options = [f"--gpu-architecture={architecture}", "--std=c++17"]
-    options += [f"-D{name}={value}" for name, value in definitions]
     sources = [_text(source), *headers.values()]
     names = [source, *headers]
     inputs = nvrtc.nvrtcVersion(), names, sources, options
@@ -95,7 +98,7 @@ def compiled(source: str, definitions: Definitions, architecture: str) -> bytes:
 
 
 def _compile(names: Sequence[str], sources: Sequence[bytes], options: Sequence[str]) -> bytes:
-    """Compile the first of some files, which includes the others."""
+    """Compile the first of the files, which includes the others."""
     program = _checked(
         nvrtc.nvrtcCreateProgram(
             sources[0],
@@ -122,22 +125,22 @@ def _compile(names: Sequence[str], sources: Sequence[bytes], options: Sequence[s
 def function(
     source: str,
     name: str,
-    definitions: Definitions,
+    config: KernelConfig,
     device: int,
-    shared_percent: int = _CHOICE_OF_DRIVER,
+    carveout: int = _DEFAULT_CARVEOUT,
 ) -> Kernel:
     """Return a kernel that is ready to be launched on a device.
 
     Args:
-        source: As `compiled`.
+        source: Name of the file in `csrc/`.
         name: Name of the kernel.
-        definitions: As `compiled`.
+        config: What it is compiled for.
         device: Index of the CUDA device.
-        shared_percent: Shared memory of a multiprocessor while the kernel runs, of the most that it
-            can have; the rest is first-level cache. By default the driver chooses.
+        carveout: Preferred shared memory of a multiprocessor while the kernel runs, in percent of
+            the most that it can have; the rest is L1 cache. By default the driver chooses.
 
     Raises:
-        UserError: It is not loaded yet, and loading cannot be captured in a CUDA graph.
+        UserError: The kernel is not loaded yet, and the stream is being captured in a CUDA graph.
     """
     if torch.cuda.is_current_stream_capturing():
         raise UserError(
@@ -146,13 +149,13 @@ def function(
         )
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()
-        cubin = compiled(source, definitions, architecture_of(device))
+        cubin = compiled(source, config, architecture_of(device))
         module = _checked(driver.cuModuleLoadData(cubin))
         handle = _checked(driver.cuModuleGetFunction(module, name.encode()))
         shared_bytes = _shared_bytes(module)
         attributes = driver.CUfunction_attribute
-        split = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-        _checked(driver.cuFuncSetAttribute(handle, split, shared_percent))
+        preferred = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        _checked(driver.cuFuncSetAttribute(handle, preferred, carveout))
         if shared_bytes:
             size = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(handle, size, shared_bytes))
@@ -161,9 +164,9 @@ def function(
     return Kernel(handle, shared_bytes, local_bytes)
 
 
-# The kernels of a step divide the memory of a multiprocessor alike: to divide it otherwise, one
-# waits until it is empty, and the next launch cannot begin on it before.
-function_of_step = functools.partial(function, shared_percent=60)
+# The kernels of a decode step all prefer the same carve-out. To change it, a multiprocessor has to
+# be idle, so the next launch could not begin on it early.
+function_of_step = functools.partial(function, carveout=60)
 
 
 def launch(
@@ -178,19 +181,19 @@ def launch(
 
     Args:
         kernel: From `function`.
-        grid: Blocks.
-        threads: Threads of a block.
+        grid: Number of blocks along x and y.
+        threads: Threads per block.
         arguments: Tensors for pointers, `None` for a null pointer, (value, type) for numbers.
-        dependent: The launch may begin before the one in front has ended.
+        dependent: The launch may begin before the previous one has ended.
     """
     stream = torch.cuda.current_stream().cuda_stream
-    config = _config(grid, threads, kernel.shared_bytes, stream, dependent)
+    config = _launch_config(grid, threads, kernel.shared_bytes, stream, dependent)
     values, types = zip(*map(_value_and_type, arguments), strict=True)
     _checked(driver.cuLaunchKernelEx(config, kernel.handle, (values, types), 0))
 
 
 @functools.cache
-def _config(
+def _launch_config(
     grid: tuple[int, int], threads: int, shared_bytes: int, stream: int, dependent: bool
 ) -> Any:
     config = driver.CUlaunchConfig()
@@ -217,7 +220,7 @@ def _shared_bytes(module: Any) -> int:
 
 @functools.cache
 def _headers() -> dict[str, bytes]:
-    """Return what the sources include."""
+    """Return the files that the sources include, by name."""
     names = [file.name for file in _csrc().iterdir()]
     return {name: _text(name) for name in names if name.endswith(".cuh")}
 
@@ -237,7 +240,7 @@ def _value_and_type(argument: Argument) -> tuple[Any, Any]:
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
-    """Return what a call of the bindings gave beside its status."""
+    """Return what a call of the bindings returned after its status."""
     status, *values = result
     if int(status):
         raise RuntimeError(f"CUDA reported {status!r}.")

@@ -1,4 +1,4 @@
-"""How the CUDA kernels config products into blocks: a small measured table, shipped as JSON."""
+"""Tuning table of the CUDA kernels: the fastest measured way to divide a product into blocks."""
 
 import functools
 from collections.abc import Mapping
@@ -13,17 +13,18 @@ TABLE = Table(file=CUDA_FILE, package="teal.kernels.cuda", key="configs", schema
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a config depends on.
+    """Key of the table: what the fastest configuration depends on.
 
     Attributes:
-        kernel: A product on its own (gemv.cu), or one of a fused decode step (decode_step.cu).
-        form: Of a product "plain" or "gated"; in a step what its input is made from: "hidden",
-            "attention" or "gated".
-        bits: Of a weight or code.
-        is_dense: Nothing is dropped; false for products on their own, which are config one way.
+        kernel: "product" on its own (gemv.cu), or "step" for one of a decode step (decode_step.cu).
+        form: "plain" or "gated" for a product on its own; in a step what its input is made from:
+            "hidden", "attention" or "gated".
+        bits: Bits per weight.
+        is_dense: Nothing is dropped; always false for products on their own, which have one
+            configuration for both.
         in_features: Channels.
         out_features: Columns of all parts.
-        rows: Of activations, multiplied at once.
+        rows: Rows of activations that are multiplied at once.
     """
 
     kernel: Literal["product", "step"]
@@ -46,7 +47,7 @@ def read_table(folder: str = "", device: str = "") -> dict[Task, TileConfig]:
         UserError: A table cannot be read.
     """
     configs: dict[Task, TileConfig] = {}
-    for task, config in TABLE.rows(folder, device, _from_row):
+    for task, config in TABLE.rows(folder, device, from_row):
         configs.setdefault(task, config)
     return configs
 
@@ -55,40 +56,52 @@ def table_text(configs: Mapping[Task, TileConfig], measured_on: str) -> str:
     """Return the JSON text of a table, one row a line.
 
     Args:
-        configs: The fastest of each task.
+        configs: The fastest configuration of each task.
         measured_on: Name of the device.
     """
     rows = ({**asdict(task), "config": asdict(config)} for task, config in configs.items())
     return TABLE.text(rows, measured_on)
 
 
-def tuned_config(task: Task) -> TileConfig:
-    """Return the config of the measured task that is nearest.
+def from_row(row: dict[str, Any]) -> tuple[Task, TileConfig]:
+    """Return a row of the table from its JSON form."""
+    task = {name: value for name, value in row.items() if name != "config"}
+    return Task(**task), TileConfig(**row["config"])
 
-    It is that of another size: the caller sees to it that it fits.
+
+def tuned_config(task: Task, tuning: str = "", device: str = "") -> TileConfig:
+    """Return the configuration of the nearest task in the table.
+
+    It was measured for another size: the caller adapts it.
+
+    Args:
+        task: What is looked up.
+        tuning: Folder of tuning tables, "" for those of the package.
+        device: Name of the device that chooses the shipped table.
     """
-    return _table()[nearest(task)]
-
-
-def nearest(task: Task) -> Task:
-    """Return the measured task that is nearest, by ratio of sizes.
-
-    It has as many rows or more, the fewest that were measured; if none has, it is of one row.
-    """
-    return _nearest(task)
+    return _table(tuning, device)[nearest(task, tuning, device)]
 
 
 @functools.cache
-def _nearest(task: Task) -> Task:
-    alike = [other for other in _table() if _kind(other) == _kind(task)]
+def nearest(task: Task, tuning: str = "", device: str = "") -> Task:
+    """Return the nearest task in the table, by the ratio of sizes.
+
+    It has at least as many rows, the fewest in the table; if none has, it has one row.
+
+    Args:
+        task: What is looked up.
+        tuning: Folder of tuning tables, "" for those of the package.
+        device: Name of the device that chooses the shipped table.
+    """
+    alike = [other for other in _table(tuning, device) if _kind(other) == _kind(task)]
     rows = min((other.rows for other in alike if other.rows >= task.rows), default=1)
-    of_rows = (other for other in alike if other.rows == rows)
-    return min(of_rows, key=lambda other: distance(_size(other), _size(task)))
+    with_rows = (other for other in alike if other.rows == rows)
+    return min(with_rows, key=lambda other: distance(_size(other), _size(task)))
 
 
 @functools.cache
-def _table() -> Mapping[Task, TileConfig]:
-    return read_table()
+def _table(tuning: str, device: str) -> Mapping[Task, TileConfig]:
+    return read_table(tuning, device)
 
 
 def _kind(task: Task) -> tuple[object, ...]:
@@ -97,8 +110,3 @@ def _kind(task: Task) -> tuple[object, ...]:
 
 def _size(task: Task) -> tuple[int, int]:
     return task.in_features, task.out_features
-
-
-def _from_row(row: dict[str, Any]) -> tuple[Task, TileConfig]:
-    task = {name: value for name, value in row.items() if name != "config"}
-    return Task(**task), TileConfig(**row["config"])

@@ -1,63 +1,62 @@
-// Blocks that work together as a cluster; without clusters, every block is one of its own.
-//
-// Set on the compiler's command line, beside what dtypes.cuh wants: CLUSTER.
+// Blocks that work together as a cluster. On GPUs without clusters every block is alone: its
+// cluster has one block.
 
 #pragma once
 
 #include "dtypes.cuh"
 
+namespace teal {
+
+constexpr bool HAS_CLUSTERS = Config::CLUSTER > 1;
+
 __device__ __forceinline__ u32 cluster_rank() {
-#if CLUSTER > 1
-  return rank_in_cluster();
-#else
-  return 0;
-#endif
+  if constexpr (HAS_CLUSTERS)
+    return rank_in_cluster();
+  else
+    return 0;
 }
 
-// Let the cluster know that this block has begun, and its inboxes are open; wait before the first
-// of them is sent to.
+// Tell the cluster that this block has begun and that its inboxes are open. Wait with cluster_wait
+// before sending to any of them.
 __device__ __forceinline__ void cluster_begin() {
-#if CLUSTER > 1
-  arrive_at_cluster();
-#endif
+  if constexpr (HAS_CLUSTERS) arrive_at_cluster();
 }
 
 __device__ __forceinline__ void cluster_wait() {
-#if CLUSTER > 1
-  wait_for_cluster();
-#endif
+  if constexpr (HAS_CLUSTERS) wait_for_cluster();
 }
 
-// What the blocks of a cluster send to this one, once per launch. A barrier of the cluster would make
-// their writes to global memory visible too, which takes longer than all the rest of it.
-struct Inbox {
-#if CLUSTER > 1
+// Receives what the blocks of a cluster send to this one, once per launch. A barrier of the whole
+// cluster would also make writes to global memory visible, which takes longer than everything else
+// here.
+struct ClusterInbox {
   u64 barrier;
-#endif
 
-  // Say how much will come, by one thread and before the cluster has begun.
-  __device__ __forceinline__ void open(int bytes) {
-#if CLUSTER > 1
-    open_barrier(&barrier, bytes);
-#endif
-  }
+  // Called by one thread, before cluster_begin: how many bytes will arrive.
+  __device__ __forceinline__ void open(int bytes) { open_barrier(&barrier, bytes); }
 
-  // Write to where `mine` lies in the shared memory of another block.
+  // Write to the place of `mine` in the shared memory of the block `rank`.
   template <typename T>
   __device__ __forceinline__ void send(T* mine, u32 rank, T value) {
-#if CLUSTER > 1
     send_to_rank(mine, &barrier, rank, value);
-#else
-    *mine = value;
-#endif
   }
 
-  // Wait until everything has come.
-  __device__ __forceinline__ void wait() {
-#if CLUSTER > 1
-    wait_at_barrier(&barrier);
-#else
-    __syncthreads();
-#endif
-  }
+  // Wait until everything has arrived.
+  __device__ __forceinline__ void wait() { wait_at_barrier(&barrier); }
 };
+
+// The same for a block that is alone.
+struct LocalInbox {
+  __device__ __forceinline__ void open(int) {}
+
+  template <typename T>
+  __device__ __forceinline__ void send(T* mine, u32, T value) {
+    *mine = value;
+  }
+
+  __device__ __forceinline__ void wait() { __syncthreads(); }
+};
+
+typedef Conditional<HAS_CLUSTERS, ClusterInbox, LocalInbox>::Type Inbox;
+
+}  // namespace teal

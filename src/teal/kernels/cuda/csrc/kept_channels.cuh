@@ -1,120 +1,150 @@
-// The list of the channels of a chunk that some row keeps.
-//
-// Set on the compiler's command line: what tile_config.cuh wants.
+// Compaction: the channels of a chunk that at least one row keeps, in order.
 
 #pragma once
 
 #include "multi_row_mma.cuh"
 #include "weight_rows.cuh"
 
-// The kept channels of a chunk, in order.
-struct List {
-  static constexpr int WORDS = (CHUNK + WARP - 1) / WARP;
+namespace teal {
 
-  Entries entries;
-  int of_warps[WARPS];  // how many are kept of the channels of each warp
+// Channels of a chunk in words of 32.
+constexpr int CHANNEL_WORDS = (Config::CHUNK + WARP - 1) / WARP;
+
+typedef Conditional<HAS_SEVERAL_ROWS, MultiRowChannels, SingleRowChannels>::Type ChannelStore;
+
+struct KeptCounts {
+  int warp_counts[WARPS];
   int size;
-#if FORMAT == INT4
-  int starts[WORDS + 1];
-#endif
-#if HAS_FACTOR
-  u32 largest[WARPS];  // of each warp, the bits of a magnitude
-#endif
-#if HAS_OFFSET
-  float sums[WORDS];  // of the kept activations of each word
-#endif
+};
 
-  // Fill it: thread t has the channels at place_in_chunk, which some row keeps.
-  __device__ __forceinline__ void fill(const bool (&keeps)[PER_THREAD],
-                                       const float (&x)[ROWS][PER_THREAD], int first_channel) {
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    u32 kept[PER_THREAD];
-    int number = 0;
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; i++) {
-      kept[i] = __ballot_sync(~0u, keeps[i]);
-      number += __popc(kept[i]);
-    }
-    if (lane == 0) of_warps[warp] = number;
-#if HAS_FACTOR
+// Where the kept channels of each word begin. Only int4 needs it, to find those of a group.
+template <bool IS_THERE>
+struct WordStarts {
+  int starts[CHANNEL_WORDS + 1];
+
+  __device__ __forceinline__ void set_start(int word, int start) { starts[word] = start; }
+
+  // How many channels before a word are kept.
+  __device__ __forceinline__ int before(int word) const { return starts[word]; }
+};
+
+template <>
+struct WordStarts<false> {
+  __device__ __forceinline__ void set_start(int, int) {}
+};
+
+// A power of two that brings activations into the range of float16.
+template <bool IS_THERE>
+struct InputFactor {
+  u32 largest[WARPS];  // of each warp, the bits of a magnitude
+
+  // Record the largest magnitude of the warp's kept activations.
+  __device__ __forceinline__ void record(const bool (&keeps)[CHANNELS_PER_THREAD],
+                                         const float (&x)[CHANNELS_PER_THREAD]) {
     u32 magnitude = 0;
 #pragma unroll
-    for (int i = 0; i < PER_THREAD; i++)
-      if (keeps[i]) magnitude = max(magnitude, __float_as_uint(fabsf(x[0][i])));
+    for (int i = 0; i < CHANNELS_PER_THREAD; i++)
+      if (keeps[i]) magnitude = max(magnitude, __float_as_uint(fabsf(x[i])));
     magnitude = __reduce_max_sync(~0u, magnitude);
-    if (lane == 0) largest[warp] = magnitude;
-#endif
-    __syncthreads();
-    float multiplier = factor();
-    int place = (int)__reduce_add_sync(~0u, lane < warp ? of_warps[lane] : 0);
-    if (threadIdx.x == THREADS - WARP) size = place + number;
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; i++) {
-      int word = warp * PER_THREAD + i;
-#if FORMAT == INT4
-      if (word < WORDS && lane == 0) starts[word] = place;
-      if (word == WORDS - 1 && lane == 0) starts[WORDS] = place + __popc(kept[i]);
-#endif
-#if HAS_OFFSET
-      float sum = warp_sum(keeps[i] ? x[0][i] : 0.0f);
-      if (word < WORDS && lane == 0) sums[word] = sum;
-#endif
-      if (keeps[i]) {
-        float inputs[ROWS];
-#pragma unroll
-        for (int row = 0; row < ROWS; row++) inputs[row] = x[row][i] * multiplier;
-        int earlier = __popc(kept[i] & ((1u << lane) - 1));
-        entries.put(place + earlier, first_channel + place_in_chunk(i), inputs);
-      }
-      place += __popc(kept[i]);
-    }
-    __syncthreads();
+    if (threadIdx.x % WARP == 0) largest[threadIdx.x / WARP] = magnitude;
   }
 
-#if FORMAT == INT4
-  // How many are kept of the channels before a word.
-  __device__ __forceinline__ int before(int word) const { return starts[word]; }
-#endif
-
-  __device__ __forceinline__ int count() const { return size; }
-
-  // What activations are multiplied with to become operands of tensor cores, a power of two; for
-  // whole warps.
+  // Both for whole warps.
   __device__ __forceinline__ float factor() const {
-#if HAS_FACTOR
     return __uint_as_float((127u + 127u - exponent_of_inverse()) << 23);
-#else
-    return 1.0f;
-#endif
   }
 
-  // One divided by that.
   __device__ __forceinline__ float inverse_factor() const {
-#if HAS_FACTOR
     return __uint_as_float(exponent_of_inverse() << 23);
-#else
-    return 1.0f;
-#endif
   }
-
-#if HAS_OFFSET
-  // The sum of the kept activations of some words.
-  template <int NUMBER>
-  __device__ __forceinline__ float sum(int first) const {
-    float all = 0.0f;
-#pragma unroll
-    for (int i = 0; i < NUMBER; i++) all += sums[first + i];
-    return all;
-  }
-#endif
 
  private:
-#if HAS_FACTOR
-  // The largest operand lies in [2^14, 2^15), or is as infinite as the activation.
+  // The largest operand lies in [2^14, 2^15), or is infinite if the activation is.
   __device__ __forceinline__ u32 exponent_of_inverse() const {
     int lane = threadIdx.x % WARP;
     u32 magnitude = __reduce_max_sync(~0u, lane < WARPS ? largest[lane] : 0);
     return max(magnitude >> 23, 22) - 14;
   }
-#endif
 };
+
+template <>
+struct InputFactor<false> {
+  __device__ __forceinline__ void record(const bool (&)[CHANNELS_PER_THREAD],
+                                         const float (&)[CHANNELS_PER_THREAD]) {}
+  __device__ __forceinline__ float factor() const { return 1.0f; }
+  __device__ __forceinline__ float inverse_factor() const { return 1.0f; }
+};
+
+// Sums of the kept activations of each word. Only codes with an offset need them.
+template <bool IS_THERE>
+struct InputSums {
+  float input_sums[CHANNEL_WORDS];
+
+  __device__ __forceinline__ void set_input_sum(int word, float sum) { input_sums[word] = sum; }
+
+  // Sum over NUMBER words.
+  template <int NUMBER>
+  __device__ __forceinline__ float input_sum(int first) const {
+    float all = 0.0f;
+#pragma unroll
+    for (int i = 0; i < NUMBER; i++) all += input_sums[first + i];
+    return all;
+  }
+};
+
+template <>
+struct InputSums<false> {
+  __device__ __forceinline__ void set_input_sum(int, float) {}
+};
+
+// The kept channels of a chunk. What only some formats need is a base, which takes no room where it
+// is empty.
+struct KeptChannels : ChannelStore,
+                      KeptCounts,
+                      WordStarts<IS_INT4>,
+                      InputFactor<HAS_INPUT_FACTOR>,
+                      InputSums<HAS_CODE_OFFSET> {
+  // Compact the channels of a chunk: a thread decides on those at channel_in_chunk.
+  __device__ __forceinline__ void compact(
+      const bool (&keeps)[CHANNELS_PER_THREAD],
+      const float (&x)[Config::ROWS][CHANNELS_PER_THREAD], int first_channel) {
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    u32 kept[CHANNELS_PER_THREAD];
+    int number = 0;
+#pragma unroll
+    for (int i = 0; i < CHANNELS_PER_THREAD; i++) {
+      kept[i] = __ballot_sync(~0u, keeps[i]);
+      number += __popc(kept[i]);
+    }
+    if (lane == 0) warp_counts[warp] = number;
+    record(keeps, x[0]);
+    __syncthreads();
+    float multiplier = factor();
+    int place = (int)__reduce_add_sync(~0u, lane < warp ? warp_counts[lane] : 0);
+    if (threadIdx.x == THREADS - WARP) size = place + number;
+#pragma unroll
+    for (int i = 0; i < CHANNELS_PER_THREAD; i++) {
+      int word = warp * CHANNELS_PER_THREAD + i;
+      if constexpr (IS_INT4) {
+        if (word < CHANNEL_WORDS && lane == 0) set_start(word, place);
+        if (word == CHANNEL_WORDS - 1 && lane == 0)
+          set_start(CHANNEL_WORDS, place + __popc(kept[i]));
+      }
+      if constexpr (HAS_CODE_OFFSET) {
+        float sum = warp_sum(keeps[i] ? x[0][i] : 0.0f);
+        if (word < CHANNEL_WORDS && lane == 0) set_input_sum(word, sum);
+      }
+      if (keeps[i]) {
+        float inputs[Config::ROWS];
+#pragma unroll
+        for (int row = 0; row < Config::ROWS; row++) inputs[row] = x[row][i] * multiplier;
+        int earlier = __popc(kept[i] & ((1u << lane) - 1));
+        put(place + earlier, first_channel + channel_in_chunk(i), inputs);
+      }
+      place += __popc(kept[i]);
+    }
+    __syncthreads();
+  }
+};
+
+}  // namespace teal

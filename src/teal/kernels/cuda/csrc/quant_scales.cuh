@@ -1,174 +1,177 @@
-// Scales and zeros of weights of few bits, in shared memory.
-//
-// Set on the compiler's command line, beside what weight_rows.cuh wants: for codes GROUP, SCALES,
-// HAS_ZEROS.
+// Scales and zeros of quantized weights, copied to shared memory asynchronously.
 
 #pragma once
 
 #include "single_row_mma.cuh"
 
-// Of the scales.
-#define SCALES_FLOAT32 0
-#define SCALES_FLOAT16 1
-#define SCALES_BFLOAT16 2
+namespace teal {
 
-#if FORMAT == INT4
-// Channels that a warp scales at once: its share of a chunk, or a group if that is not cut evenly.
-constexpr int SHARE = CHUNK / WARPS_K;
-constexpr int SEGMENT = CHUNK % (WARPS_K * WARP) == 0 && GROUP % SHARE == 0 ? SHARE : GROUP;
-static_assert(CHUNK % GROUP == 0 || GROUP % CHUNK == 0, "a chunk is of whole groups, or in one");
-static_assert(CHUNK % SEGMENT == 0 && SEGMENT % WARP == 0, "segments cover the chunk");
-constexpr int SEGMENTS = CHUNK / SEGMENT;
-constexpr int TURNS = (SEGMENTS + WARPS_K - 1) / WARPS_K;  // of a warp
-#endif
+typedef Conditional<Config::SCALE_DTYPE == Dtype::FLOAT32, float, u16>::Type Scale;
 
-// Which share of a chunk is that of this thread's warp.
-__device__ __forceinline__ int share_of_warp() { return threadIdx.x / WARP / WARPS_N; }
+__device__ __forceinline__ float scale_value(float scale) { return scale; }
 
-#if FORMAT != FLOATS
-
-#if SCALES == SCALES_FLOAT32
-typedef float Scale;
-__device__ __forceinline__ float to_float(Scale scale) { return scale; }
-#else
-typedef u16 Scale;
-__device__ __forceinline__ float to_float(Scale scale) {
-#if SCALES == SCALES_BFLOAT16
-  return __uint_as_float((u32)scale << 16);
-#else
-  return from_float16(scale);
-#endif
+__device__ __forceinline__ float scale_value(u16 scale) {
+  if constexpr (Config::SCALE_DTYPE == Dtype::BFLOAT16)
+    return __uint_as_float((u32)scale << 16);
+  else
+    return from_float16(scale);
 }
-#endif
 
-#endif
-
-// Scales of 8-bit codes: one for each of WIDTH columns of a block.
-template <int WIDTH>
+// One scale for each of WIDTH columns of a block.
+template <int WIDTH, bool IS_THERE = HAS_COLUMN_SCALES>
 struct ColumnScales {
-#if FORMAT == INT8 || FORMAT == FP8
-  static constexpr int HELD = 16 / sizeof(Scale);  // numbers that are copied at once
+  static constexpr int PER_COPY = 16 / sizeof(Scale);
 
-  alignas(16) Scale scales[(WIDTH + HELD - 1) / HELD * HELD];
+  alignas(16) Scale scales[(WIDTH + PER_COPY - 1) / PER_COPY * PER_COPY];
 
-  // Copy those of `columns` columns from `first` on in the background; they depend on no input.
-  __device__ __forceinline__ void ask(const void* all, int first, int columns) {
+  // Start copying the scales of `columns` columns from `first` on.
+  __device__ __forceinline__ void copy(const void* all, int first, int columns) {
     const Scale* from = static_cast<const Scale*>(all) + first;
 #pragma unroll 1
-    for (int i = HELD * threadIdx.x; i < min(WIDTH, columns); i += HELD * THREADS)
-      copy<16>(scales + i, from + i);
+    for (int i = PER_COPY * threadIdx.x; i < min(WIDTH, columns); i += PER_COPY * THREADS)
+      copy_async<16>(scales + i, from + i);
   }
 
-  __device__ __forceinline__ float scale(int column) const { return to_float(scales[column]); }
-#else
-  __device__ __forceinline__ void ask(const void*, int, int) {}
-#endif
+  __device__ __forceinline__ float scaled(float sum, int column) const {
+    return sum * scale_value(scales[column]);
+  }
 };
 
-#if FORMAT == INT4
+template <int WIDTH>
+struct ColumnScales<WIDTH, false> {
+  __device__ __forceinline__ void copy(const void*, int, int) {}
+  __device__ __forceinline__ float scaled(float sum, int) const { return sum; }
+};
 
-// Numbers of a thread's columns, which it copies for itself.
+// One number for each of a lane's columns. Every thread copies its own.
 template <typename T>
-struct Copies {
-  static constexpr int BYTES = PER_LANE * sizeof(T);
-  static constexpr int AT_ONCE = BYTES < 16 ? BYTES : 16;
-  static constexpr int HELD = AT_ONCE / sizeof(T);
+struct LaneCopy {
+  static constexpr int BYTES = Config::PER_LANE * sizeof(T);
+  static constexpr int COPY_BYTES = BYTES < 16 ? BYTES : 16;
+  static constexpr int PER_COPY = COPY_BYTES / sizeof(T);
 
-  struct alignas(AT_ONCE) Piece {
-    T numbers[HELD];
+  struct alignas(COPY_BYTES) Piece {
+    T numbers[PER_COPY];
   };
 
-  Piece pieces[BYTES / AT_ONCE][THREADS];
+  Piece pieces[BYTES / COPY_BYTES][THREADS];
 
-  // Bring them to the L2 cache.
-  static __device__ __forceinline__ void expect(const T* from) {
+  static __device__ __forceinline__ void prefetch(const T* from) {
     constexpr int SECTOR = 32;  // bytes
 #pragma unroll
-    for (int i = 0; i < BYTES; i += SECTOR) prefetch(from + i / sizeof(T));
+    for (int i = 0; i < BYTES; i += SECTOR) teal::prefetch(from + i / sizeof(T));
   }
 
-  __device__ __forceinline__ void ask(const T* from) {
+  __device__ __forceinline__ void copy(const T* from) {
 #pragma unroll
-    for (int i = 0; i < BYTES / AT_ONCE; i++)
-      copy<AT_ONCE>(&pieces[i][threadIdx.x], from + i * HELD);
+    for (int i = 0; i < BYTES / COPY_BYTES; i++)
+      copy_async<COPY_BYTES>(&pieces[i][threadIdx.x], from + i * PER_COPY);
   }
 
-  __device__ __forceinline__ void read(T (&numbers)[PER_LANE]) const {
+  __device__ __forceinline__ void read(T (&numbers)[Config::PER_LANE]) const {
 #pragma unroll
-    for (int i = 0; i < BYTES / AT_ONCE; i++) {
+    for (int i = 0; i < BYTES / COPY_BYTES; i++) {
       Piece piece = pieces[i][threadIdx.x];
 #pragma unroll
-      for (int held = 0; held < HELD; held++) numbers[i * HELD + held] = piece.numbers[held];
+      for (int j = 0; j < PER_COPY; j++) numbers[i * PER_COPY + j] = piece.numbers[j];
     }
   }
 };
 
-#endif
+template <int SEGMENTS>
+struct SegmentScales {
+  LaneCopy<Scale> scales[SEGMENTS];
+};
 
-// Scales and zeros of 4-bit codes: of each segment of a warp, for the columns of its threads.
-struct GroupScales {
-#if FORMAT == INT4
-  Copies<Scale> scales[TURNS];
-#if HAS_ZEROS
-  Copies<u8> zeros[TURNS];
-#endif
+template <int SEGMENTS, bool IS_THERE = Config::HAS_ZEROS>
+struct SegmentZeros {
+  LaneCopy<u8> zeros[SEGMENTS];
+};
 
-  // Those of columns from `column` on depend on no input: bring them to the L2 cache early.
-  __device__ __forceinline__ void expect(const void* all_scales, const u8* all_zeros,
-                                         int first_channel, u64 column) const {
+template <int SEGMENTS>
+struct SegmentZeros<SEGMENTS, false> {};
+
+// How a chunk of int4 is divided into segments, the channels that a warp scales at once: its share
+// of the chunk, or a group if groups do not divide into shares evenly.
+template <int GROUP_SIZE>
+struct Segments {
+  static constexpr int SHARE = Config::CHUNK / Config::WARPS_K;
+  static constexpr bool IS_SHARE =
+      Config::CHUNK % (Config::WARPS_K * WARP) == 0 && GROUP_SIZE % SHARE == 0;
+  static constexpr int SIZE = IS_SHARE ? SHARE : GROUP_SIZE;
+  static_assert(Config::CHUNK % GROUP_SIZE == 0 || GROUP_SIZE % Config::CHUNK == 0,
+                "a chunk consists of whole groups, or lies in one");
+  static_assert(Config::CHUNK % SIZE == 0 && SIZE % WARP == 0, "segments cover the chunk");
+  static constexpr int NUMBER = Config::CHUNK / SIZE;
+  static constexpr int PER_WARP = (NUMBER + Config::WARPS_K - 1) / Config::WARPS_K;
+};
+
+// Scales and zeros of int4, of each segment of a warp for the columns of its threads. Other formats
+// have none.
+template <bool IS_THERE, int GROUP_SIZE>
+struct GroupScalesOf {
+  __device__ __forceinline__ void prefetch(const void*, const u8*, int, u64) const {}
+  __device__ __forceinline__ void copy(const void*, const u8*, int, u64) {}
+};
+
+template <int GROUP_SIZE>
+struct GroupScalesOf<true, GROUP_SIZE> : SegmentScales<Segments<GROUP_SIZE>::PER_WARP>,
+                                         SegmentZeros<Segments<GROUP_SIZE>::PER_WARP> {
+  typedef Segments<GROUP_SIZE> Segment;
+
+  // Prefetch those of the columns from `column` on, which depend on no input, into the L2 cache.
+  __device__ __forceinline__ void prefetch(const void* all_scales, const u8* all_zeros,
+                                           int first_channel, u64 column) const {
     for_each(first_channel, [&](int, u64 group) {
-      Copies<Scale>::expect(static_cast<const Scale*>(all_scales) + group * N + column);
-#if HAS_ZEROS
-      Copies<u8>::expect(all_zeros + group * N + column);
-#endif
+      LaneCopy<Scale>::prefetch(static_cast<const Scale*>(all_scales) +
+                                group * Config::OUT_FEATURES + column);
+      if constexpr (Config::HAS_ZEROS)
+        LaneCopy<u8>::prefetch(all_zeros + group * Config::OUT_FEATURES + column);
     });
   }
 
-  // Copy them in the background.
-  __device__ __forceinline__ void ask(const void* all_scales, const u8* all_zeros, int first_channel,
-                                      u64 column) {
-    for_each(first_channel, [&](int turn, u64 group) {
-      scales[turn].ask(static_cast<const Scale*>(all_scales) + group * N + column);
-#if HAS_ZEROS
-      zeros[turn].ask(all_zeros + group * N + column);
-#endif
+  // Start copying them.
+  __device__ __forceinline__ void copy(const void* all_scales, const u8* all_zeros,
+                                       int first_channel, u64 column) {
+    for_each(first_channel, [&](int i, u64 group) {
+      this->scales[i].copy(static_cast<const Scale*>(all_scales) + group * Config::OUT_FEATURES +
+                           column);
+      if constexpr (Config::HAS_ZEROS)
+        this->zeros[i].copy(all_zeros + group * Config::OUT_FEATURES + column);
     });
   }
 
-  // Add the sums of a segment, scaled: sums of counts times `inverse`, less the codes of zero times
-  // the sum of activations.
-  __device__ __forceinline__ void add(int turn, const Sums& sums, float inverse, float inputs,
-                                      float (&total)[PER_LANE]) const {
-    Scale scales_of[PER_LANE];
-    scales[turn].read(scales_of);
-#if HAS_ZEROS
-    u8 zeros_of[PER_LANE];
-    zeros[turn].read(zeros_of);
-#endif
+  // Add the scaled sums of a warp's i-th segment: sums of counts times `inverse`, minus the zeros
+  // times the sum of the activations.
+  __device__ __forceinline__ void add(int i, const OperandSums& sums, float inverse,
+                                      float input_sum, float (&total)[Config::PER_LANE]) const {
+    constexpr float SYMMETRIC_ZERO = 8.0f;
+    Scale scales_of[Config::PER_LANE];
+    this->scales[i].read(scales_of);
+    u8 zeros_of[Config::PER_LANE];
+    if constexpr (Config::HAS_ZEROS) this->zeros[i].read(zeros_of);
 #pragma unroll
-    for (int c = 0; c < PER_LANE; c++) {
-#if HAS_ZEROS
-      float zero = zeros_of[c];
-#else
-      float zero = 8.0f;
-#endif
-      total[c] += to_float(scales_of[c]) * (inverse * sums.sum(c) - zero * inputs);
+    for (int c = 0; c < Config::PER_LANE; c++) {
+      float zero = Config::HAS_ZEROS ? (float)zeros_of[c] : SYMMETRIC_ZERO;
+      total[c] += scale_value(scales_of[c]) * (inverse * sums.sum(c) - zero * input_sum);
     }
   }
 
  private:
-  // Call `visit` with each turn of this thread's warp and the group of its segment.
+  // Call `visit` with the number of each segment of this thread's warp, and the segment's group.
   template <typename Visit>
   static __device__ __forceinline__ void for_each(int first_channel, Visit visit) {
 #pragma unroll
-    for (int turn = 0; turn < TURNS; turn++) {
-      int segment = turn * WARPS_K + share_of_warp(), channel = first_channel + segment * SEGMENT;
+    for (int i = 0; i < Segment::PER_WARP; i++) {
+      int segment = i * Config::WARPS_K + share_of_warp();
+      int channel = first_channel + segment * Segment::SIZE;
       // Beyond the last channel there are no scales.
-      if (segment < SEGMENTS && channel < K) visit(turn, (u64)(channel / GROUP));
+      if (segment < Segment::NUMBER && channel < Config::IN_FEATURES)
+        visit(i, (u64)(channel / GROUP_SIZE));
     }
   }
-#else
-  __device__ __forceinline__ void expect(const void*, const u8*, int, u64) const {}
-  __device__ __forceinline__ void ask(const void*, const u8*, int, u64) {}
-#endif
 };
+
+typedef GroupScalesOf<IS_INT4, Config::GROUP_SIZE> GroupScales;
+
+}  // namespace teal

@@ -1,72 +1,71 @@
-// Strips of kept channels in any format, for one row of activations.
+// Weight rows of kept channels, in any format, for one row of activations.
 //
-// A thread has PER_LANE columns beside each other.
-//
-// Set on the compiler's command line: what tile_config.cuh wants.
+// A lane loads Config::PER_LANE consecutive columns of a weight row at once.
 
 #pragma once
 
 #include "tile_config.cuh"
 
-#if ROWS == 1
+namespace teal {
 
-constexpr int LOAD_BYTES = PER_LANE * BITS / 8;
+constexpr int LOAD_BYTES = Config::PER_LANE * BITS / 8;
 constexpr int LOAD_WORDS = LOAD_BYTES / 4;
-// Entries of a list between two of one warp: those of int4 are cut by groups instead.
-constexpr int STRIDE = FORMAT == INT4 ? 1 : WARPS_K;
+// Kept channels from one of a warp to its next. Those of int4 are divided by groups instead.
+constexpr int CHANNEL_STRIDE = IS_INT4 ? 1 : Config::WARPS_K;
 
-// What a strip is multiplied with: an activation, or twice an operand of tensor cores.
-#if FORMAT == FLOATS
-typedef float Input;
-__device__ __forceinline__ Input input_of(float x) { return x; }
-#else
-typedef u32 Input;
-__device__ __forceinline__ Input input_of(float x) { return to_float16_pair(x, x); }
-#endif
+// What a weight row is multiplied by: an activation, or twice the same one as a float16 pair for
+// tensor cores.
+typedef Conditional<IS_QUANTIZED, u32, float>::Type Operand;
 
-// A kept channel and its activation. Of int4 one load brings both; elsewhere the compiler chooses, which
-// is faster.
-struct alignas(FORMAT == INT4 ? 8 : 4) Entry {
+__device__ __forceinline__ Operand operand_of(float x) {
+  if constexpr (IS_QUANTIZED)
+    return to_float16_pair(x, x);
+  else
+    return x;
+}
+
+// For int4 one load brings both members. For other formats the compiler chooses, which is faster.
+struct alignas(IS_INT4 ? 8 : 4) KeptChannel {
   u32 channel;
-  Input input;
+  Operand operand;
 };
 
-// A thread's weights of a channel, which nobody reads again.
-struct Strip {
+// The kept channels of a chunk with their activations, in order.
+struct SingleRowChannels {
+  KeptChannel channels[Config::CHUNK];
+
+  __device__ __forceinline__ void put(int place, u32 channel, const float (&x)[Config::ROWS]) {
+    KeptChannel& kept = channels[place];
+    kept.channel = channel;
+    kept.operand = operand_of(x[0]);
+  }
+};
+
+// A lane's columns of one weight row.
+struct WeightRow {
   u32 words[LOAD_WORDS];
 
   __device__ __forceinline__ void load(const u8* pointer) { load_once(words, pointer); }
 };
 
-// Strips that are under way together, and what they are multiplied with.
+// Weight rows that are loaded together, and what they are multiplied by.
 template <int NUMBER>
-struct Batch {
-  Strip strips[NUMBER];
-  Input inputs[NUMBER];
+struct WeightRowBatch {
+  WeightRow rows[NUMBER];
+  Operand operands[NUMBER];
 
-  // Ask for those of the first entries of a warp, of which there are `count`. Where they are fewer
-  // than NUMBER, the last one is read again, and counts for nothing.
+  // Load those of the first of `count` kept channels of a warp. If there are fewer than NUMBER,
+  // load the last one again and multiply it by zero.
   template <bool IS_WHOLE>
-  __device__ __forceinline__ void ask(const Entry* list, int count, const u8* weight) {
+  __device__ __forceinline__ void load(const KeptChannel* kept, int count, const u8* weight) {
 #pragma unroll
-    for (int u = 0; u < NUMBER; u++) {
-      bool is_there = IS_WHOLE || u < count;
-      Entry here = list[(is_there ? u : count - 1) * STRIDE];
-      inputs[u] = is_there ? here.input : Input{};
-      strips[u].load(weight + here.channel * STRIP_BYTES);
+    for (int i = 0; i < NUMBER; i++) {
+      bool is_there = IS_WHOLE || i < count;
+      KeptChannel here = kept[(is_there ? i : count - 1) * CHANNEL_STRIDE];
+      operands[i] = is_there ? here.operand : Operand{};
+      rows[i].load(weight + here.channel * WEIGHT_ROW_BYTES);
     }
   }
 };
 
-// Of a list, in order.
-struct Entries {
-  Entry all[CHUNK];
-
-  __device__ __forceinline__ void put(int place, u32 channel, const float (&x)[ROWS]) {
-    Entry& entry = all[place];
-    entry.channel = channel;
-    entry.input = input_of(x[0]);
-  }
-};
-
-#endif
+}  // namespace teal
