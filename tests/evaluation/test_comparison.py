@@ -1,9 +1,12 @@
 import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from teal.allocation import allocate
 from teal.calibration import calibrate
@@ -17,7 +20,7 @@ from tests.helpers import TOLERANCES, logits_of, plan_for, tiny_model, tiny_toke
 LENGTH = 24
 
 
-def mean_nll(model, tokens, start):
+def mean_nll(model: Any, tokens: Tensor, start: int) -> float:
     """Score the tokens predicted from positions ≥ start, the plain way."""
     logits = logits_of(model, tokens)[:, start:-1]
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, start + 1 :].flatten()).item()
@@ -25,7 +28,9 @@ def mean_nll(model, tokens, start):
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 @pytest.mark.parametrize(("sparse_from", "start"), [(0.0, 0), (0.5, 12), (0.51, 13)])
-def test_scores_are_those_of_plain_forward_passes(model_type, sparse_from, start):
+def test_scores_are_those_of_plain_forward_passes(
+    model_type: str, sparse_from: float, start: int
+) -> None:
     model, tokens = tiny_model(model_type), tiny_tokens(3, LENGTH)
     plan = plan_for(model, 0.3)
     result = evaluate(model, tokens, plan, sparse_from=sparse_from)
@@ -35,7 +40,7 @@ def test_scores_are_those_of_plain_forward_passes(model_type, sparse_from, start
     assert result.tokens == 3 * (LENGTH - 1 - start)
 
 
-def test_effective_sparsity_on_the_calibration_text_is_the_target():
+def test_effective_sparsity_on_the_calibration_text_is_the_target() -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(4, LENGTH)
     plan = allocate(calibrate(model, tokens), sparsity=0.5)
     result = evaluate(model, tokens, plan, sparse_from=0.0)
@@ -43,7 +48,7 @@ def test_effective_sparsity_on_the_calibration_text_is_the_target():
     assert result.sparse[0].effective_sparsity == pytest.approx(0.5, abs=0.03)
 
 
-def test_dense_projections_count_as_zero_sparsity():
+def test_dense_projections_count_as_zero_sparsity() -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(1, LENGTH)
     plan = plan_for(model, 1e9)
     half = {
@@ -56,14 +61,14 @@ def test_dense_projections_count_as_zero_sparsity():
     assert result.sparse[0].effective_sparsity == pytest.approx(plan.model.mean_sparsity(shares))
 
 
-def test_a_plan_that_drops_nothing_agrees_with_dense_exactly():
+def test_a_plan_that_drops_nothing_agrees_with_dense_exactly() -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(2, LENGTH)
     result = evaluate(model, tokens, plan_for(model, None))
     assert result.sparse[0].nll == result.dense.nll
     assert (result.sparse[0].kl, result.sparse[0].top1_agreement) == (0.0, 1.0)
 
 
-def test_several_plans_in_one_pass_equal_one_pass_each():
+def test_several_plans_in_one_pass_equal_one_pass_each() -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(2, LENGTH)
     plans = [plan_for(model, 0.1), plan_for(model, 0.5)]
     together = compare(model, tokens, plans)
@@ -71,7 +76,7 @@ def test_several_plans_in_one_pass_equal_one_pass_each():
         assert evaluate(model, tokens, plan).sparse[0] == score
 
 
-def test_model_is_dense_afterwards_also_after_an_error():
+def test_model_is_dense_afterwards_also_after_an_error() -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(2, LENGTH)
     evaluate(model, tokens, plan_for(model, 0.3))
     assert not sparse_linears(model)
@@ -82,7 +87,7 @@ def test_model_is_dense_afterwards_also_after_an_error():
     assert not sparse_linears(densify(model))
 
 
-def test_json_has_sparse_only_with_a_plan():
+def test_json_has_sparse_only_with_a_plan() -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(2, LENGTH)
     dense = evaluate(model, tokens, sparse_from=0.0).to_dict()
     assert set(dense) == {"dense", "tokens", "sparse_from", "sequence_length"}
@@ -90,7 +95,7 @@ def test_json_has_sparse_only_with_a_plan():
 
 
 @pytest.mark.parametrize("sparse_from", [1.0, 0.99, -0.1, 1.5, float("nan")])
-def test_a_window_without_sparse_tokens_is_refused(sparse_from):
+def test_a_window_without_sparse_tokens_is_refused(sparse_from: float) -> None:
     model = tiny_model("llama")
     with pytest.raises(UserError):
         evaluate(model, tiny_tokens(1, LENGTH), plan_for(model, 0.3), sparse_from=sparse_from)
@@ -106,7 +111,7 @@ PUBLISHED = {
 }
 
 
-def story_windows(path, tokenizer, length, count=None):
+def story_windows(path: Path, tokenizer: Any, length: int, count: int | None = None) -> Tensor:
     """Join stories in order, each behind a begin-of-text token and in one paragraph."""
     stories = re.split(r"\n\n?(?=Once upon a time)", path.read_text())[1:]
     ids = []
@@ -120,7 +125,9 @@ def story_windows(path, tokenizer, length, count=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["babyllama361-hf", "stories260K-hf"])
-def test_uniform_plans_on_trained_models_give_the_published_perplexities(shared_data, name):
+def test_uniform_plans_on_trained_models_give_the_published_perplexities(
+    shared_data: Path, name: str
+) -> None:
     model = load_model(str(shared_data / "models" / name))
     tokenizer = load_tokenizer(str(shared_data / "models" / name))
     length, texts = context_length(model.config), shared_data / "text"
@@ -142,7 +149,9 @@ def test_uniform_plans_on_trained_models_give_the_published_perplexities(shared_
             assert perplexity == pytest.approx(published, rel=allowed)
 
 
-def test_a_plan_for_weights_of_another_format_is_told_of_once(caplog):
+def test_a_plan_for_weights_of_another_format_is_told_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(3, LENGTH)
     plan = replace(plan_for(model, 0.3), weight_format="int8")
     compare(model, tokens, [plan, plan])
