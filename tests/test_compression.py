@@ -1,6 +1,6 @@
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Never
 
@@ -14,7 +14,7 @@ from teal.checkpoints.quantized import QuantizedCheckpoint
 from teal.cli.stdlib_text import calibration_text, held_out_text
 from teal.compression import quantize_head, quantize_model, save_quantized
 from teal.data import TokenWindows, token_windows
-from teal.evaluation import evaluate
+from teal.evaluation import compare
 from teal.foundation.artifact import read_json
 from teal.foundation.errors import UserError
 from teal.models.families import FAMILIES, projections_of
@@ -117,22 +117,19 @@ def test_progress_is_shown_block_by_block() -> None:
 
 
 @pytest.mark.slow
-def test_gptq_loses_a_quarter_less_on_held_out_text_than_rounding() -> None:
+def test_gptq_stays_a_quarter_nearer_to_the_dense_model_on_held_out_text_than_rounding() -> None:
     tokenizer = load_tokenizer(MODEL)
-    calibration = token_windows(
-        calibration_text(), tokenizer, sequence_length=512, num_tokens=16384
-    )
-    held_out = token_windows(held_out_text(), tokenizer, sequence_length=256, num_tokens=8192)
+    calibration = token_windows(calibration_text(), tokenizer, sequence_length=512, num_tokens=8192)
+    held_out = token_windows(held_out_text(), tokenizer, sequence_length=256, num_tokens=4096)
+    dense = load_model(MODEL, dtype="float32", device="cpu")
 
-    def loss(quantize: Callable[[Any], object]) -> float:
+    def divergence(*windows: TokenWindows) -> float:
         model = load_model(MODEL, dtype="float32", device="cpu")
-        quantize(model)
-        return evaluate(model, held_out).dense.nll
+        quantize_model(model, INT4, *windows, batch_size=8)
+        return compare(model, held_out, [None], reference=dense).sparse[0].kl
 
-    dense = loss(lambda model: None)
-    nearest = loss(lambda model: quantize_model(model, INT4)) - dense
-    by_gptq = loss(lambda model: quantize_model(model, INT4, calibration, batch_size=8)) - dense
-    assert 0 < by_gptq < 0.75 * nearest
+    # The likelihood of so short a text falls and rises by chance; divergence sees every token.
+    assert 0 < divergence(calibration) < 0.75 * divergence()
 
 
 def saved(
