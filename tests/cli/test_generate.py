@@ -81,7 +81,7 @@ def test_several_prompts_are_several_streams(generate: Teal) -> None:
         assert stream["prompt"] + stream["text"] in table
 
 
-def test_weights_of_few_bits_continue_the_prompt_in_their_own_way(generate: Teal) -> None:
+def test_quantized_weights_continue_the_prompt_in_their_own_way(generate: Teal) -> None:
     dense = generate("--max-new-tokens", 40)
     quantized = generate("--max-new-tokens", 40, "--quantize", "int4", "--quantize-head")
     assert quantized.code == 0
