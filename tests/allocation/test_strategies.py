@@ -211,10 +211,10 @@ def trained() -> Prepared:
     stats.paths["greedy"] = greedy_path(
         model,
         stats,
-        token_windows(text, tokenizer, sequence_length=256, num_tokens=256, offset=10_240),
+        token_windows(text, tokenizer, sequence_length=512, num_tokens=512, offset=10_240),
         settings=GreedySettings(step=0.0125, until=0.7),
     )
-    held_out = token_windows(held_out_text(), tokenizer, sequence_length=512, max_tokens=5120)
+    held_out = token_windows(held_out_text(), tokenizer, sequence_length=512, max_tokens=10_240)
     return model, stats, held_out
 
 
