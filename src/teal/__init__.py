@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from teal.engine.engine import Engine
     from teal.evaluation import evaluate
     from teal.foundation.version import __version__
-    from teal.kernels.tuning import use_tables
     from teal.models.loading import load_model, load_tokenizer
     from teal.plan import SparsityPlan
     from teal.sparsification import densify, measure_sparsity, sparsify
@@ -31,7 +30,6 @@ _HOMES = {
     "measure_sparsity": "teal.sparsification",
     "sparsify": "teal.sparsification",
     "token_windows": "teal.data",
-    "use_tables": "teal.kernels.tuning",
 }
 
 __all__ = [
@@ -49,7 +47,6 @@ __all__ = [
     "measure_sparsity",
     "sparsify",
     "token_windows",
-    "use_tables",
 ]
 
 

@@ -8,7 +8,7 @@ from teal.benchmark.gemv import measure
 from teal.benchmark.gemv_quantized import QuantizedProduct
 from teal.benchmark.shapes import Shape
 from teal.foundation.errors import UserError
-from teal.kernels import ops_quantized
+from teal.kernels import ops
 from teal.quantization import Scheme
 
 SHAPES = [
@@ -48,8 +48,8 @@ def test_the_limit_counts_kept_codes_and_all_scales_and_zeros(
 
 
 def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ops_quantized.quantized_linear
-    monkeypatch.setattr(ops_quantized, "quantized_linear", lambda *given: 1.01 * right(*given))
+    right = ops.quantized_linear
+    monkeypatch.setattr(ops, "quantized_linear", lambda *given: 1.01 * right(*given))
     product = QuantizedProduct(SHAPES[0], torch.float32, torch.device("cpu"), 1, SCHEMES[0])
     with pytest.raises(UserError, match="wrong product"):
         next(measure(product, [0.5], bandwidth=1e9))

@@ -1,6 +1,6 @@
 """Inputs and exact results that the tests of several kernels share."""
 
-import inspect
+import contextlib
 import math
 import os
 import subprocess
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 from teal.kernels import dispatch
 from teal.kernels.reference import matmul as reference
 
-# What a mask must get right beside ordinary numbers;.
+# What a mask must get right beside ordinary numbers.
 EDGES = (0.0, -0.0, 0.3, -0.3, 1.0, -1.0, 2.0**-24, 1e-40, -1e-40)
 THRESHOLDS = (-1.0, 0.0, 2.0**-24, 0.3, 0.1 + 0.2, 1.0, math.inf)
 VECTORS = ("plain", "score_scale", "shift", "score_scale and shift")
@@ -51,17 +52,18 @@ def exact(x: Tensor, weight: Tensor, threshold: float, **vectors: Tensor | None)
     return product if bias is None else product + bias.double()
 
 
-def by_reference(operation: Callable[..., Tensor], **arguments: Any) -> Tensor:
+def by_reference(operation: Callable[..., Tensor], *positional: Any, **arguments: Any) -> Tensor:
     """Call an operation as a device without kernels computes it."""
-    implementations = dispatch.IMPLEMENTATIONS["CompositeExplicitAutograd"]
-    bound = inspect.signature(operation).bind(**arguments)
-    bound.apply_defaults()
-    return implementations[operation.__name__](*bound.args)
+    tables = (dispatch.BACKENDS, dispatch.ATTENTION_BACKENDS, dispatch.LM_HEAD_BACKENDS)
+    with contextlib.ExitStack() as stack:
+        for table in tables:
+            stack.enter_context(mock.patch.dict(table, clear=True))
+        return operation(*positional, **arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCase:
-    """One call of `attend`: streams whose caches hold tokens up to their positions."""
+    """One call of `attend`: sequences whose caches hold tokens up to their positions."""
 
     positions: tuple[int, ...] = (6,)
     heads: int = 4
@@ -99,7 +101,7 @@ class AttentionCase:
 
 ATTENTION_CASES: Mapping[str, AttentionCase] = {
     "first token": AttentionCase(positions=(0,)),
-    "streams": AttentionCase(positions=(5, 0, 31, 17)),
+    "several sequences": AttentionCase(positions=(5, 0, 31, 17)),
     "one key head": AttentionCase(kv_heads=1),
     "no sharing": AttentionCase(kv_heads=4, head_dim=24, rotary_dim=24),
     "odd sharing": AttentionCase(heads=9, kv_heads=3, head_dim=10, rotary_dim=6),
@@ -135,7 +137,7 @@ def attended(
     eps: float = 0.0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `attend` stream by stream with torch's own operations, leaving the caches alone.
+    """Compute `attend` sequence by sequence with torch's own operations, leaving the caches alone.
 
     Everything runs in `dtype` but for keys and values, which are rounded to the dtype of `qkv`.
 

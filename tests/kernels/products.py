@@ -79,6 +79,7 @@ def by_torch(weight: Weight, operands: Operands, dtype: torch.dtype) -> Tensor:
         norm_weight,
         eps,
         activation,
+        _,
     ) = operands
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x = x if norm_weight is None else reference.rms_norm(x, norm_weight, eps)

@@ -1,3 +1,5 @@
+"""The operations' contract with torch, and that every device computes the same."""
+
 import math
 from typing import Any
 
@@ -5,17 +7,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from teal.foundation.errors import UserError
-from teal.kernels import dispatch, ops
+from teal.kernels import ops
 from teal.kernels.reference import matmul as reference
+from teal.quantization import Scheme, round_to_nearest
 from tests.helpers import relative_error
-from tests.kernels.cases import ATTENTION_CASES, AttentionCase, attended
+from tests.kernels.cases import ATTENTION_CASES, AttentionCase, attended, by_reference, draw
 
 TINY = 2e-6
+SCHEMES = {
+    "int8": Scheme(format="int8"),
+    "fp8": Scheme(format="fp8"),
+    "int4": Scheme(format="int4", group_size=32),
+    "int4 with zeros": Scheme(format="int4", group_size=32, symmetric=False),
+}
+
+schemes = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+quantized_operations = pytest.mark.parametrize("name", ["quantized_linear", "quantized_glu"])
 
 
 def _draw(*shape: int, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    return draw(*shape, seed=seed).to(device)
 
 
 def _calls(device: torch.device | str) -> dict[str, tuple[Any, ...]]:
@@ -58,7 +69,7 @@ def test_operations_keep_their_contract_with_torch(name: str, device: torch.devi
 @operations
 def test_operations_equal_the_reference(name: str, device: torch.device) -> None:
     arguments = _calls(device)[name]
-    expected = dispatch.IMPLEMENTATIONS["CompositeExplicitAutograd"][name](*arguments)
+    expected = by_reference(getattr(ops, name), *arguments)
     result = getattr(ops, name)(*arguments)
     assert result.shape == expected.shape
     assert relative_error(result, expected) < TINY
@@ -102,30 +113,6 @@ def test_attention_equals_that_of_torch(case: AttentionCase, device: torch.devic
     on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
     result = ops.attend(*(tensor.to(device) for tensor in tensors), **on_device)
     assert relative_error(result.cpu(), exact) < TINY
-
-
-@pytest.mark.parametrize(
-    "place, tensor, message",
-    [
-        (0, _draw(3, 97), "qkv has shape"),
-        (0, _draw(3, 64), "qkv has shape"),
-        (0, _draw(2, 128), "qkv has shape"),
-        (1, _draw(3, 2, 41, 16), "keys have shape"),
-        (1, _draw(3, 2, 16, 40).mT, "contiguous"),
-        (2, _draw(3, 2, 40, 16).half(), "one dtype"),
-        (3, torch.zeros(2, dtype=torch.int64), "positions has shape"),
-        (3, torch.zeros(3, dtype=torch.int32), "int64"),
-        (4, _draw(43, 9), "at most 8"),
-        (5, _draw(39, 4), "cosines have shape"),
-    ],
-)
-def test_operands_of_attention_that_do_not_fit_are_refused(
-    place: int, tensor: Tensor, message: str
-) -> None:
-    tensors = list(_attention("cpu")[0])
-    tensors[place] = tensor
-    with pytest.raises(UserError, match=message):
-        ops.attend(*tensors, score_scale=1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -185,49 +172,111 @@ def test_a_threshold_of_infinity_leaves_the_bias(device: torch.device) -> None:
     assert torch.equal(ops.sparse_gemv(x, weight, math.inf, bias=bias), bias[None])
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"x": _draw(1, 71)}, "Give x"),
-        ({"weight": _draw(70, 96).half()}, "one dtype"),
-        ({"shift": _draw(71)}, r"shift has shape \(71,\)"),
-        ({"bias": _draw(95)}, r"bias has shape \(95,\)"),
-        ({"thresholds": [0.5]}, "one of each per part"),
-        ({"output_sizes": [32, 32]}, "do not sum to the 96 columns"),
-        ({"residual": _draw(3, 96)}, "residual has shape"),
-        ({"bias": _draw(96).half()}, "one dtype"),
-        ({"residual": _draw(1, 96).half()}, "one dtype"),
-        ({"score_scale": _draw(2, 71)}, r"score_scale has shape \(71,\)"),
-        ({"norm_weight": _draw(96)}, r"norm_weight has shape \(96,\)"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_operands_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
-    fitting = {"x": _draw(1, 70), "weight": _draw(70, 96), "thresholds": [0.5, 0.5]}
-    with pytest.raises(UserError, match=message):
-        ops.sparse_linear(**{**fitting, "output_sizes": [32, 64], **change})
+def _quantized_weight(scheme: Scheme, device: torch.device | str) -> tuple[Any, ...]:
+    weight = round_to_nearest(draw(70, 96, seed=1), scheme).to(device)
+    return weight.codes, weight.scales, weight.zeros, weight.group_size
 
 
-def test_rows_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(UserError, match=r"weight \(out_features, in_features\)"):
-        ops.lm_head_gemv(_draw(1, 70), _draw(70, 96))
-    with pytest.raises(UserError, match="one dtype"):
-        ops.lm_head_gemv(_draw(1, 70), _draw(96, 70).half())
+def _quantized_call(name: str, scheme: Scheme, device: torch.device | str) -> tuple[Any, ...]:
+    x, *vectors, residual, norm_weight = (
+        tensor.to(device)
+        for tensor in (
+            draw(2, 1, 70),
+            draw(2, 70, seed=2).abs(),
+            draw(70, seed=3),
+            draw(96, seed=4),
+            draw(2, 1, 96, seed=5),
+            draw(70, seed=6),
+        )
+    )
+    start = (x, *_quantized_weight(scheme, device), [0.5, 0.7])
+    if name == "quantized_glu":
+        return (*start, "silu", *vectors, norm_weight, 1e-5)
+    return (*start, [32, 64], *vectors, residual, norm_weight, 1e-5)
 
 
-def test_an_unknown_activation_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match="Known: gelu_pytorch_tanh, silu"):
-        ops.sparse_glu(_draw(1, 70), _draw(70, 96), [0.5, 0.5], "relu")
-
-
-def test_without_numba_a_product_is_right_and_a_warning_says_once_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@quantized_operations
+@schemes
+def test_quantized_operations_keep_their_contract_with_torch(
+    name: str, scheme: Scheme, device: torch.device
 ) -> None:
-    monkeypatch.setattr(dispatch, "cpu_gemv", None)
-    dispatch._say_once.cache_clear()
-    x, weight = _draw(1, 8), _draw(8, 4)
-    for _ in range(2):
-        assert torch.equal(ops.sparse_gemv(x, weight, -1.0), x @ weight)
-    assert [(record.levelname, record.message) for record in caplog.records] == [
-        ("WARNING", "numba is not installed: on a CPU nothing is skipped. Try: pip install numba")
-    ]
+    operation = getattr(torch.ops.teal, name).default
+    checks = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+    # To see whether an operand was changed torch computes with it, which it cannot in fp8.
+    checks = checks[1:] if scheme.format == "fp8" else checks
+    torch.library.opcheck(operation, _quantized_call(name, scheme, device), test_utils=checks)
+
+
+@quantized_operations
+@schemes
+def test_quantized_operations_equal_the_reference(
+    name: str, scheme: Scheme, device: torch.device
+) -> None:
+    arguments = _quantized_call(name, scheme, device)
+    expected = by_reference(getattr(ops, name), *arguments)
+    result = getattr(ops, name)(*arguments)
+    assert result.shape == expected.shape
+    assert relative_error(result, expected) < TINY
+
+
+@quantized_operations
+@schemes
+def test_quantized_operations_compile_into_one_graph(
+    name: str, scheme: Scheme, device: torch.device
+) -> None:
+    arguments = _quantized_call(name, scheme, device)
+
+    def doubled(x: Tensor) -> Tensor:
+        return 2 * getattr(ops, name)(x, *arguments[1:])
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(arguments[0]), doubled(arguments[0]), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@quantized_operations
+@schemes
+def test_quantized_operations_are_captured_in_a_cuda_graph(name: str, scheme: Scheme) -> None:
+    arguments = _quantized_call(name, scheme, "cuda")
+    expected = getattr(ops, name)(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = getattr(ops, name)(*arguments)
+    graph.replay()
+    torch.testing.assert_close(result, expected, rtol=TINY, atol=TINY)
+
+
+@pytest.mark.gpu
+def test_one_row_of_16_bits_is_computed_by_the_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_gemv = pytest.importorskip("teal.kernels.cuda.gemv")
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs clusters of blocks")
+    calls, compute = [], cuda_gemv.compute
+
+    def counted(*given: Any) -> Tensor:
+        calls.append(given)
+        return compute(*given)
+
+    monkeypatch.setattr(cuda_gemv, "compute", counted)
+    x, weight = draw(1, 70).cuda().bfloat16(), draw(70, 96, seed=1).cuda().bfloat16()
+    codes = _quantized_weight(SCHEMES["int4 with zeros"], "cuda")
+    ops.sparse_gemv(x, weight, 0.5)
+    ops.sparse_linear(x, weight, [0.5, 0.4], [32, 64])
+    ops.sparse_glu(x, weight, [0.5, 0.4], "silu")
+    ops.quantized_linear(x, *codes, [-1.0, -1.0], [32, 64])
+    assert len(calls) == 4
+    ops.quantized_glu(x, *codes, [0.5, 0.4], "silu")
+    assert len(calls) == 5
+
+
+@schemes
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_every_dtype_and_number_of_rows_has_an_implementation(
+    scheme: Scheme, dtype: torch.dtype, rows: int, device: torch.device
+) -> None:
+    x, weight = draw(rows, 70).to(device, dtype), _quantized_weight(scheme, device)
+    result = ops.quantized_linear(x, *weight, [-1.0], [96])
+    assert result.dtype == dtype
+    dense = round_to_nearest(draw(70, 96, seed=1), scheme).dequantize(torch.float64).to(device)
+    assert relative_error(result, x.double() @ dense) < torch.finfo(dtype).eps + 1e-15

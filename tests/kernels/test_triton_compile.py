@@ -28,7 +28,9 @@ SPILLED = {("gated", 8192, 100, "fp16"): 8}
 
 def _compile(row: Any, dtype: str, arch: int) -> Any:
     config = row.config
-    flags = dict.fromkeys(("HAS_SCALE", "HAS_SHIFT", "HAS_BIAS", "HAS_RESIDUAL", "HAS_NORM"), False)
+    flags = dict.fromkeys(
+        ("HAS_SCORE_SCALE", "HAS_SHIFT", "HAS_BIAS", "HAS_RESIDUAL", "HAS_NORM"), False
+    )
     constants = {
         "PARTS": 3 if row.form == "parts" else 1,
         "ACTIVATION": "silu" if row.form == "gated" else None,
@@ -41,8 +43,8 @@ def _compile(row: Any, dtype: str, arch: int) -> Any:
         "CHUNKS": triton.next_power_of_2(-(-row.in_features // config.block_k)),
         "EVEN": True,
     }
-    special = {"scale_ptr": "*fp32", "shift_ptr": "*fp32", "partial_ptr": "*fp32"}
-    special |= {"list_ptr": "*i32", "arrived_ptr": "*i32", "eps": "fp32"}
+    special = {"score_scale_ptr": "*fp32", "shift_ptr": "*fp32", "partial_ptr": "*fp32"}
+    special |= {"kept_ptr": "*i32", "arrived_ptr": "*i32", "eps": "fp32"}
     special |= {f"threshold_{part}": "fp32" for part in range(3)}
     signature, aligned = {}, {}
     for index, name in enumerate(sparse_gemv_kernel.arg_names):

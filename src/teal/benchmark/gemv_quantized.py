@@ -6,7 +6,7 @@ from torch import Tensor
 from teal.benchmark.gemv import ACTIVATION, Product, copies_of
 from teal.benchmark.shapes import Shape
 from teal.benchmark.timing import Timing
-from teal.kernels import ops_quantized
+from teal.kernels import ops
 from teal.kernels.operands import Operands, QuantParams
 from teal.quantization import QuantizedWeight, Scheme, round_to_nearest
 
@@ -45,8 +45,8 @@ class QuantizedProduct(Product):
         weight = (codes.codes, codes.scales, codes.zeros, codes.group_size)
         thresholds = [threshold] * len(output_sizes)
         if self.shape.form == "gated":
-            return ops_quantized.quantized_glu(self.x, *weight, thresholds, ACTIVATION)
-        return ops_quantized.quantized_linear(self.x, *weight, thresholds, output_sizes)
+            return ops.quantized_glu(self.x, *weight, thresholds, ACTIVATION)
+        return ops.quantized_linear(self.x, *weight, thresholds, output_sizes)
 
     def operands(self, number: int, threshold: float) -> tuple[Operands, QuantParams | None]:
         """Return what the kernels are given for one of the weights."""

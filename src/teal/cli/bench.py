@@ -10,7 +10,7 @@ from teal.cli.console import print_json, print_table, progress_bar, say
 from teal.cli.options import GroupSizeOption, JsonOption, TablesOption, scheme_of
 from teal.foundation.errors import UserError
 from teal.foundation.formatting import percent
-from teal.kernels.tuning import use_tables
+from teal.kernels.tuning import tuning_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,7 +108,7 @@ def gemv(
     fractions = fractions_of(sparsity)
     wanted = _unique(shapes)
     if tables:
-        use_tables(tables)
+        tuning_folder(tables)
     if scheme and baseline_teal:
         raise UserError("TEAL's kernels are of floats. Leave out --quantize.")
     if tune:
@@ -198,7 +198,7 @@ def _write_tables(
             row = tune_tiles.tune(product)
             path = write_triton_table(folder, [row], name)
             say(f"{shape.name}: {row.config}")
-    say(f"The table is in {path}. Use it with --tables {folder}, or teal.use_tables.")
+    say(f"The table is in {path}. Use it with --tables {folder}.")
 
 
 def _unique(names: list[str]) -> "list[Shape]":

@@ -18,7 +18,7 @@ from teal.cli.options import (
     formats_of,
 )
 from teal.foundation.formatting import format_name, percent
-from teal.kernels.tuning import use_tables
+from teal.kernels.tuning import tuning_folder
 
 if TYPE_CHECKING:
     from teal.benchmark.decode import DecodeResult
@@ -132,7 +132,7 @@ def decode(
     workload = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
     check_baselines(baseline or ())
     if tables:
-        use_tables(tables)
+        tuning_folder(tables)
     formats = formats_of(quantize or (), group_size, quantize_head)
     most_layers = _LAYERS if tune else None
     sources = Sources(
@@ -210,7 +210,7 @@ def _write_table(folder: Path, subject: "BenchmarkModel") -> None:
         path = write_cuda_table(folder, {task: found.config}, name)
         kind = "dense" if task.is_dense else "sparse"
         say(f"{task.in_features} → {task.out_features} from {task.form}, {kind}: {found}")
-    say(f"The table is in {path}. Use it with --tables {folder}, or teal.use_tables.")
+    say(f"The table is in {path}. Use it with --tables {folder}.")
 
 
 def _print_kernels(subject: "BenchmarkModel", fractions: Sequence[float]) -> None:

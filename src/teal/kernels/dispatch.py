@@ -1,24 +1,34 @@
-"""Who computes an operation: checks of its operands, then the kernel of the device."""
+"""Who computes an operation: an ordered table of backends per device, the reference last.
+
+Every function of `ops` arrives here. Its operands are checked once, then the first backend that
+can compute it does.
+"""
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal.kernels.checks import check_attend, check_lm_head, check_product, glu_output_sizes
-from teal.kernels.operands import Operands
+from teal.kernels.checks import (
+    check_attend,
+    check_lm_head,
+    check_product,
+    check_quantized,
+    glu_output_sizes,
+)
+from teal.kernels.operands import Operands, QuantParams
 from teal.kernels.reference import attention as reference_attention
-from teal.kernels.reference import matmul as reference
+from teal.kernels.reference.backend import ReferenceBackend, multiply
 
 try:
-    from teal.kernels.triton import attention as triton_attention
-    from teal.kernels.triton import gemv as triton_gemv
+    from teal.kernels.triton.attention import TritonAttention
+    from teal.kernels.triton.gemv import TritonBackend
 except ImportError:
-    triton_gemv = None  # type: ignore[assignment]
+    TritonBackend = None  # type: ignore[assignment, misc]
 try:
     from teal.kernels.cuda import gemv as cuda_gemv
 except ImportError:
@@ -26,39 +36,285 @@ except ImportError:
 try:
     from teal.kernels.cpu import attention as cpu_attention
     from teal.kernels.cpu import gemv as cpu_gemv
-    from teal.kernels.cpu import lm_head
+    from teal.kernels.cpu import lm_head as cpu_lm_head
+    from teal.kernels.cpu import quantized_gemv as cpu_quantized
 except ImportError:
     cpu_gemv = None  # type: ignore[assignment]
 
 _log = logging.getLogger(__name__)
 
-Compute = Callable[[Operands], Tensor]
+# Reasons that a user can do something about are warnings; the others are only informative.
+_ADVICE = {
+    "numba is not installed": "on a CPU nothing is skipped. Try: pip install numba",
+    "Triton is not installed": "some products skip nothing. Try: pip install triton",
+}
 
 
-def _gemv(
-    compute: Compute,
+class Backend(Protocol):
+    """Computes products on one type of device.
+
+    Attributes:
+        name: Name in messages.
+    """
+
+    name: str
+
+    def can_run(self, operands: Operands, quant: QuantParams | None) -> str | None:
+        """Say why it cannot compute a product, or is not the fastest that can.
+
+        It is asked before every product, so it must be cheap and must not read tensors.
+
+        Args:
+            operands: Checked operands on a device of its type, with codes as the weight where
+                there is `quant`.
+            quant: Decodes the weight; `None` for floats.
+
+        Returns:
+            `None` if it can; else a clause with a subject, such as "numba is not installed".
+        """
+
+    def run(self, operands: Operands, quant: QuantParams | None) -> Tensor:
+        """Compute a product that it can run, as `reference` defines it.
+
+        Args:
+            operands: Operands for which `can_run` returns `None`.
+            quant: Decodes the weight; `None` for floats.
+
+        Returns:
+            (..., N), or (..., N / 2) with an activation, in the dtype of `x`.
+        """
+
+
+class _Candidate(Protocol):
+    """What any backend has, whatever it computes: `can_run` and `run` take the same tensors."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def can_run(self) -> Callable[..., str | None]: ...
+
+    @property
+    def run(self) -> Callable[..., Tensor]: ...
+
+
+class _NotInstalled:
+    """Takes the place of any backend whose package is missing."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name
+        self.reason = reason
+
+    def can_run(self, *_: object) -> str:
+        return self.reason
+
+    def run(self, *_: object, **__: object) -> Tensor:
+        raise NotImplementedError(self.reason)
+
+
+# --- Adapters, until teal.kernels.cuda.gemv has CudaBackend and teal.kernels.cpu.gemv NumbaBackend.
+
+
+class _CudaBackend:
+    name = "cuda"
+
+    def can_run(self, operands: Operands, quant: QuantParams | None) -> str | None:
+        # ROCm builds of torch call their devices "cuda" too.
+        if torch.version.hip is not None:
+            return "it needs an NVIDIA GPU"
+        if cuda_gemv is None:
+            return "cuda-core is not installed"
+        can_compute = cuda_gemv.can_compute(operands, quant)
+        return None if can_compute else "another backend is faster or the only one"
+
+    def run(self, operands: Operands, quant: QuantParams | None) -> Tensor:
+        return cuda_gemv.compute(operands, quant)
+
+
+class _NumbaBackend:
+    name = "numba"
+
+    def can_run(self, operands: Operands, quant: QuantParams | None) -> str | None:
+        if quant is not None:
+            readable = cpu_quantized.can_dequantize(operands, quant)
+            return None if readable else "codes, scales or x are not of a layout or dtype it reads"
+        if cpu_gemv.can_compute(operands):
+            return None
+        if operands.x.dtype not in cpu_gemv.ELEMENTS:
+            return "x is not float32, bfloat16 or float16"
+        return "there are more than 8 rows or 3 parts"
+
+    def run(self, operands: Operands, quant: QuantParams | None) -> Tensor:
+        if quant is None:
+            return cpu_gemv.compute(operands)
+        if cpu_quantized.can_compute(operands, quant):
+            return cpu_quantized.compute(operands, quant)
+        return multiply(operands._replace(weight=cpu_quantized.dequantized(operands, quant)))
+
+
+class _NumbaAttention:
+    name = "numba"
+
+    def can_run(self, qkv: Tensor, *_: Tensor) -> str | None:
+        return None if qkv.dtype in cpu_gemv.ELEMENTS else "qkv is not float32, bfloat16 or float16"
+
+    def run(self, *tensors: Tensor, **options: Any) -> Tensor:
+        return cpu_attention.attend(*tensors, **options)
+
+
+class _NumbaHead:
+    name = "numba"
+
+    def can_run(self, x: Tensor, weight: Tensor) -> str | None:
+        can_compute = cpu_lm_head.can_compute(x, weight)
+        return None if can_compute else "x has more than 8 rows, or it cannot read the tensors"
+
+    def run(self, x: Tensor, weight: Tensor) -> Tensor:
+        return cpu_lm_head.lm_head_gemv(x, weight)
+
+
+# --- End of the adapters.
+
+_NUMBA = _NotInstalled("numba", "numba is not installed")
+_TRITON = _NotInstalled("triton", "Triton is not installed")
+
+# Backends of products by torch's device type, in the order in which they are asked. The reference
+# computes what none of them can, and everything on other devices.
+BACKENDS: dict[str, list[Backend]] = {
+    "cpu": [_NUMBA if cpu_gemv is None else _NumbaBackend()],
+    "cuda": [_CudaBackend(), _TRITON if TritonBackend is None else TritonBackend()],
+}
+# The same for `attend` and `lm_head_gemv`, whose arguments `can_run` and `run` take.
+ATTENTION_BACKENDS: dict[str, list[_Candidate]] = {
+    "cpu": [_NUMBA if cpu_gemv is None else _NumbaAttention()],
+    "cuda": [_TRITON if TritonBackend is None else TritonAttention()],
+}
+LM_HEAD_BACKENDS: dict[str, list[_Candidate]] = {
+    "cpu": [_NUMBA if cpu_gemv is None else _NumbaHead()],
+}
+
+_REFERENCE = ReferenceBackend()
+
+AnyBackend = TypeVar("AnyBackend", bound=_Candidate)
+
+
+def register_backend(device_type: str, backend: Backend) -> None:
+    """Put a backend before those that a type of device has.
+
+    Args:
+        device_type: `device.type` in torch, such as "cpu", "cuda", "xpu" or "mps".
+        backend: Asked first from now on, for every product of every thread.
+    """
+    BACKENDS.setdefault(device_type, []).insert(0, backend)
+
+
+def backend_for(operands: Operands, quant: QuantParams | None) -> Backend:
+    """Return the backend that computes a product.
+
+    Args:
+        operands: Checked operands.
+        quant: Decodes the weight; `None` for floats.
+    """
+    backend = _first(BACKENDS, operands.x, operands, quant)
+    return _REFERENCE if backend is None else backend
+
+
+def reasons(operands: Operands, quant: QuantParams | None) -> dict[str, str]:
+    """Return why backends cannot compute a product, by the names of those that cannot.
+
+    Args:
+        operands: Checked operands.
+        quant: Decodes the weight; `None` for floats.
+    """
+    backends = BACKENDS.get(operands.x.device.type, ())
+    refusals = ((backend.name, backend.can_run(operands, quant)) for backend in backends)
+    return {name: reason for name, reason in refusals if reason is not None}
+
+
+def _first(
+    backends: Mapping[str, Sequence[AnyBackend]], x: Tensor, *arguments: Any
+) -> AnyBackend | None:
+    """Return the first backend for the device of `x` that can run, or `None` for the reference.
+
+    Logs once why those before it cannot.
+    """
+    # `x.device.type` makes a string, which takes four times as long as asking twice.
+    device_type = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
+    chosen, refusals = None, []
+    for backend in backends.get(device_type, ()):
+        reason = backend.can_run(*arguments)
+        if reason is None:
+            chosen = backend
+            break
+        refusals.append((backend.name, reason))
+    for name, reason in refusals:
+        _log_choice(device_type, name, reason, "the reference" if chosen is None else chosen.name)
+    return chosen
+
+
+@functools.cache
+def _log_choice(device_type: str, refused: str, reason: str, chosen: str) -> None:
+    """Log why a backend is passed over, once: the cache remembers what was said."""
+    if reason in _ADVICE:
+        _warn(reason)
+    else:
+        _log.info("On %s, %s computes what %s cannot: %s", device_type, chosen, refused, reason)
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    _log.warning("%s: %s", reason, _ADVICE[reason])
+
+
+def _computed(operands: Operands, quant: QuantParams | None = None) -> Tensor:
+    if quant is None:
+        check_product(operands)
+    else:
+        check_quantized(operands, quant)
+    return backend_for(operands, quant).run(operands, quant)
+
+
+def _sparse_gemv(
     x: Tensor,
     weight: Tensor,
     threshold: float,
     score_scale: Tensor | None = None,
     shift: Tensor | None = None,
     bias: Tensor | None = None,
+    tuning: str = "",
 ) -> Tensor:
     scales = None if score_scale is None else score_scale[None]
-    return _checked(
-        compute, Operands(x, weight, [threshold], weight.shape[1:], scales, shift, bias)
-    )
+    return _computed(
+        Operands(
+            x, weight, [threshold], weight.shape[1:], scales, shift, bias, None, None, 0.0, None,
+            tuning,
+        )
+    )  # fmt: skip
 
 
-def _parts(compute: Compute, *operands: Any) -> Tensor:
-    return _checked(compute, Operands(*operands))
+def _sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    thresholds: Sequence[float],
+    output_sizes: Sequence[int],
+    score_scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    tuning: str = "",
+    *,
+    quant: QuantParams | None = None,
+) -> Tensor:
+    operands = Operands(
+        x, weight, thresholds, output_sizes, score_scale, shift, bias, residual, norm_weight, eps,
+        None, tuning,
+    )  # fmt: skip
+    return _computed(operands, quant)
 
 
-def _gated(compute: Compute, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return _checked(compute, gated_operands(x, weight, weight.shape, *rest))
-
-
-def gated_operands(
+def _glu_operands(
     x: Tensor,
     weight: Tensor,
     shape: Sequence[int],
@@ -69,161 +325,52 @@ def gated_operands(
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
+    tuning: str = "",
 ) -> Operands:
-    """Return the operands of gate and up from the arguments of an operation.
-
-    Args:
-        x: As `ops.sparse_glu`, and so the rest.
-        weight: Floats or codes.
-        shape: Of the weight as floats.
-        thresholds: Of gate and of up.
-        activation: Of the gate.
-        score_scale: Score weights.
-        shift: Centre per channel.
-        bias: Added to the products.
-        norm_weight: Of an RMSNorm in front.
-        eps: Of that norm.
-
-    Raises:
-        UserError: The activation is unknown, or the weight is not two halves.
-    """
-    output_sizes = glu_output_sizes(shape, activation)
+    sizes = glu_output_sizes(shape, activation)
     return Operands(
-        x,
-        weight,
-        thresholds,
-        output_sizes,
-        score_scale,
-        shift,
-        bias,
-        None,
-        norm_weight,
-        eps,
-        activation,
-    )
+        x, weight, thresholds, sizes, score_scale, shift, bias, None, norm_weight, eps,
+        activation, tuning,
+    )  # fmt: skip
 
 
-def _checked(compute: Compute, operands: Operands) -> Tensor:
-    check_product(operands)
-    return compute(operands)
+def _sparse_glu(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return _computed(_glu_operands(x, weight, weight.shape, *rest))
 
 
-def by_reference(operands: Operands) -> Tensor:
-    """Compute a product in plain PyTorch."""
-    o = operands
-    parts = reference.sparse_linear(
-        normed(o), o.weight, o.thresholds, o.output_sizes, o.score_scale, o.shift, o.bias
-    )
-    return finished(parts, o)
+def _quantized_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, *rest: Any
+) -> Tensor:
+    return _sparse_linear(x, codes, *rest, quant=QuantParams(scales, zeros, group_size))
 
 
-def normed(operands: Operands) -> Tensor:
-    """Return the activations that are multiplied."""
-    x, norm_weight = operands.x, operands.norm_weight
-    return x if norm_weight is None else reference.rms_norm(x, norm_weight, operands.eps)
+def _quantized_glu(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, *rest: Any
+) -> Tensor:
+    quant = QuantParams(scales, zeros, group_size)
+    return _computed(_glu_operands(x, codes, scales.shape, *rest), quant)
 
 
-def finished(parts: Tensor, operands: Operands) -> Tensor:
-    """Return the result of a product from its parts beside each other."""
-    residual, activation = operands.residual, operands.activation
-    parts = parts if residual is None else parts + residual
-    return parts if activation is None else reference.gate_and_up(parts, activation)
-
-
-def _on_cuda(operands: Operands) -> Tensor:
-    if cuda_gemv is not None and cuda_gemv.can_compute(operands, None):
-        return cuda_gemv.compute(operands)
-    if not _has_triton_kernel(operands):
-        return by_reference(operands)
-    x = operands.x
-    contiguous: Iterator[Any] = (
-        operand.contiguous() if isinstance(operand, Tensor) else operand
-        for operand in operands._replace(x=x.reshape(-1, x.shape[-1]))
-    )
-    with torch.cuda.device(x.device):
-        result = triton_gemv.launch(Operands(*contiguous))
-    return result.view(*x.shape[:-1], result.shape[-1])
-
-
-def _has_triton_kernel(operands: Operands) -> bool:
-    if triton_gemv is None:
-        _say_once("Triton is not installed: some products skip nothing. Try: pip install triton")
-        return False
-    return (
-        not reference.keeps_everything(operands.thresholds)
-        and 1 <= operands.rows <= triton_gemv.MAX_ROWS
-        and len(operands.output_sizes) <= triton_gemv.MAX_PARTS
-        and operands.x.dtype in triton_gemv.DTYPES
-    )
-
-
-def _on_cpu(operands: Operands) -> Tensor:
-    if has_numba() and cpu_gemv.can_compute(operands):
-        return cpu_gemv.compute(operands)
-    return by_reference(operands)
-
-
-def has_numba() -> bool:
-    """Say whether there are CPU kernels; tell once that there are none."""
-    if cpu_gemv is None:
-        _say_once("numba is not installed: on a CPU nothing is skipped. Try: pip install numba")
-    return cpu_gemv is not None
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    _log.warning(message)
-
-
-def _attend(qkv: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
-    check_attend(qkv, *tensors)
-    return reference_attention.attend(qkv.contiguous(), *tensors, **options)
-
-
-def _attend_on_cpu(qkv: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
-    check_attend(qkv, *tensors)
-    if has_numba() and qkv.dtype in cpu_gemv.ELEMENTS:
-        return cpu_attention.attend(qkv.contiguous(), *tensors, **options)
-    return reference_attention.attend(qkv.contiguous(), *tensors, **options)
-
-
-def _attend_on_cuda(qkv: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
-    check_attend(qkv, *tensors)
-    keys, cosines = tensors[0], tensors[3]
-    if triton_gemv is None or not triton_attention.fits(keys.shape[-1], cosines, qkv.dtype):
-        return reference_attention.attend(qkv.contiguous(), *tensors, **options)
-    with torch.cuda.device(qkv.device):
-        return triton_attention.attend(qkv.contiguous(), *tensors, **options)
+def _attend(qkv: Tensor, keys: Tensor, values: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
+    check_attend(qkv, keys, values, *tensors)
+    backend = _first(ATTENTION_BACKENDS, qkv, qkv, keys, values, *tensors)
+    attend = reference_attention.attend if backend is None else backend.run
+    return attend(qkv.contiguous(), keys, values, *tensors, **options)
 
 
 def _lm_head_gemv(x: Tensor, weight: Tensor) -> Tensor:
     check_lm_head(x, weight)
-    return F.linear(x, weight)
+    backend = _first(LM_HEAD_BACKENDS, x, x, weight)
+    return F.linear(x, weight) if backend is None else backend.run(x, weight)
 
 
-def _lm_head_gemv_on_cpu(x: Tensor, weight: Tensor) -> Tensor:
-    check_lm_head(x, weight)
-    if has_numba() and lm_head.can_compute(x, weight):
-        return lm_head.lm_head_gemv(x, weight)
-    return F.linear(x, weight)
-
-
-def _products(compute: Compute) -> Mapping[str, Callable[..., Tensor]]:
-    forms = {"sparse_gemv": _gemv, "sparse_linear": _parts, "sparse_glu": _gated}
-    return {name: functools.partial(form, compute) for name, form in forms.items()}
-
-
-# By dispatch key of torch; the first serves every device that has no kernels of its own.
-IMPLEMENTATIONS: Mapping[str, Mapping[str, Callable[..., Tensor]]] = {
-    "CompositeExplicitAutograd": {
-        **_products(by_reference),
-        "attend": _attend,
-        "lm_head_gemv": _lm_head_gemv,
-    },
-    "CPU": {
-        **_products(_on_cpu),
-        "attend": _attend_on_cpu,
-        "lm_head_gemv": _lm_head_gemv_on_cpu,
-    },
-    "CUDA": {**_products(_on_cuda), "attend": _attend_on_cuda},
+# By the name of the operation in `ops`.
+IMPLEMENTATIONS: Mapping[str, Callable[..., Tensor]] = {
+    "sparse_gemv": _sparse_gemv,
+    "sparse_linear": _sparse_linear,
+    "sparse_glu": _sparse_glu,
+    "quantized_linear": _quantized_linear,
+    "quantized_glu": _quantized_glu,
+    "attend": _attend,
+    "lm_head_gemv": _lm_head_gemv,
 }

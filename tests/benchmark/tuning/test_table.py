@@ -18,16 +18,16 @@ def test_cuts_are_added_to_those_that_were_measured_before(tmp_path: Path) -> No
     write_cuda_table(tmp_path, {task: faster}, "some GPU")
     path = write_cuda_table(tmp_path, {other: config}, "some GPU")
     assert path.name == "cuda_tile_configs.json"
-    assert tuned_configs.read_table(path) == known | {task: faster, other: config}
+    assert tuned_configs.read_table(str(tmp_path)) == known | {task: faster, other: config}
 
 
 def test_tiles_are_added_to_those_that_were_measured_before(tmp_path: Path) -> None:
     known = triton_tile_config.read_table()
     tile = TileConfig(block_n=64, block_k=64, warps=1, unroll=4)
     faster, other = (
-        replace(known[0], tile=tile),
-        TunedConfig(form="plain", in_features=7, out_features=9, tile=tile),
+        replace(known[0], config=tile),
+        TunedConfig(form="plain", in_features=7, out_features=9, config=tile),
     )
     write_triton_table(tmp_path, [faster], "some GPU")
     path = write_triton_table(tmp_path, [other], "some GPU")
-    assert triton_tile_config.read_table(path) == [faster, *known[1:], other]
+    assert triton_tile_config.read_table(str(path.parent)) == [faster, *known[1:], other]

@@ -8,7 +8,7 @@ from teal.benchmark.gemv import Product
 from teal.benchmark.shapes import MODELS, Shape
 from teal.benchmark.tuning.triton import candidates, tune
 from teal.foundation.errors import UserError
-from teal.kernels.triton.tile_config import TunedConfig, config_for, read_table, table_text
+from teal.kernels.triton.tile_config import TABLE, TunedConfig, config_for, read_table, table_text
 
 EVERY_SHAPE = [shape for geometry in MODELS.values() for shape in geometry.shapes()]
 
@@ -19,9 +19,8 @@ def test_every_shape_of_a_known_model_has_a_few_candidates(shape: Shape) -> None
 
 
 def test_a_table_survives_being_written(tmp_path: Path) -> None:
-    path = tmp_path / "tiles.json"
-    path.write_text(table_text(read_table(), "some GPU"))
-    assert read_table(path) == read_table()
+    (tmp_path / TABLE.file).write_text(table_text(read_table(), "some GPU"))
+    assert read_table(str(tmp_path)) == read_table()
 
 
 def test_a_shape_of_the_table_gets_its_own_tile() -> None:

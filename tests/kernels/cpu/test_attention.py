@@ -97,7 +97,7 @@ def test_bits_do_not_depend_on_the_number_of_threads_or_the_call(
 
 
 def test_a_stream_has_the_bits_that_it_has_alone() -> None:
-    case = ATTENTION_CASES["streams"]
+    case = ATTENTION_CASES["several sequences"]
     tensors, options = case.tensors(torch.bfloat16), case.arguments(torch.bfloat16)
     rows = [
         [*(tensor[row : row + 1].clone() for tensor in tensors[:4]), *tensors[4:]]

@@ -1,23 +1,23 @@
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from teal.kernels import dispatch_quantized
 from teal.kernels.operands import Operands, QuantParams
+from teal.kernels.reference import backend as reference_backend
 from teal.kernels.reference import matmul as reference
 from teal.quantization import QuantizedWeight, Scheme, round_to_nearest
 from tests.helpers import assert_as_precise_as_torch
-from tests.kernels.cases import draw, exact
+from tests.kernels.cases import by_reference, draw, exact
 
 pytest.importorskip("numba")
 
 from teal.kernels.cpu import quantized_gemv
-from teal.kernels.ops_quantized import quantized_glu, quantized_linear
+from teal.kernels.ops import quantized_glu, quantized_linear
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -29,13 +29,13 @@ SCHEMES = {
     "int4 with zeros": Scheme(format="int4", group_size=64, symmetric=False),
 }
 schemes = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-IN_PLAIN_TORCH = dispatch_quantized.IMPLEMENTATIONS["CompositeExplicitAutograd"]
+IN_PLAIN_TORCH = reference_backend._quantized_products
 
 
 @pytest.fixture(autouse=True)
 def _only_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no test pass by way of the reference."""
-    monkeypatch.setattr(dispatch_quantized, "_by_reference", None)
+    monkeypatch.setattr(reference_backend, "_quantized_products", None)
 
 
 @pytest.fixture
@@ -170,9 +170,8 @@ def fused(
 
 
 def in_plain_torch(form: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:
-    bound = inspect.signature(form).bind(**arguments)
-    bound.apply_defaults()
-    return IN_PLAIN_TORCH[form.__name__](*bound.args)
+    with mock.patch.object(reference_backend, "_quantized_products", IN_PLAIN_TORCH):
+        return by_reference(form, **arguments)
 
 
 def in_float64(form: Callable[..., Tensor], arguments: dict[str, Any]) -> Tensor:

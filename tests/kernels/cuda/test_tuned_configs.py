@@ -6,9 +6,7 @@ import pytest
 
 pytest.importorskip("cuda.bindings")
 
-from teal.kernels import tuning as measured
 from teal.kernels.cuda.tuned_configs import TABLE, Task, read_table, table_text, tuned_config
-from teal.kernels.tuning import use_tables
 
 STEP_FORMS, PRODUCT_FORMS = ("hidden", "attention", "gated"), ("plain", "gated")
 
@@ -40,15 +38,12 @@ def test_every_kind_of_task_gets_a_cut(bits: int) -> None:
         assert form == "plain" or config.warps_n % 2 == 0
 
 
-def test_a_table_in_use_comes_before_that_of_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measured, "_in_use", {})
+def test_rows_of_a_folder_replace_those_of_the_package(tmp_path: Path) -> None:
     config = replace(tuned_config(task()), warps_k=2)
     (tmp_path / TABLE.file).write_text(table_text({task(): config}, "some GPU"))
-    use_tables(tmp_path)
-    assert tuned_config(task()) == tuned_config(task(in_features=14400)) == config
-    assert tuned_config(task(in_features=11008)) == read_table()[task(in_features=11008)]
+    shipped, own = read_table(), read_table(str(tmp_path))
+    assert own == {**shipped, task(): config}
+    assert next(iter(own)) == task()
 
 
 def test_another_size_gets_the_cut_of_the_nearest() -> None:

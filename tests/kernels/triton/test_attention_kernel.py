@@ -11,7 +11,7 @@ from tests.kernels.cases import AttentionCase, assert_right_in_the_interpreter, 
 
 pytest.importorskip("triton")
 
-from teal.kernels.triton.attention import attend, attend_parts, fits, splits_for
+from teal.kernels.triton.attention import TritonAttention, attend, attend_parts, splits_for
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -29,7 +29,7 @@ def _case(*positions: int, **changes: object) -> AttentionCase:
 
 CASES = {
     "first token": _case(0),
-    "streams": _case(5, 0, 31, 17),
+    "several sequences": _case(5, 0, 31, 17),
     "one key head": _case(9, kv_heads=1),
     "odd sharing": _case(70, heads=9, kv_heads=3),
     "window": _case(4, 70, 130, options={"window": 66}),
@@ -90,7 +90,7 @@ def test_any_number_of_splits_gives_the_same_attention(splits: int) -> None:
 
 
 @pytest.mark.gpu
-def test_what_is_no_number_in_a_stream_stays_visible_there_and_only_there() -> None:
+def test_nan_in_a_sequence_stays_visible_there_and_only_there() -> None:
     tensors, options = _given(_case(5, 6), torch.float32)
     tensors[0][1, 0] = NAN
     result = attend(*tensors, **options)
@@ -98,12 +98,22 @@ def test_what_is_no_number_in_a_stream_stays_visible_there_and_only_there() -> N
     assert result[1].isnan().any()
 
 
-def test_only_whole_heads_of_powers_of_two_are_computed_here() -> None:
-    cosines = torch.zeros(4, 32)
-    assert fits(64, cosines, torch.bfloat16)
-    assert not fits(96, torch.zeros(4, 48), torch.bfloat16)
-    assert not fits(128, cosines, torch.bfloat16)
-    assert not fits(64, cosines, torch.float64)
+@pytest.mark.parametrize(
+    ("case", "dtype", "reason"),
+    [
+        (_case(3, head_dim=64, rotary_dim=64), torch.bfloat16, None),
+        (_case(3, head_dim=96, rotary_dim=96), torch.bfloat16, "head_dim is not a power of two"),
+        (_case(3, head_dim=16, rotary_dim=16), torch.bfloat16, "of at least 32"),
+        (_case(3, head_dim=128, rotary_dim=64), torch.bfloat16, "rotates a part"),
+        (_case(3), torch.float64, "qkv is not bfloat16"),
+    ],
+    ids=["whole heads", "96", "16", "partial rotary", "float64"],
+)
+def test_it_says_which_heads_it_does_not_compute(
+    case: AttentionCase, dtype: torch.dtype, reason: str | None
+) -> None:
+    said = TritonAttention().can_run(*case.tensors(dtype))
+    assert (said is None) if reason is None else (said is not None and reason in said)
 
 
 def test_longer_contexts_are_split_further() -> None:

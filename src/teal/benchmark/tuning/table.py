@@ -30,9 +30,7 @@ def write_triton_table(folder: Path, rows: Sequence[TunedConfig], measured_on: s
         The file.
     """
     path = folder / triton_tile_config.TABLE.file
-    known = triton_tile_config.read_table(
-        path if path.exists() else triton_tile_config.TABLE.path_in_use()
-    )
+    known = triton_tile_config.read_table(str(folder), measured_on)
     sizes = {(row.form, row.in_features, row.out_features): row for row in (*known, *rows)}
     write_text(path, triton_tile_config.table_text(list(sizes.values()), measured_on))
     return path
@@ -50,6 +48,6 @@ def write_cuda_table(folder: Path, configs: "Mapping[Task, TileConfig]", measure
         The file.
     """
     path = folder / tuned_configs.TABLE.file
-    known = tuned_configs.read_table(path if path.exists() else tuned_configs.TABLE.path_in_use())
+    known = tuned_configs.read_table(str(folder), measured_on)
     write_text(path, tuned_configs.table_text(known | dict(configs), measured_on))
     return path

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from teal.kernels.ops import lm_head_gemv
-from teal.kernels.ops_quantized import quantized_linear
+from teal.kernels.ops import lm_head_gemv, quantized_linear
 from teal.kernels.reference import matmul as reference
 from teal.quantization import FLOAT, QuantizedWeight
 

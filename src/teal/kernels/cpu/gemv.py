@@ -85,6 +85,7 @@ def launch(
         norm_weight,
         eps,
         activation,
+        _,
     ) = operands
     dtype = x.dtype
     if norm_weight is not None and norm_weight.dtype != dtype:

@@ -3,13 +3,12 @@
 import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from teal.kernels.cuda.tile_config import TileConfig
-from teal.kernels.tuning import Table, distance
+from teal.kernels.tuning import CUDA_FILE, Table, distance
 
-TABLE = Table(file="cuda_tile_configs.json", key="configs", schema_version=3)
+TABLE = Table(file=CUDA_FILE, package="teal.kernels.cuda", key="configs", schema_version=3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +35,20 @@ class Task:
     rows: int = 1
 
 
-def read_table(path: Path | None = None) -> dict[Task, TileConfig]:
-    """Read a table of configs; by default the one shipped with the package.
+def read_table(folder: str = "", device: str = "") -> dict[Task, TileConfig]:
+    """Read the tuning table: the rows of a folder, then the shipped ones that it does not replace.
+
+    Args:
+        folder: Folder of tuning tables, "" for none.
+        device: Name of the device that chooses the shipped table.
 
     Raises:
-        UserError: It is of a newer schema, or no table at all.
+        UserError: A table cannot be read.
     """
-    return dict(TABLE.read(path, _from_row))
+    configs: dict[Task, TileConfig] = {}
+    for task, config in TABLE.rows(folder, device, _from_row):
+        configs.setdefault(task, config)
+    return configs
 
 
 def table_text(configs: Mapping[Task, TileConfig], measured_on: str) -> str:
@@ -61,7 +67,7 @@ def tuned_config(task: Task) -> TileConfig:
 
     It is that of another size: the caller sees to it that it fits.
     """
-    return _table(TABLE.path_in_use())[nearest(task)]
+    return _table()[nearest(task)]
 
 
 def nearest(task: Task) -> Task:
@@ -69,20 +75,20 @@ def nearest(task: Task) -> Task:
 
     It has as many rows or more, the fewest that were measured; if none has, it is of one row.
     """
-    return _nearest(task, TABLE.path_in_use())
+    return _nearest(task)
 
 
 @functools.cache
-def _nearest(task: Task, path: Path | None) -> Task:
-    alike = [other for other in _table(path) if _kind(other) == _kind(task)]
+def _nearest(task: Task) -> Task:
+    alike = [other for other in _table() if _kind(other) == _kind(task)]
     rows = min((other.rows for other in alike if other.rows >= task.rows), default=1)
     of_rows = (other for other in alike if other.rows == rows)
     return min(of_rows, key=lambda other: distance(_size(other), _size(task)))
 
 
 @functools.cache
-def _table(path: Path | None) -> Mapping[Task, TileConfig]:
-    return read_table() | read_table(path)
+def _table() -> Mapping[Task, TileConfig]:
+    return read_table()
 
 
 def _kind(task: Task) -> tuple[object, ...]:

@@ -1,1 +1,1 @@
-"""The definition of every mask and product, in plain PyTorch; also the fallback on any device."""
+"""The definition of every mask, product and attention, in plain PyTorch; also the fallback."""

@@ -1,1 +1,1 @@
-"""Kernels in Triton, for GPUs of any vendor that it compiles for."""
+"""Kernels in Triton, for the GPUs of every vendor that it compiles for."""

@@ -1,4 +1,4 @@
-"""Launches decode attention on the GPU; see triton/attention_kernel.py."""
+"""Launches the Triton kernels of decode attention."""
 
 from typing import Any
 
@@ -16,10 +16,28 @@ _WARPS = 4
 _LEAST_QUERIES = 16
 
 
-def fits(head_dim: int, cosines: Tensor, dtype: torch.dtype) -> bool:
-    """Tell whether the kernel computes attention of such heads: powers of two, turned whole."""
-    is_power = head_dim >= 2 * _LEAST_QUERIES and head_dim & (head_dim - 1) == 0
-    return is_power and cosines.shape[1] == head_dim // 2 and dtype in DTYPES
+class TritonAttention:
+    """Computes `ops.attend` on GPUs of any maker that Triton compiles for."""
+
+    name = "triton"
+
+    def can_run(
+        self, qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, cosines: Tensor, *_: Any
+    ) -> str | None:
+        """Say why the kernel cannot compute attention of such heads; `None` if it can."""
+        head_dim = keys.shape[-1]
+        if head_dim < 2 * _LEAST_QUERIES or head_dim & (head_dim - 1):
+            return "head_dim is not a power of two of at least 32"
+        if cosines.shape[1] != head_dim // 2:
+            return "RoPE rotates a part of each head only"
+        if qkv.dtype not in DTYPES:
+            return "qkv is not bfloat16, float16 or float32"
+        return None
+
+    def run(self, qkv: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
+        """Attend on the device of `qkv`; see `attend`."""
+        with torch.cuda.device(qkv.device):
+            return attend(qkv, *tensors, **options)
 
 
 def splits_for(capacity: int) -> int:
@@ -43,27 +61,28 @@ def attend_parts(
     k_norm_weight: Tensor | None = None,
     eps: float = 0.0,
 ) -> None:
-    """Append the new tokens to the cache and attend, split by split; see `ops.attend`.
+    """Append the new tokens to the cache and attend, leaving the splits apart; see `ops.attend`.
 
     Args:
-        qkv: (T, (heads + 2 · kv_heads) · head_dim), contiguous.
-        keys: (T, kv_heads, capacity, head_dim), contiguous; gets the new keys.
-        values: As `keys`.
-        positions: Index of the new tokens, (T,), int64.
-        cosines: (≥ capacity, head_dim / 2), float32, contiguous.
-        sines: As `cosines`.
-        parts: Filled, (T, heads, splits, head_dim + 2), float32: sums of weighted values, the
+        qkv: Queries, keys and values beside each other, (T, (heads + 2 · kv_heads) · head_dim),
+            contiguous.
+        keys: Cache, (T, kv_heads, capacity, head_dim), contiguous; gets the new keys.
+        values: Cache of the values, in the shape of `keys`.
+        positions: Index of the new token of each sequence, (T,), int64.
+        cosines: RoPE, (≥ capacity, head_dim / 2), float32, contiguous.
+        sines: RoPE, in the shape of `cosines`.
+        parts: Result, (T, heads, splits, head_dim + 2), float32: sums of weighted values, the
             largest score, the sum of weights.
-        scale: Multiplies scores.
-        window: Newest positions that are attended to; 0 for all.
-        softcap: Scores end smoothly here; 0 for no cap.
-        q_norm_weight: Gain of an RMSNorm of each query head, (head_dim,).
-        k_norm_weight: The same for keys.
-        eps: Of these norms.
+        scale: Factor of the scores.
+        window: Number of newest tokens that attention covers; 0 for all.
+        softcap: Where positive, a score becomes `softcap · tanh(score / softcap)`.
+        q_norm_weight: Weight of an RMSNorm of each query head, (head_dim,).
+        k_norm_weight: Weight of an RMSNorm of each key head, (head_dim,).
+        eps: Added to the mean square in these norms.
     """
-    streams, kv_heads, capacity, head_dim = keys.shape
+    sequences, kv_heads, capacity, head_dim = keys.shape
     heads, splits = parts.shape[1:3]
-    attend_kernel[(kv_heads, splits, streams)](
+    attend_kernel[(kv_heads, splits, sequences)](
         qkv,
         keys,
         values,
@@ -82,7 +101,7 @@ def attend_parts(
         HALF=head_dim // 2,
         QUERIES=max(_LEAST_QUERIES, triton.next_power_of_2(heads // kv_heads)),
         WINDOW=window,
-        HAS_GAIN=q_norm_weight is not None,
+        HAS_NORM=q_norm_weight is not None,
         HAS_SOFTCAP=softcap > 0.0,
         BLOCK_T=_BLOCK_T,
         num_warps=_WARPS,
@@ -101,23 +120,16 @@ def attend(
 ) -> Tensor:
     """Append the new tokens to the cache and attend; see `ops.attend`.
 
-    Args:
-        qkv: As `attend_parts`.
-        keys: As `attend_parts`.
-        values: As `attend_parts`.
-        positions: As `attend_parts`.
-        cosines: As `attend_parts`.
-        sines: As `attend_parts`.
-        **options: Those of `attend_parts`.
+    The arguments are those of `attend_parts`, without `parts`.
 
     Returns:
         (T, heads · head_dim), in the dtype of `qkv`.
     """
-    streams, kv_heads, capacity, head_dim = keys.shape
+    sequences, kv_heads, capacity, head_dim = keys.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     splits = splits_for(capacity)
-    parts = torch.empty(streams, heads, splits, head_dim + 2, device=qkv.device)
+    parts = torch.empty(sequences, heads, splits, head_dim + 2, device=qkv.device)
     attend_parts(qkv, keys, values, positions, cosines, sines, parts, **options)
-    attended = qkv.new_empty(streams, heads * head_dim)
-    combine_kernel[(streams * heads,)](parts, attended, D=head_dim, SPLITS=splits)
+    attended = qkv.new_empty(sequences, heads * head_dim)
+    combine_kernel[(sequences * heads,)](parts, attended, D=head_dim, SPLITS=splits)
     return attended

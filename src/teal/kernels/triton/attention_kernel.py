@@ -1,8 +1,8 @@
 """Triton kernels of decode attention: norms per head, RoPE, append to the cache, attention.
 
-The context is split over programs, and the splits are put together in their order, so the result
-does not depend on which finishes first. The fused decode step has attention of its own
-(attention.cu).
+The context is split over programs, and the splits are combined in a fixed order, so the result
+does not depend on which program finishes first. The fused decode step has its own attention
+(cuda/csrc/attention.cu).
 
 Legend: `D` head_dim. Heads are handled in two halves, for RoPE pairs channels i and i + D / 2.
 """
@@ -23,10 +23,10 @@ def _norm_halves(low, high, norm_weight_ptr, eps, dtype: tl.constexpr, HALF: tl.
     squares = tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)
     factor = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
     half = tl.arange(0, HALF)
-    gain_low = tl.load(norm_weight_ptr + half).to(tl.float32)[None, :]
-    gain_high = tl.load(norm_weight_ptr + HALF + half).to(tl.float32)[None, :]
-    low = ((low * factor).to(dtype).to(tl.float32) * gain_low).to(dtype).to(tl.float32)
-    high = ((high * factor).to(dtype).to(tl.float32) * gain_high).to(dtype).to(tl.float32)
+    weight_low = tl.load(norm_weight_ptr + half).to(tl.float32)[None, :]
+    weight_high = tl.load(norm_weight_ptr + HALF + half).to(tl.float32)[None, :]
+    low = ((low * factor).to(dtype).to(tl.float32) * weight_low).to(dtype).to(tl.float32)
+    high = ((high * factor).to(dtype).to(tl.float32) * weight_high).to(dtype).to(tl.float32)
     return low, high
 
 
@@ -38,7 +38,7 @@ def _rotate(low, high, cosine, sine, dtype: tl.constexpr):
 
 @triton.jit
 def _tanh(z):
-    """Return tanh(z), near zero by its series: the difference from 1 would leave few digits."""
+    """Return tanh(z), near zero by its series: a sigmoid would lose digits there."""
     square = z * z
     rest = square * (1 / 3 - square * (2 / 15 - square * (17 / 315 - square * 62 / 2835)))
     return tl.where(square < 1 / 16, z - z * rest, 2.0 * tl.sigmoid(2.0 * z) - 1.0)
@@ -64,31 +64,31 @@ def attend_kernel(
     HALF: tl.constexpr,
     QUERIES: tl.constexpr,
     WINDOW: tl.constexpr,
-    HAS_GAIN: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Attend from the query heads of one key head of one stream to one split of its context.
+    """Attend from the query heads of one key head of one sequence to one split of its context.
 
-    Writes for every query head and split D sums of weighted values, the largest score and the
-    sum of weights, D + 2 entries beside each other.
+    Writes D + 2 entries for every query head and split: D sums of weighted values, the largest
+    score and the sum of weights.
     """
     D: tl.constexpr = 2 * HALF
     SHARED: tl.constexpr = HEADS // KV_HEADS
     dtype: tl.constexpr = keys_ptr.dtype.element_ty
     kv = tl.program_id(0)
     split = tl.program_id(1)
-    stream = tl.program_id(2)
+    sequence = tl.program_id(2)
     splits = tl.num_programs(1)
     half = tl.arange(0, HALF)
     whole = tl.arange(0, D)
     query = tl.arange(0, QUERIES)
     real = query < SHARED
-    qkv_ptr += stream * (HEADS + 2 * KV_HEADS) * D
-    keys_ptr += (stream * KV_HEADS + kv).to(tl.int64) * capacity * D
-    values_ptr += (stream * KV_HEADS + kv).to(tl.int64) * capacity * D
+    qkv_ptr += sequence * (HEADS + 2 * KV_HEADS) * D
+    keys_ptr += (sequence * KV_HEADS + kv).to(tl.int64) * capacity * D
+    values_ptr += (sequence * KV_HEADS + kv).to(tl.int64) * capacity * D
 
-    position = tl.load(position_ptr + stream)
+    position = tl.load(position_ptr + sequence)
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(0, position + 1 - WINDOW).to(tl.int32)
@@ -104,7 +104,7 @@ def attend_kernel(
     k_column = (HEADS + kv) * D + half[None, :]
     k_low = _read_heads(qkv_ptr, k_column, half[None, :] < HALF)
     k_high = _read_heads(qkv_ptr, k_column + HALF, half[None, :] < HALF)
-    if HAS_GAIN:
+    if HAS_NORM:
         q_low, q_high = _norm_halves(q_low, q_high, q_norm_weight_ptr, eps, dtype, HALF)
         k_low, k_high = _norm_halves(k_low, k_high, k_norm_weight_ptr, eps, dtype, HALF)
     q_low, q_high = _rotate(q_low, q_high, cosine, sine, dtype)
@@ -141,11 +141,11 @@ def attend_kernel(
         rounded = weight.to(dtype)
         total = tl.dot(rounded, values, total, input_precision="ieee")
         if dtype != tl.float32:
-            # What rounding the weights for the tensor cores leaves over.
+            # The weights are multiplied in a high and a low part, for near-float32 accuracy.
             rest = (weight - rounded.to(tl.float32)).to(dtype)
             total = tl.dot(rest, values, total)
         largest = larger
-    head = stream * HEADS + kv * SHARED + query
+    head = sequence * HEADS + kv * SHARED + query
     part = part_ptr + (head * splits + split) * (D + 2)
     # An empty split weighs nothing; its largest score must not turn the others into NaN.
     tl.store(part + D, tl.where(last > first, largest, -1e30), mask=real)
@@ -155,7 +155,7 @@ def attend_kernel(
 
 @triton.jit
 def combine_kernel(part_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr):
-    """Put the splits of one head together, in their order."""
+    """Combine the splits of one head, in their order."""
     head = tl.program_id(0)
     whole = tl.arange(0, D)
     part = part_ptr + (head * SPLITS + tl.arange(0, SPLITS)) * (D + 2)

@@ -1,6 +1,7 @@
 """Triton kernel of the sparse product: every program reads only the weight rows that are kept.
 
-Legend: `T` rows, `K` in_features, `N` columns of the weight. A group of threads reads one strip.
+Legend: `T` rows, `K` in_features, `N` columns of the weight. A group of threads reads one weight
+row at a time.
 docs/kernels.md explains the scheme with a drawing.
 """
 
@@ -23,13 +24,13 @@ def _inverse_rms(x_ptr, K, eps, BLOCK: tl.constexpr):
 def _read(
     x_ptr,
     norm_weight_ptr,
-    scale_ptr,
+    score_scale_ptr,
     shift_ptr,
     inverse_rms,
     channel,
     inside,
     HAS_NORM: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    HAS_SCORE_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
 ):
     """Return the centred activations of one row, 0 where not `inside`, and their scores."""
@@ -45,17 +46,17 @@ def _read(
         x -= tl.load(shift_ptr + channel, mask=inside, other=0.0).to(tl.float32)
         centred = x.to(dtype).to(tl.float32)
     score = tl.abs(x)
-    if HAS_SCALE:
-        score *= tl.load(scale_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SCORE_SCALE:
+        score *= tl.load(score_scale_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     return centred, score
 
 
 @triton.jit
-def _list_kept(
-    list_ptr,
+def _compact_kept(
+    kept_ptr,
     x_ptr,
     norm_weight_ptr,
-    scale_ptr,
+    score_scale_ptr,
     shift_ptr,
     inverse_rms,
     threshold,
@@ -64,15 +65,15 @@ def _list_kept(
     K,
     PAIR: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    HAS_SCORE_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Write the channels that any row keeps, in order, to `list_ptr` and return their number.
+    """Write the channels that any row keeps, in order, to `kept_ptr` and return their number.
 
-    With PAIR also those that `threshold_up` keeps, BLOCK_K entries further; both numbers travel
-    in one word, the second in the upper half, so that one scan serves both.
+    With PAIR also those that `threshold_up` keeps, BLOCK_K entries further; both counts share one
+    word, the second in the upper half, so that one scan serves both.
     """
     channel = first + tl.arange(0, BLOCK_K)
     inside = channel < K
@@ -80,40 +81,40 @@ def _list_kept(
     keep_up = keep
     for r in tl.static_range(ROWS):
         _x, score = _read(
-            x_ptr + r * K, norm_weight_ptr, scale_ptr, shift_ptr, inverse_rms[r], channel, inside,
-            HAS_NORM, HAS_SCALE, HAS_SHIFT,
+            x_ptr + r * K, norm_weight_ptr, score_scale_ptr, shift_ptr, inverse_rms[r], channel,
+            inside, HAS_NORM, HAS_SCORE_SCALE, HAS_SHIFT,
         )  # fmt: skip
         # Dropped when ≤, so that NaN is kept.
         keep |= inside & ((score <= threshold) == 0)
         if PAIR:
-            if HAS_SCALE:
+            if HAS_SCORE_SCALE:
                 _x, score = _read(
-                    x_ptr + r * K, norm_weight_ptr, scale_ptr + K, shift_ptr, inverse_rms[r],
-                    channel, inside, HAS_NORM, HAS_SCALE, HAS_SHIFT,
+                    x_ptr + r * K, norm_weight_ptr, score_scale_ptr + K, shift_ptr, inverse_rms[r],
+                    channel, inside, HAS_NORM, HAS_SCORE_SCALE, HAS_SHIFT,
                 )  # fmt: skip
             keep_up |= inside & ((score <= threshold_up) == 0)
     kept = keep.to(tl.int32)
     if PAIR:
         kept += keep_up.to(tl.int32) * 65536
     place = tl.cumsum(kept, axis=0) - kept
-    tl.store(list_ptr + (place & 65535), channel, mask=keep)
+    tl.store(kept_ptr + (place & 65535), channel, mask=keep)
     if PAIR:
-        tl.store(list_ptr + BLOCK_K + (place >> 16), channel, mask=keep_up)
+        tl.store(kept_ptr + BLOCK_K + (place >> 16), channel, mask=keep_up)
     return tl.sum(kept)
 
 
 @triton.jit
-def _next_channels(list_ptr, entry, count, GROUPS: tl.constexpr, UNROLL: tl.constexpr):
-    """Load UNROLL listed channels for every group of threads, the first at `entry`."""
+def _next_channels(kept_ptr, entry, count, GROUPS: tl.constexpr, UNROLL: tl.constexpr):
+    """Load UNROLL kept channels for every group of threads, the first at `entry`."""
     channels = ()
     for u in tl.static_range(UNROLL):
         here = entry + u * GROUPS
-        channels = channels + (tl.load(list_ptr + here, mask=here < count, other=0),)
+        channels = channels + (tl.load(kept_ptr + here, mask=here < count, other=0),)
     return channels
 
 
 @triton.jit
-def _load_strips(
+def _load_weight_rows(
     channels,
     entry,
     count,
@@ -122,7 +123,7 @@ def _load_strips(
     x_ptr,
     weight_ptr,
     norm_weight_ptr,
-    scale_ptr,
+    score_scale_ptr,
     shift_ptr,
     inverse_rms,
     threshold,
@@ -130,7 +131,7 @@ def _load_strips(
     N,
     EVEN: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    HAS_SCORE_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -145,19 +146,19 @@ def _load_strips(
         mask = live[:, None]
         if not EVEN:
             mask &= inside_column[None, :]
-        strip = tl.load(
+        weight_row = tl.load(
             weight_ptr + channel.to(tl.int64)[:, None] * N + column[None, :],
             mask=mask,
             other=0.0,
             eviction_policy="evict_first",
         )
-        weight_rows = weight_rows + (strip,)
+        weight_rows = weight_rows + (weight_row,)
         for r in tl.static_range(ROWS):
             x, score = _read(
-                x_ptr + r * K, norm_weight_ptr, scale_ptr, shift_ptr, inverse_rms[r], channel, live,
-                HAS_NORM, HAS_SCALE, HAS_SHIFT,
+                x_ptr + r * K, norm_weight_ptr, score_scale_ptr, shift_ptr, inverse_rms[r], channel,
+                live, HAS_NORM, HAS_SCORE_SCALE, HAS_SHIFT,
             )  # fmt: skip
-            # The list of a single row is its mask; of several rows, each has its own.
+            # A single row keeps all these channels; of several rows, each has a mask of its own.
             if ROWS > 1:
                 x = tl.where(score <= threshold, 0.0, x)
             values = values + (x,)
@@ -165,8 +166,8 @@ def _load_strips(
 
 
 @triton.jit
-def _add_strips(sums, weight_rows, values, ROWS: tl.constexpr, UNROLL: tl.constexpr):
-    """Add what `_load_strips` loaded, in a function of its own so that all loads come first."""
+def _add_weight_rows(sums, weight_rows, values, ROWS: tl.constexpr, UNROLL: tl.constexpr):
+    """Add what was loaded, in a function of its own so that all loads come first."""
     for u in tl.static_range(UNROLL):
         added = ()
         for r in tl.static_range(ROWS):
@@ -217,11 +218,11 @@ def sparse_gemv_kernel(
     weight_ptr,
     out_ptr,
     norm_weight_ptr,
-    scale_ptr,
+    score_scale_ptr,
     shift_ptr,
     bias_ptr,
     residual_ptr,
-    list_ptr,
+    kept_ptr,
     partial_ptr,
     arrived_ptr,
     threshold_0,
@@ -235,7 +236,7 @@ def sparse_gemv_kernel(
     PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    HAS_SCORE_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -267,7 +268,7 @@ def sparse_gemv_kernel(
         first_tile = tl.where(in_2, tiles_2, tl.where(in_1, tiles_1, 0))
         column += tl.where(in_2, start_2, tl.where(in_1, start_1, 0)) - first_tile * BLOCK_N
     inside_column = column < end
-    scale_ptr += part * K
+    score_scale_ptr += part * K
 
     group = tl.arange(0, GROUPS)
     sums = ()
@@ -284,10 +285,10 @@ def sparse_gemv_kernel(
             inverse_rms = inverse_rms + (1.0,)
 
     program = tile * tl.num_programs(1) + chunk
-    list_ptr += program.to(tl.int64) * (BLOCK_K * (2 if PAIR else 1))
-    count = _list_kept(
-        list_ptr, x_ptr, norm_weight_ptr, scale_ptr, shift_ptr, inverse_rms, threshold, threshold_1,
-        chunk * BLOCK_K, K, PAIR, HAS_NORM, HAS_SCALE, HAS_SHIFT, ROWS, BLOCK_K,
+    kept_ptr += program.to(tl.int64) * (BLOCK_K * (2 if PAIR else 1))
+    count = _compact_kept(
+        kept_ptr, x_ptr, norm_weight_ptr, score_scale_ptr, shift_ptr, inverse_rms, threshold,
+        threshold_1, chunk * BLOCK_K, K, PAIR, HAS_NORM, HAS_SCORE_SCALE, HAS_SHIFT, ROWS, BLOCK_K,
     )  # fmt: skip
     count_up = count >> 16
     count = count & 65535
@@ -295,27 +296,27 @@ def sparse_gemv_kernel(
     tl.debug_barrier()
     # The channels of the next round are loaded while the weight rows of this one are under way.
     STEP: tl.constexpr = GROUPS * UNROLL
-    channels = _next_channels(list_ptr, group, count, GROUPS, UNROLL)
+    channels = _next_channels(kept_ptr, group, count, GROUPS, UNROLL)
     if PAIR:
-        channels_up = _next_channels(list_ptr + BLOCK_K, group, count_up, GROUPS, UNROLL)
+        channels_up = _next_channels(kept_ptr + BLOCK_K, group, count_up, GROUPS, UNROLL)
     for first in range(0, longest, STEP):
         entry = first + group
-        weight_rows, values = _load_strips(
+        weight_rows, values = _load_weight_rows(
             channels, entry, count, column, inside_column, x_ptr, weight_ptr, norm_weight_ptr,
-            scale_ptr, shift_ptr, inverse_rms, threshold, K, N,
-            EVEN, HAS_NORM, HAS_SCALE, HAS_SHIFT, ROWS, GROUPS, UNROLL,
+            score_scale_ptr, shift_ptr, inverse_rms, threshold, K, N,
+            EVEN, HAS_NORM, HAS_SCORE_SCALE, HAS_SHIFT, ROWS, GROUPS, UNROLL,
         )  # fmt: skip
-        channels = _next_channels(list_ptr, entry + STEP, count, GROUPS, UNROLL)
+        channels = _next_channels(kept_ptr, entry + STEP, count, GROUPS, UNROLL)
         if PAIR:
-            strips_up, values_up = _load_strips(
+            weight_rows_up, values_up = _load_weight_rows(
                 channels_up, entry, count_up, column + start_1, inside_column, x_ptr, weight_ptr,
-                norm_weight_ptr, scale_ptr + K, shift_ptr, inverse_rms, threshold_1, K, N,
-                EVEN, HAS_NORM, HAS_SCALE, HAS_SHIFT, ROWS, GROUPS, UNROLL,
+                norm_weight_ptr, score_scale_ptr + K, shift_ptr, inverse_rms, threshold_1, K, N,
+                EVEN, HAS_NORM, HAS_SCORE_SCALE, HAS_SHIFT, ROWS, GROUPS, UNROLL,
             )  # fmt: skip
-            channels_up = _next_channels(list_ptr + BLOCK_K, entry + STEP, count_up, GROUPS, UNROLL)
-        sums = _add_strips(sums, weight_rows, values, ROWS, UNROLL)
+            channels_up = _next_channels(kept_ptr + BLOCK_K, entry + STEP, count_up, GROUPS, UNROLL)
+        sums = _add_weight_rows(sums, weight_rows, values, ROWS, UNROLL)
         if PAIR:
-            sums_up = _add_strips(sums_up, strips_up, values_up, ROWS, UNROLL)
+            sums_up = _add_weight_rows(sums_up, weight_rows_up, values_up, ROWS, UNROLL)
 
     total = _reduce(sums, ROWS)
     total_up = total

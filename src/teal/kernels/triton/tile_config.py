@@ -1,25 +1,24 @@
-"""Which config the GPU kernel uses for a shape: a small measured table, shipped as JSON."""
+"""Tile configurations of the Triton kernel of products, looked up in the tuning table."""
 
 import functools
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from teal.foundation.errors import UserError
-from teal.kernels.tuning import Table, distance
+from teal.kernels.tuning import TRITON_FILE, Table, distance
 
-TABLE = Table(file="triton_tile_configs.json", key="configs", schema_version=2)
+TABLE = Table(file=TRITON_FILE, package="teal.kernels.triton", key="configs", schema_version=2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TileConfig:
-    """How a product is cut into programs.
+    """How a product is split into programs.
 
     Attributes:
         block_n: Columns per program, a power of two.
         block_k: Channels per program, a power of two.
         warps: Warps per program, a power of two.
-        unroll: Strips that a thread has in flight, for one row.
+        unroll: Weight rows that a thread has in flight, for one row of activations.
     """
 
     block_n: int
@@ -35,13 +34,13 @@ class TileConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TunedConfig:
-    """One measured row of the table.
+    """A row of the tuning table.
 
     Attributes:
         form: "plain", "parts" or "gated".
-        in_features: K of the shape it was measured on.
-        out_features: N of that shape, all parts together.
-        config: The fastest config there.
+        in_features: Channels of the weight it was measured on.
+        out_features: Columns of that weight, all parts together.
+        config: The fastest configuration there.
     """
 
     form: str
@@ -59,13 +58,20 @@ class TunedConfig:
         return cls(**{**content, "config": TileConfig(**content["config"])})
 
 
-def read_table(path: Path | None = None) -> list[TunedConfig]:
-    """Read a table of tiles; by default the one shipped with the package.
+def read_table(folder: str = "", device: str = "") -> list[TunedConfig]:
+    """Read the tuning table: the rows of a folder, then the shipped ones that it does not replace.
+
+    Args:
+        folder: Folder of tuning tables, "" for none.
+        device: Name of the device that chooses the shipped table.
 
     Raises:
-        UserError: It is of a newer schema, or no table at all.
+        UserError: A table cannot be read.
     """
-    return TABLE.read(path, TunedConfig.from_dict)
+    rows: dict[tuple[str, int, int], TunedConfig] = {}
+    for row in TABLE.rows(folder, device, TunedConfig.from_dict):
+        rows.setdefault((row.form, row.in_features, row.out_features), row)
+    return list(rows.values())
 
 
 def table_text(rows: list[TunedConfig], measured_on: str) -> str:
@@ -78,24 +84,25 @@ def table_text(rows: list[TunedConfig], measured_on: str) -> str:
     return TABLE.text((row.to_dict() for row in rows), measured_on)
 
 
-def config_for(form: str, in_features: int, out_features: int) -> TileConfig:
-    """Return the config of the measured shape that is nearest, by ratio of sizes.
+@functools.cache
+def config_for(
+    form: str, in_features: int, out_features: int, folder: str = "", device: str = ""
+) -> TileConfig:
+    """Return the configuration of the measured shape that is nearest, by ratio of sizes.
 
     Args:
         form: "plain", "parts" or "gated".
-        in_features: Size of the input.
+        in_features: Channels of the weight.
         out_features: Columns of the weight.
+        folder: Folder of tuning tables, "" for none.
+        device: Name of the device that chooses the shipped table.
     """
-    return _tile_for(form, (in_features, out_features), TABLE.path_in_use())
-
-
-@functools.cache
-def _tile_for(form: str, size: tuple[int, int], path: Path | None) -> TileConfig:
-    rows = (row for row in _table(path) if row.form == form)
+    size = in_features, out_features
+    rows = (row for row in _table(folder, device) if row.form == form)
+    # The first of several equally near rows counts.
     return min(rows, key=lambda row: distance((row.in_features, row.out_features), size)).config
 
 
 @functools.cache
-def _table(path: Path | None) -> tuple[TunedConfig, ...]:
-    # Of two as near, the first counts.
-    return (*read_table(path), *read_table())
+def _table(folder: str, device: str) -> list[TunedConfig]:
+    return read_table(folder, device)
