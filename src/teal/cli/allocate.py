@@ -118,7 +118,7 @@ def command(
     """
     if (sparsity is None) == (max_perplexity_increase is None):
         raise UserError("Give exactly one of --sparsity and --max-perplexity-increase.")
-    check_destination(out, force=force)
+    check_destination(out, "plan", force=force, inputs=(stats, model, text))
     strategy_named(strategy)
     method_named(method)
     loaded_stats = CalibrationStats.load(stats)

@@ -60,7 +60,7 @@ def command(
 
     quiet_libraries()
     scheme = scheme_of(quantize, group_size)
-    check_destination(out, force=force)
+    check_destination(out, "stats", force=force, inputs=(model, text))
     target = resolve_device(device)
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype=dtype, device="cpu")

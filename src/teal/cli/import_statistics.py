@@ -35,7 +35,7 @@ def command(
     from teal.calibration import import_teal
     from teal.foundation.artifact import check_destination
 
-    check_destination(out, force=force)
+    check_destination(out, "stats", force=force, inputs=(folder, config))
     stats = import_teal(folder, config, allow_missing=allow_missing)
     stats.save(out, force=force)
     say(f"Imported {len(stats.inputs)} inputs of {len(stats.model.shapes)} projections: {out}")

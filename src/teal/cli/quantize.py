@@ -64,7 +64,7 @@ def command(
 
     It is in the compressed-tensors layout.
     """
-    from teal.compression import quantize_model, save_quantized
+    from teal.compression import QUANTIZATION, quantize_model, save_quantized
     from teal.data import token_windows
     from teal.foundation.artifact import check_destination
     from teal.models.loading import context_length, load_model, load_tokenizer
@@ -74,7 +74,7 @@ def command(
     quiet_libraries()
     scheme = Scheme(format=weight_format, group_size=group_size, symmetric=not asymmetric)
     check_method(method, text)
-    check_destination(out, force=force)
+    check_destination(out, QUANTIZATION, force=force, inputs=(model, text))
     target = resolve_device(device)
     require_dense_checkpoint(model)
     tokenizer = load_tokenizer(model)
