@@ -7,12 +7,13 @@ can compute it does.
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from teal.kernels.backend import Backend, Candidate, NotInstalled
 from teal.kernels.checks import (
     check_attend,
     check_lm_head,
@@ -46,73 +47,10 @@ _ADVICE = {
     "Triton is not installed": "some products skip nothing. Try: pip install triton",
 }
 
-
-class Backend(Protocol):
-    """Computes products on one type of device.
-
-    Attributes:
-        name: Name in messages.
-    """
-
-    name: str
-
-    def can_run(self, operands: Operands, quant: QuantParams | None) -> str | None:
-        """Say why it cannot compute a product, or is not the fastest that can.
-
-        It is asked before every product, so it must be cheap and must not read tensors.
-
-        Args:
-            operands: Checked operands on a device of its type, with codes as the weight where
-                there is `quant`.
-            quant: Decodes the weight; `None` for floats.
-
-        Returns:
-            `None` if it can; else a clause with a subject, such as "numba is not installed".
-        """
-
-    def run(self, operands: Operands, quant: QuantParams | None) -> Tensor:
-        """Compute a product that it can run, as `reference` defines it.
-
-        Args:
-            operands: Operands for which `can_run` returns `None`.
-            quant: Decodes the weight; `None` for floats.
-
-        Returns:
-            (..., N), or (..., N / 2) with an activation, in the dtype of `x`.
-        """
-
-
-class _Candidate(Protocol):
-    """What any backend has, whatever it computes: `can_run` and `run` take the same tensors."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def can_run(self) -> Callable[..., str | None]: ...
-
-    @property
-    def run(self) -> Callable[..., Tensor]: ...
-
-
-class _NotInstalled:
-    """Takes the place of any backend whose package is missing."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        self.name = name
-        self.reason = reason
-
-    def can_run(self, *_: object) -> str:
-        return self.reason
-
-    def run(self, *_: object, **__: object) -> Tensor:
-        raise NotImplementedError(self.reason)
-
-
-_NUMBA = _NotInstalled("numba", "numba is not installed")
-_TRITON = _NotInstalled("triton", "Triton is not installed")
+_NUMBA = NotInstalled("numba", "numba is not installed")
+_TRITON = NotInstalled("triton", "Triton is not installed")
 # ROCm builds of torch call their devices "cuda" too, and do not come with NVIDIA's bindings.
-_CUDA = _NotInstalled(
+_CUDA = NotInstalled(
     "cuda",
     "NVIDIA's Python bindings are not installed"
     if torch.version.hip is None
@@ -129,17 +67,17 @@ BACKENDS: dict[str, list[Backend]] = {
     ],
 }
 # The same for `attend` and `lm_head_gemv`, whose arguments `can_run` and `run` take.
-ATTENTION_BACKENDS: dict[str, list[_Candidate]] = {
+ATTENTION_BACKENDS: dict[str, list[Candidate]] = {
     "cpu": [_NUMBA if NumbaBackend is None else NumbaAttention()],
     "cuda": [_TRITON if TritonBackend is None else TritonAttention()],
 }
-LM_HEAD_BACKENDS: dict[str, list[_Candidate]] = {
+LM_HEAD_BACKENDS: dict[str, list[Candidate]] = {
     "cpu": [_NUMBA if NumbaBackend is None else NumbaHead()],
 }
 
 _REFERENCE = ReferenceBackend()
 
-AnyBackend = TypeVar("AnyBackend", bound=_Candidate)
+AnyBackend = TypeVar("AnyBackend", bound=Candidate)
 
 
 def register_backend(device_type: str, backend: Backend) -> None:
