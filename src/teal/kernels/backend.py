@@ -28,7 +28,7 @@ class Backend(Protocol):
             quant: Decodes the weight; `None` for floats.
 
         Returns:
-            `None` if it can; else a clause with a subject, such as "numba is not installed".
+            `None` if it can, otherwise a clause such as "numba is not installed".
         """
 
     def run(self, operands: Operands, quant: QuantParams | None) -> Tensor:

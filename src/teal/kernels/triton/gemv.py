@@ -83,21 +83,11 @@ def launch(operands: Operands, config: TileConfig | None = None) -> Tensor:
     tiles = sum(math.ceil(width / config.block_n) for width in parts)
     chunks = math.ceil(in_features / config.block_k)
     kept, partials, arrived = _workspace(x, config, rows, tiles * chunks, 2 if gated else 1)
-    absent = result
     sparse_gemv_kernel[(tiles, chunks)](
         x,
         weight,
         result,
-        *(
-            absent if vector is None else vector
-            for vector in (
-                operands.norm_weight,
-                operands.score_scale,
-                operands.shift,
-                operands.bias,
-                operands.residual,
-            )
-        ),
+        *(result if vector is None else vector for vector in _vectors(operands)),
         kept,
         partials,
         arrived,
@@ -134,6 +124,12 @@ def groups(config: TileConfig, element_size: int) -> int:
         element_size: Bytes of a weight.
     """
     return max(1, _WARP * config.warps * _LOAD_BYTES // element_size // config.block_n)
+
+
+def _vectors(operands: Operands) -> tuple[Tensor | None, ...]:
+    """Return the optional operands in the order of the kernel's parameters."""
+    o = operands
+    return o.norm_weight, o.score_scale, o.shift, o.bias, o.residual
 
 
 def _form(operands: Operands) -> str:
