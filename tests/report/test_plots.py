@@ -178,7 +178,7 @@ def test_dense_projections_and_rules_that_weight_channels_have_no_line() -> None
         plan_at(0.5),
         {
             "model.layers.0.mlp.gate_proj": dense,
-            "model.layers.0.mlp.up_proj": planned(0.5, scale=torch.ones(CHANNELS)),
+            "model.layers.0.mlp.up_proj": planned(0.5, score_scale=torch.ones(CHANNELS)),
         },
     )
     (axes,) = histogram_figure(stats_of(plan), plan, ["model.layers.0.mlp_input"]).axes

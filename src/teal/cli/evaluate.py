@@ -18,6 +18,7 @@ from teal.cli.options import (
     SequenceLengthOption,
     TextOption,
     formats_of,
+    fractions_of,
     resolve_sequence_length,
 )
 from teal.foundation.formatting import format_name, percent, with_error
@@ -121,7 +122,6 @@ def load_plans(folders: Sequence[Path], sparsities: str | None) -> "list[Sparsit
     Raises:
         UserError: A plan cannot be read or has no such sparsity, or there is none.
     """
-    from teal.cli.bench import fractions_of
     from teal.foundation.errors import UserError
     from teal.plan import SparsityPlan
 
