@@ -34,16 +34,7 @@ EXAMPLES = """Examples:
 
 teal bench decode models/py-16m --sparsity 0.5 --baseline transformers
 
-teal bench decode --config llama-3-8b --sparsity 0.4,0.5,0.65 --plot decode.png
-
-teal bench decode --config hidden=2048,intermediate=5632,layers=8,heads=16,vocab=32000
-
-teal bench decode --config llama-3-8b --quantize none --quantize int8 --quantize int4
---quantize-head
-
 teal bench decode --config llama-3-8b --quantize none --quantize int8 --tune tables
-
-teal bench decode --config llama-3-8b --tables tables
 """
 
 SPARSITIES = "0.4,0.5,0.65"

@@ -28,15 +28,7 @@ EXAMPLES = """Examples:
 
 teal bench gemv llama-3-8b --sparsity 0.4,0.5 --plot gemv.png
 
-teal bench gemv 4096x11008 --dtype float32 --rows 2 --json
-
-teal bench gemv llama-3-8b --quantize int4 --group-size 64
-
 teal bench gemv 4096x2x14336 4096x128256 --quantize int8 --tune tables
-
-teal bench gemv llama-3-8b --rows 4 --tune tables
-
-teal bench gemv llama-3-8b --rows 4 --tables tables
 """
 
 SPARSITIES = "0,0.25,0.4,0.5,0.65,0.8"

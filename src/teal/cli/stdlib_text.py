@@ -1,4 +1,4 @@
-"""Python source of the running interpreter's standard library, as text that is always there."""
+"""The running interpreter's standard library as text that is always available."""
 
 import hashlib
 import platform
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from teal.data import Text, text_of
 
-# Packages that models/py-16m was never trained on.
+# Packages that models/py-16m was not trained on.
 HELD_OUT = ("argparse", "asyncio", "email", "json", "statistics", "textwrap", "unittest")
 
 _SKIPPED = {
