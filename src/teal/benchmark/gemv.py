@@ -86,11 +86,11 @@ class Product:
         tuning: Folder of tuning tables, or "" for those of the package.
 
     Attributes:
-        shape: As given.
-        tuning: As given.
+        shape: Shape of the product.
+        tuning: Folder of tuning tables, or "".
         weights: Channel-major weights, each (in_features, out_features).
         x: Activations, (rows, in_features).
-        format: As in `GemvResult`.
+        format: Format of a quantized weight; `None` for floats.
     """
 
     format: str | None = None

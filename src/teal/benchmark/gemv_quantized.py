@@ -14,18 +14,16 @@ from teal.quantization import QuantizedWeight, Scheme, round_to_nearest
 class QuantizedProduct(Product):
     """One shape with random inputs, its weights quantized.
 
-    Args and attributes are those of `Product`, besides these.
-
     Args:
-        shape: As in `Product`.
+        shape: Shape of the product.
         dtype: Dtype of activations.
-        device: As in `Product`.
-        rows: As in `Product`.
+        device: Device to compute on.
+        rows: Token rows.
         scheme: How the weights are quantized.
-        tuning: As in `Product`.
+        tuning: Folder of tuning tables, or "" for those of the package.
 
     Attributes:
-        codes: Quantized weights in rotation.
+        codes: Quantized weights in rotation; the other attributes are those of `Product`.
     """
 
     def __init__(

@@ -68,8 +68,8 @@ class BenchmarkModel:
         tuning: Folder of tuning tables, or "" for those of the package.
 
     Attributes:
-        name: As given.
-        workload: As given.
+        name: Name in tables.
+        workload: What is decoded.
         prompt: Random token ids.
         capacity: Tokens that a cache has to hold.
 

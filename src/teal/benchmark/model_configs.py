@@ -172,7 +172,7 @@ class LayerSizes:
 
 
 def config_of(text: str) -> Any:
-    """Return the Hugging Face configuration that `text` stands for.
+    """Return the Hugging Face configuration that `text` names.
 
     Args:
         text: A key of `CONFIGS`, or the sizes of a Llama such as
@@ -191,7 +191,7 @@ def config_of(text: str) -> Any:
 
 
 def shapes_of(name: str) -> list[Shape]:
-    """Return the products that `name` stands for.
+    """Return the products that `name` refers to.
 
     Args:
         name: A key of `CONFIGS`, or in_features x out_features: "4096x11008", "4096x2x14336" for

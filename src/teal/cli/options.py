@@ -142,7 +142,7 @@ def formats_of(
         quantize_head: Quantize the head as well.
 
     Raises:
-        UserError: As `scheme_of`.
+        UserError: A format or the group size is unknown, or a group size was given without int4.
     """
     from teal.quantization import Scheme
 

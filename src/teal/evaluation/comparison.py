@@ -84,15 +84,16 @@ def compare(
 ) -> Evaluation:
     """Score a model with several plans beside a dense one, which runs once.
 
-    Args and errors are those of `evaluate`, besides these.
-
     Args:
-        model: As in `evaluate`.
-        tokens: As in `evaluate`.
+        model: A Hugging Face causal language model; it is dense afterwards.
+        tokens: Token windows, or token ids, (windows, sequence_length), int64.
         plans: Plans to score; `None` drops nothing.
         reference: Dense model that KL and agreement are measured against; by default `model`.
-        sparse_from: As in `evaluate`.
-        progress: As in `evaluate`.
+        sparse_from: Fraction of each window after which tokens are sparse and scored.
+        progress: Shows progress over the windows.
+
+    Raises:
+        UserError: No token would be scored, a plan is for another model, or logits are NaN.
     """
     reference = model if reference is None else reference
     windows = tokens.tokens if isinstance(tokens, TokenWindows) else tokens

@@ -123,12 +123,12 @@ def compare_formats(
         tokens: Token windows, or token ids, (windows, sequence_length), int64.
         formats: Formats to score, at least one.
         plans: Plans to score.
-        sparse_from: As in `evaluate`.
+        sparse_from: Fraction of each window after which tokens are sparse and scored.
         progress: Shows progress over the windows.
 
     Raises:
-        UserError: As `evaluate`; or there is no format, the model is quantized already, or the
-            group size does not divide its projections.
+        UserError: `evaluate` raises it; or there is no format, the model is quantized already, or
+            the group size does not divide its projections.
     """
     if not formats:
         raise UserError("There is no format to compare. Give at least one WeightFormat.")
