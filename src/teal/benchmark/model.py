@@ -158,7 +158,10 @@ class BenchmarkModel:
 
     def effective_sparsity(self, engine: Engine) -> dict[str, float]:
         """Measure the fraction of its input that each projection drops in decode steps."""
-        decoder, cache = engine.decoder(), self._cache()
+        decoder = engine.decoder()
+        if not decoder.rules:
+            return {}
+        cache = self._cache()
         dropped: dict[str, list[Tensor]] = {}
 
         def observe(name: str, x: Tensor) -> None:
