@@ -37,6 +37,7 @@ def test_a_table_names_the_product(capsys: pytest.CaptureFixture[str]) -> None:
         (["64x48", "--sparsity", "half"], "is not a list of fractions"),
         (["64x48", "--sparsity", "1.5"], r"outside \[0, 1\)"),
         (["64x48", "--dtype", "int8"], "Unknown dtype"),
+        (["64x48", "--dtype", "auto"], "Give a --dtype"),
         (["64x48", "--tune", "tables"], "on a GPU"),
         (["64x48", "--baseline-teal", "nowhere"], "Give a checkout"),
         (["64x48", "--tables", "nowhere"], "'nowhere' holds no table"),
