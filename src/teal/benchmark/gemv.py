@@ -109,7 +109,7 @@ class Product:
         self.shape = shape
         self.tuning = tuning
         weight = torch.randn(size, dtype=dtype, device=device, generator=generator)
-        self.hold(weight)
+        self._hold(weight)
         self.x = torch.randn(
             rows, shape.in_features, dtype=dtype, device=device, generator=generator
         )
@@ -118,11 +118,6 @@ class Product:
     def copies(self) -> int:
         """Number of weights in rotation."""
         return len(self.weights)
-
-    def hold(self, weight: Tensor) -> None:
-        """Store enough copies of a weight that no cache holds them all."""
-        copies = copies_of(weight.nbytes, weight.device)
-        self.weights = [weight, *(weight.clone() for _ in range(1, copies))]
 
     def threshold(self, sparsity: float) -> float:
         """Return the threshold that drops a fraction `sparsity` of x; below 0 drops nothing."""
@@ -149,8 +144,8 @@ class Product:
             UserError: The error is larger than rounding explains.
         """
         kept = reference.sparse_activation(self.x, threshold)
-        exact = self._finish(self.by_torch(kept.double()))
-        by_torch = _error(self._finish(self.by_torch(kept)), exact)
+        exact = self._finish(self._by_torch(kept.double()))
+        by_torch = _error(self._finish(self._by_torch(kept)), exact)
         error = _error(self.sparse(0, threshold), exact)
         eps = _ERROR_EPS[self.shape.form] * torch.finfo(kept.dtype).eps
         if not error <= _ERROR_FACTOR * by_torch + eps:
@@ -159,10 +154,6 @@ class Product:
                 "Times of a wrong product are not shown; please report this."
             )
         return error
-
-    def by_torch(self, kept: Tensor) -> Tensor:
-        """Multiply with the first weight in the dtype of the kept activations."""
-        return kept @ self.weights[0].to(kept.dtype)
 
     def read_bytes(self, read: float) -> float:
         """Return the bytes read by a product that keeps a fraction `read` of the weight rows."""
@@ -188,6 +179,15 @@ class Product:
     def time_floats(self) -> Timing | None:
         """Time the dense product with float weights, if the weight is quantized."""
         return None
+
+    def _hold(self, weight: Tensor) -> None:
+        """Store enough copies of a weight that no cache holds them all."""
+        copies = copies_of(weight.nbytes, weight.device)
+        self.weights = [weight, *(weight.clone() for _ in range(1, copies))]
+
+    def _by_torch(self, kept: Tensor) -> Tensor:
+        """Multiply with the first weight in the dtype of the kept activations."""
+        return kept @ self.weights[0].to(kept.dtype)
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -45,12 +45,6 @@ class QuantizedProduct(Product):
         """Number of weights in rotation."""
         return len(self.codes)
 
-    def hold(self, weight: Tensor) -> None:
-        """Quantize a weight and store enough copies that no cache holds them all."""
-        first = round_to_nearest(weight, self._scheme)
-        copies = copies_of(first.bytes, weight.device)
-        self.codes = [first, *(_copy(first) for _ in range(1, copies))]
-
     def sparse(self, number: int, threshold: float) -> Tensor:
         """Multiply with weight `number`, modulo their count, through the operation of decoding."""
         codes, output_sizes = self.codes[number % self.copies], self.shape.output_sizes
@@ -70,11 +64,6 @@ class QuantizedProduct(Product):
         quant = QuantParams(weight.scales, weight.zeros, weight.group_size)
         return self._operands(weight.codes, threshold), quant
 
-    def by_torch(self, kept: Tensor) -> Tensor:
-        """Multiply with the first weight in float32 or wider; return the dtype of `kept`."""
-        wide = torch.promote_types(kept.dtype, torch.float32)
-        return (kept.to(wide) @ self.codes[0].dequantize(wide)).to(kept.dtype)
-
     def read_bytes(self, read: float) -> float:
         """Return the bytes read by a product: kept codes, and all scales and zeros."""
         first = self.codes[0]
@@ -87,6 +76,17 @@ class QuantizedProduct(Product):
     def time_floats(self) -> Timing | None:
         """Time the fastest dense product with float weights."""
         return Product(self.shape, self.x.dtype, self.x.device, len(self.x)).time_dense()
+
+    def _hold(self, weight: Tensor) -> None:
+        """Quantize a weight and store enough copies that no cache holds them all."""
+        first = round_to_nearest(weight, self._scheme)
+        copies = copies_of(first.bytes, weight.device)
+        self.codes = [first, *(_copy(first) for _ in range(1, copies))]
+
+    def _by_torch(self, kept: Tensor) -> Tensor:
+        """Multiply with the first weight in float32 or wider; return the dtype of `kept`."""
+        wide = torch.promote_types(kept.dtype, torch.float32)
+        return (kept.to(wide) @ self.codes[0].dequantize(wide)).to(kept.dtype)
 
 
 def _copy(weight: QuantizedWeight) -> QuantizedWeight:
