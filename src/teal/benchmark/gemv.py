@@ -202,6 +202,7 @@ class Product:
             thresholds=[threshold] * len(output_sizes),
             output_sizes=output_sizes,
             activation=ACTIVATION if self.shape.form == "gated" else None,
+            **self._options,
         )
 
     def _finish(self, product: Tensor) -> Tensor:
