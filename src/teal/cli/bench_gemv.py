@@ -80,7 +80,7 @@ def gemv(
     from teal.benchmark.teal_release import TealKernels
     from teal.benchmark.timing import read_bandwidth
     from teal.foundation.errors import UserError
-    from teal.models.loading import resolve_device
+    from teal.models.placement import resolve_device
 
     place, number = resolve_device(device), bench_dtype(dtype)
     scheme = scheme_of(quantize, group_size)

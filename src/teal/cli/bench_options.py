@@ -33,7 +33,7 @@ def bench_dtype(name: str) -> "torch.dtype":
     import torch
 
     from teal.foundation.errors import UserError
-    from teal.models.loading import resolve_dtype
+    from teal.models.placement import resolve_dtype
 
     dtype = resolve_dtype(name)
     if not isinstance(dtype, torch.dtype):
