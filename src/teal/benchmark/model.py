@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,7 +150,7 @@ class BenchmarkModel:
                 self._opened,
                 self._plan(sparsity, thresholds[sparsity]) if sparsity else None,
                 capacity=self.capacity,
-                **self._options,
+                tuning=self._tuning,
             )
             for sparsity in sparsities
         }
@@ -203,11 +202,6 @@ class BenchmarkModel:
         """Return the mean over all projections, weighted by weight size."""
         dense = dict.fromkeys(self._architecture.identity.shapes, 0.0)
         return self._architecture.identity.mean_sparsity(dense | dict(sparsities))
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        # Becomes {"tuning": self._tuning} with an engine that takes it; `use_tables` until then.
-        return {}
 
     def _bytes_cached(self) -> int:
         length = self.workload.prompt_tokens + self.workload.new_tokens // 2
