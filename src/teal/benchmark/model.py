@@ -150,7 +150,7 @@ class BenchmarkModel:
                 self._opened,
                 self._plan(sparsity, thresholds[sparsity]) if sparsity else None,
                 capacity=self.capacity,
-                tuning=self._tuning,
+                tuning=self._tuning or None,
             )
             for sparsity in sparsities
         }
