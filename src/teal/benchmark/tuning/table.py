@@ -1,4 +1,4 @@
-"""Writes what was found to be fastest into a table, beside what was measured before."""
+"""Writes the fastest configurations into a tuning table, beside those measured before."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,11 +19,11 @@ except ImportError:
 
 
 def write_triton_table(folder: Path, rows: Sequence[TunedConfig], measured_on: str) -> Path:
-    """Add rows to the table of tiles in a folder, or to the one in use where there is none.
+    """Add rows to the Triton table in a folder, which then also holds the shipped rows.
 
     Args:
-        folder: Where the table is written, under the name that the package's has.
-        rows: What was found.
+        folder: Destination.
+        rows: Rows to add; they replace those of the same sizes.
         measured_on: Name of the device.
 
     Returns:
@@ -37,11 +37,11 @@ def write_triton_table(folder: Path, rows: Sequence[TunedConfig], measured_on: s
 
 
 def write_cuda_table(folder: Path, configs: "Mapping[Task, TileConfig]", measured_on: str) -> Path:
-    """Add configs to the table in a folder, or to the one in use where there is none.
+    """Add configurations to the CUDA table in a folder, which then also holds the shipped rows.
 
     Args:
-        folder: Where the table is written, under the name that the package's has.
-        configs: What was found.
+        folder: Destination.
+        configs: Configurations to add; they replace those of the same task.
         measured_on: Name of the device.
 
     Returns:
