@@ -22,7 +22,7 @@ from teal.kernels.checks import (
 )
 from teal.kernels.operands import Operands, QuantParams
 from teal.kernels.reference import attention as reference_attention
-from teal.kernels.reference.backend import ReferenceBackend, multiply
+from teal.kernels.reference.backend import ReferenceBackend
 
 try:
     from teal.kernels.triton.attention import TritonAttention
@@ -34,12 +34,11 @@ try:
 except ImportError:
     cuda_gemv = None  # type: ignore[assignment]
 try:
-    from teal.kernels.cpu import attention as cpu_attention
-    from teal.kernels.cpu import gemv as cpu_gemv
-    from teal.kernels.cpu import lm_head as cpu_lm_head
-    from teal.kernels.cpu import quantized_gemv as cpu_quantized
+    from teal.kernels.cpu.attention import NumbaAttention
+    from teal.kernels.cpu.backend import NumbaBackend
+    from teal.kernels.cpu.lm_head import NumbaHead
 except ImportError:
-    cpu_gemv = None  # type: ignore[assignment]
+    NumbaBackend = None  # type: ignore[assignment, misc]
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +111,7 @@ class _NotInstalled:
         raise NotImplementedError(self.reason)
 
 
-# --- Adapters, until teal.kernels.cuda.gemv has CudaBackend and teal.kernels.cpu.gemv NumbaBackend.
+# --- Adapter, until teal.kernels.cuda.gemv has CudaBackend.
 
 
 class _CudaBackend:
@@ -131,49 +130,7 @@ class _CudaBackend:
         return cuda_gemv.compute(operands, quant)
 
 
-class _NumbaBackend:
-    name = "numba"
-
-    def can_run(self, operands: Operands, quant: QuantParams | None) -> str | None:
-        if quant is not None:
-            readable = cpu_quantized.can_dequantize(operands, quant)
-            return None if readable else "codes, scales or x are not of a layout or dtype it reads"
-        if cpu_gemv.can_compute(operands):
-            return None
-        if operands.x.dtype not in cpu_gemv.ELEMENTS:
-            return "x is not float32, bfloat16 or float16"
-        return "there are more than 8 rows or 3 parts"
-
-    def run(self, operands: Operands, quant: QuantParams | None) -> Tensor:
-        if quant is None:
-            return cpu_gemv.compute(operands)
-        if cpu_quantized.can_compute(operands, quant):
-            return cpu_quantized.compute(operands, quant)
-        return multiply(operands._replace(weight=cpu_quantized.dequantized(operands, quant)))
-
-
-class _NumbaAttention:
-    name = "numba"
-
-    def can_run(self, qkv: Tensor, *_: Tensor) -> str | None:
-        return None if qkv.dtype in cpu_gemv.ELEMENTS else "qkv is not float32, bfloat16 or float16"
-
-    def run(self, *tensors: Tensor, **options: Any) -> Tensor:
-        return cpu_attention.attend(*tensors, **options)
-
-
-class _NumbaHead:
-    name = "numba"
-
-    def can_run(self, x: Tensor, weight: Tensor) -> str | None:
-        can_compute = cpu_lm_head.can_compute(x, weight)
-        return None if can_compute else "x has more than 8 rows, or it cannot read the tensors"
-
-    def run(self, x: Tensor, weight: Tensor) -> Tensor:
-        return cpu_lm_head.lm_head_gemv(x, weight)
-
-
-# --- End of the adapters.
+# --- End of the adapter.
 
 _NUMBA = _NotInstalled("numba", "numba is not installed")
 _TRITON = _NotInstalled("triton", "Triton is not installed")
@@ -181,16 +138,16 @@ _TRITON = _NotInstalled("triton", "Triton is not installed")
 # Backends of products by torch's device type, in the order in which they are asked. The reference
 # computes what none of them can, and everything on other devices.
 BACKENDS: dict[str, list[Backend]] = {
-    "cpu": [_NUMBA if cpu_gemv is None else _NumbaBackend()],
+    "cpu": [_NUMBA if NumbaBackend is None else NumbaBackend()],
     "cuda": [_CudaBackend(), _TRITON if TritonBackend is None else TritonBackend()],
 }
 # The same for `attend` and `lm_head_gemv`, whose arguments `can_run` and `run` take.
 ATTENTION_BACKENDS: dict[str, list[_Candidate]] = {
-    "cpu": [_NUMBA if cpu_gemv is None else _NumbaAttention()],
+    "cpu": [_NUMBA if NumbaBackend is None else NumbaAttention()],
     "cuda": [_TRITON if TritonBackend is None else TritonAttention()],
 }
 LM_HEAD_BACKENDS: dict[str, list[_Candidate]] = {
-    "cpu": [_NUMBA if cpu_gemv is None else _NumbaHead()],
+    "cpu": [_NUMBA if NumbaBackend is None else NumbaHead()],
 }
 
 _REFERENCE = ReferenceBackend()

@@ -1,4 +1,6 @@
-"""Attention of a decode step on the CPU: norms per head, RoPE, append and attention in one call."""
+"""CPU kernel of decode attention: norms per head, RoPE, append to the cache and attention."""
+
+from typing import Any
 
 import numba
 import numpy as np
@@ -6,22 +8,38 @@ import torch
 from torch import Tensor
 
 from teal.foundation.errors import UserError
+from teal.kernels.cpu.compile_cache import compiled
 from teal.kernels.cpu.gemv import ELEMENTS
 from teal.kernels.cpu.numerics import Array, array, exponential, narrow, norm_into, prefetch, widen
 from teal.kernels.cpu.simd import LINE_BYTES
-from teal.kernels.cpu.threads import available_threads, compiled, run_threaded
+from teal.kernels.cpu.threads import available_threads, run_threaded
 
-# The hardware asks for no key beyond its page of memory: of head_dim 128, 16 tokens.
+# The hardware prefetches nothing beyond a page of memory, which holds 16 keys of head_dim 128.
 _TOKENS_AHEAD = 16
-# Tokens per task. Sums of tasks are added in order, so the threads do not change the bits.
+# Tokens per task. Tasks are added up in order, so the number of threads does not change the bits.
 CHUNK = 256
 # Below this many entries of keys, waking a thread costs more than it saves.
 _ENTRIES_PER_CALL = 1 << 16
-# Per task and query head: the sum of values, the largest score, and the sum of weights.
+# For each task and query head: the weighted sum of values (tasks, group, head_dim), the largest
+# score and the sum of weights (tasks, group).
 Partials = tuple[Array, Array, Array]
 
 _LOWEST = np.float32(-3e38)
 _NONE = np.float32(-np.inf)
+
+
+class NumbaAttention:
+    """Decode attention on the CPU by a kernel that numba compiles."""
+
+    name = "numba"
+
+    def can_run(self, qkv: Tensor, *_: Tensor) -> str | None:
+        """Return why attention cannot be computed, or `None` if it can; see `NumbaBackend`."""
+        return None if qkv.dtype in ELEMENTS else "qkv is not float32, bfloat16 or float16"
+
+    def run(self, *tensors: Tensor, **options: Any) -> Tensor:
+        """Append and attend; see `attend`."""
+        return attend(*tensors, **options)
 
 
 def attend(
@@ -39,10 +57,10 @@ def attend(
     k_norm_weight: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """Append one token per stream to its cache, in place, and attend from it to the cache.
+    """Append one token per sequence to its cache, in place, and attend from it to the cache.
 
-    Same meaning as `reference_attention.attend`, which explains the arguments; reads no more of
-    the cache than attention covers. The result has the same bits whatever the number of threads.
+    Same meaning as `reference.attention.attend`, which explains the arguments. It reads only the
+    part of the cache that attention covers. The result does not depend on the number of threads.
 
     Raises:
         UserError: A position is not inside the cache.
@@ -98,17 +116,18 @@ def attention(
     """Append and attend, all sums in float32.
 
     Args:
-        element: Any uint16 where the tensors are bfloat16, int16 for float16, float32 for float32.
+        element: Zero of the type that stands for the dtype of the tensors; see
+            `gemv_kernel.product`.
         tensors: Addresses of qkv, keys, values and the result.
         tables: Addresses of positions, cosines and sines.
-        norm_weights: Addresses of the weights of the norms, 0 for none.
-        sizes: Rows, heads, key heads, capacity, head_dim, and half of the rotated entries.
+        norm_weights: Addresses of the weights of the norms of queries and keys, 0 for none.
+        sizes: Rows, query heads, key heads, capacity, head_dim, and half of the rotated entries.
         factors: Scale, soft cap and eps.
-        window: Tokens covered at most; 0 for all.
-        threads: How many shares of the tasks there are, one for each of numba's threads.
+        window: How many tokens attention covers at most; 0 for all.
+        threads: How many of numba's threads share the tasks.
 
     Returns:
-        False, with nothing done, where a position is outside the cache.
+        Whether all positions are inside the cache. If not, nothing is written.
     """
     places = _place(array(np.int64(0), tables[0], sizes[0]), sizes, window)
     if len(places) == 0:
@@ -116,7 +135,7 @@ def attention(
     queries, keys, values = _append(element, tensors, tables, norm_weights, sizes, factors[2])
     partials = _partials(queries, keys, places)
     shares = 1 if len(places) * CHUNK * keys.shape[3] < _ENTRIES_PER_CALL else threads
-    # As in cpu_compiled: a small body, and one type of index.
+    # A small body and one type of index, as in gemv_kernel.
     if shares == 1:
         for thread in range(shares):
             _attend_share(queries, keys, values, places, partials, factors, thread, shares)
@@ -130,9 +149,9 @@ def attention(
 
 @compiled()
 def _place(positions: Array, sizes: tuple[int, int, int, int, int, int], window: int) -> Array:
-    """Return row, key head, first token and token behind the last of every task, (tasks, 4).
+    """Return row, key head, first token and end of every task, (tasks, 4).
 
-    No task at all where a position is outside the cache.
+    There are no tasks if a position is outside the cache.
     """
     rows, _, kv_heads, capacity, _, _ = sizes
     tasks = 0
@@ -179,22 +198,22 @@ def _append(
         position = positions[row]
         cosine, sine = cosines[position], sines[position]
         for head in range(heads):
-            _turn(rotated, qkv[row, head], norm_weights[0], np.float32(eps), cosine, sine)
+            _rotate(rotated, qkv[row, head], norm_weights[0], np.float32(eps), cosine, sine)
             for c in range(head_dim):
                 queries[row, head, c] = widen(rotated[c])
         for kv in range(kv_heads):
             key, value = qkv[row, heads + kv], qkv[row, heads + kv_heads + kv]
-            _turn(keys[row, kv, position], key, norm_weights[1], np.float32(eps), cosine, sine)
+            _rotate(keys[row, kv, position], key, norm_weights[1], np.float32(eps), cosine, sine)
             for c in range(head_dim):
                 values[row, kv, position, c] = value[c]
     return queries, keys, values
 
 
 @compiled(fuse=True)
-def _turn(
+def _rotate(
     result: Array, head: Array, norm_weight: int, eps: np.float32, cosine: Array, sine: Array
 ) -> None:
-    """Apply the norm, where there is one, and RoPE to one head."""
+    """Apply the norm, if there is one, and RoPE to one head."""
     source = head
     if norm_weight != 0:
         norm_into(result, head, array(head[0], norm_weight, len(head)), eps)
@@ -210,7 +229,7 @@ def _turn(
 
 @compiled()
 def _partials(queries: Array, keys: Array, places: Array) -> Partials:
-    """Make room for what tasks compute."""
+    """Allocate the results of the tasks."""
     tasks, group = len(places), queries.shape[1] // keys.shape[1]
     sums = np.empty((tasks, group, keys.shape[3]), np.float32)
     return sums, np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
@@ -241,17 +260,17 @@ def _attend_share(
         if softcap > 0:
             _cap(scores, np.float32(softcap))
         for g in range(group):
-            tops[task, g], totals[task, g] = _soften(scores[g])
+            tops[task, g], totals[task, g] = _exponentiate(scores[g])
         sums[task, :, :] = 0
         _add_values(sums[task], scores, past_values)
 
 
 @compiled(reorder=True)
 def _score(scores: Array, queries: Array, keys: Array, values: Array, scale: np.float32) -> None:
-    """Write `scale · q · k` for all queries and keys; let the values come nearer meanwhile."""
+    """Write `scale · q · k` for all queries and keys, prefetching the values meanwhile."""
     tokens, width = keys.shape
     line = LINE_BYTES // keys.itemsize
-    # Keys behind the last are the last again: one form of the sum for every number of tokens.
+    # The last key is repeated up to a multiple of four: one loop for every number of tokens.
     last = tokens - 1
     for token in range(0, tokens, 4):
         second, third, fourth = min(token + 1, last), min(token + 2, last), min(token + 3, last)
@@ -279,12 +298,12 @@ def _cap(scores: Array, softcap: np.float32) -> None:
 
 
 @compiled(reorder=True)
-def _soften(scores: Array) -> tuple[np.float32, np.float32]:
-    """Turn scores into weights of a softmax not yet divided; return the largest and their sum."""
+def _exponentiate(scores: Array) -> tuple[np.float32, np.float32]:
+    """Replace scores by softmax weights before division; return the largest score and their sum."""
     top = _NONE
     for token in range(len(scores)):
         top = scores[token] if scores[token] > top else top
-    # Minus infinity less itself would be no number.
+    # -inf minus -inf would be NaN.
     top = max(top, _LOWEST)
     total = np.float32(0)
     for token in range(len(scores)):
@@ -319,7 +338,7 @@ def _add_values(sums: Array, weights: Array, values: Array) -> None:
 
 @compiled()
 def _combine(result: Array, places: Array, partials: Partials) -> None:
-    """Add the tasks of every head in order, each brought to the largest score, and divide."""
+    """Add up the tasks of every head in order, rescaled to the largest score, and divide."""
     sums, tops, totals = partials
     _, group, head_dim = sums.shape
     begin = 0

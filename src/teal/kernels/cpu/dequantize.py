@@ -1,14 +1,15 @@
-"""Quantized weights as floats on the CPU, for products of more rows than the kernel takes."""
+"""CPU kernel that dequantizes a weight, for products of more rows than `quantized_gemv` takes."""
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from teal.kernels.cpu.compile_cache import compiled
 from teal.kernels.cpu.gemv import ELEMENTS
 from teal.kernels.cpu.numerics import Array, array, narrow, widen
 from teal.kernels.cpu.quantized_kernel import INT4_CODES, INT8_CODES, Weight, read_zeros
-from teal.kernels.cpu.threads import compiled, run_threaded, thread_count
+from teal.kernels.cpu.threads import run_threaded, thread_count
 from teal.kernels.cpu.unpack import (
     FP8_FACTOR,
     HIGH_FACTOR,
@@ -24,12 +25,12 @@ _MIDDLE_LOW, _MIDDLE_HIGH = np.float32(NIBBLE_BASE + 8), np.float32(NIBBLE_BASE 
 
 
 def dequantized(weight: Weight, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Return the weight that codes stand for; see `reference_quantized.dequantized`.
+    """Return `(code - zero) · scale`, as `reference.quantized.dequantized` does.
 
     Args:
-        weight: As the compiled product gets it.
-        shape: Its in_features and out_features.
-        dtype: Of the result, one of `ELEMENTS`; computed in float32 and rounded once.
+        weight: The quantized weight, in the form that kernels take.
+        shape: in_features and out_features.
+        dtype: dtype of the result, one of `ELEMENTS`; computed in float32 and rounded once.
 
     Returns:
         (in_features, out_features), in `dtype`.
@@ -47,13 +48,14 @@ def write_floats(
     """Write `(code - zero) · scale`.
 
     Args:
-        element: Any uint16 where the result is bfloat16, int16 for float16, float32 for float32.
+        element: Zero of the type that stands for the dtype of the result; see
+            `gemv_kernel.product`.
         weight: The quantized weight (K, N).
-        result: Address of (K, N).
+        result: Address of the result (K, N).
         shape: K, N.
-        threads: How many shares of the channels there are, one for each of numba's threads.
+        threads: How many of numba's threads divide the channels among them.
     """
-    # As in cpu_compiled: a small body, and one type of index.
+    # A small body and one type of index, as in gemv_kernel.
     if threads == 1:
         for thread in range(threads):
             _write_share(element, weight, result, shape, thread, threads)
@@ -92,8 +94,8 @@ def _write_share(
                 last = group
             _write_nibbles(floats[channel], octets[start : start + weight[3]], scales[group], zeros)
         else:
-            strip = octets[start : start + weight[3]]
-            _write_bytes(floats[channel], strip, scales[group], _FP8_FACTOR)
+            codes = octets[start : start + weight[3]]
+            _write_bytes(floats[channel], codes, scales[group], _FP8_FACTOR)
 
 
 @compiled()

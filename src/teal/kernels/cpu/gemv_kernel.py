@@ -1,4 +1,4 @@
-"""CPU kernel of the products: weight rows of kept channels are read once, the others never.
+"""CPU kernel of products with float weights: it reads the weight rows of kept channels only.
 
 Legend: `T` rows, `K` in_features, `N` out_features. docs/kernels.md explains the scheme.
 """
@@ -9,22 +9,23 @@ from typing import Any
 import numba
 import numpy as np
 
-from teal.kernels.cpu.kept_channels import Lists, make_lists
+from teal.kernels.cpu.compile_cache import compiled
+from teal.kernels.cpu.kept_channels import KeptChannels, compact_inputs
 from teal.kernels.cpu.numerics import Array, array, gated, narrow, widen
-from teal.kernels.cpu.simd import LINE_BYTES, add_line, ask_lines
-from teal.kernels.cpu.threads import compiled
+from teal.kernels.cpu.simd import LINE_BYTES, add_line, prefetch_lines
 
-# Strips read side by side: more streams keep more of the memory busy, and their 8 factors still
-# fit the registers of AVX2.
+# Weight rows read at once: more streams keep more of the memory busy, and 8 factors still fit the
+# registers of AVX2.
 GROUP = 8
-# Parts of short weight rows for each thread would keep the memory waiting between them: threads
-# share the channels then, in as many shares whatever their number. To add up few shares of longer
-# weight rows takes no longer than many of short ones.
-SHORT_STRIP_BYTES, SHARES_OF_SHORT = 8192, 8
-LONG_STRIP_BYTES, SHARES = 32768, 2
+# If threads divided short weight rows among them, memory would idle between the pieces. They divide
+# the channels instead, into a number of shares that does not depend on the number of threads, so
+# that the result does not either. The shares are added up afterwards: the longer the weight rows,
+# the fewer shares are affordable.
+SHORT_ROW_BYTES, SHARES_OF_SHORT_ROWS = 8192, 8
+LONG_ROW_BYTES, SHARES = 32768, 2
 
-# How the sums of two parts become one result.
-BESIDE, SILU, GELU = 0, 1, 2
+# The form of a product: parts side by side, or gate and up with an activation.
+LINEAR, SILU, GELU = 0, 1, 2
 
 
 @compiled(parallel=True)
@@ -42,35 +43,36 @@ def product(
 ) -> None:
     """Write `Σ_{j kept} (x_j - shift_j) · W[j, :] + bias + residual`, summed in float32.
 
-    Tensors come as addresses, 0 for absent ones: numpy arrays would cost more to make than the
-    whole launch.
+    Tensors are passed as addresses, 0 if absent: making numpy arrays would take longer than the
+    rest of the launch.
 
     Args:
-        element: Any uint16 where the tensors are bfloat16, int16 for float16, float32 for float32.
-        inputs: x (T, K) contiguous; norm weight of an RMSNorm (K,); score_scale (lists, K) and
-            shift (K,), both float32.
-        weights: The weight (K, N) and the distance between its weight rows, in elements.
-        outputs: bias (N,), residual and result, contiguous.
+        element: Zero of a type that stands for the dtype of the tensors: uint16 for bfloat16, int16
+            for float16, float32 for float32.
+        inputs: Addresses of x (T, K), contiguous; the weight of an RMSNorm (K,); score_scale
+            (masks, K) and shift (K,), both float32.
+        weights: Address of the weight (K, N), and its stride from row to row in elements.
+        outputs: Addresses of bias (N,), residual and result, contiguous.
         sizes: T, K, N.
-        parts: How many lists of kept channels there are, and the columns that use each. The last
-            list serves all parts that follow.
-        thresholds: Cut-off per list in score units, rounded to float32.
-        form: `BESIDE` for parts beside each other; `SILU` or `GELU` for gate and up.
-        eps: Of the norm.
-        threads: How many slabs of columns there are, one for each of numba's threads.
+        parts: The number of masks, and the columns of each mask. With gate and up, a single mask
+            serves both.
+        thresholds: Cut-off of each mask in score units, rounded to float32.
+        form: `LINEAR` for parts side by side; `SILU` or `GELU` for gate and up.
+        eps: Epsilon of the norm.
+        threads: How many of numba's threads share the work.
     """
     _, in_features, out_features = sizes
     weight = array(element, weights[0], max(0, in_features - 1) * weights[1] + out_features)
-    lists = make_lists(element, inputs, sizes, parts[0], thresholds, eps)
+    kept = compact_inputs(element, inputs, sizes, parts[0], thresholds, eps)
     shares = _shares_of(out_features * weight.itemsize)
     partial = np.empty((shares, sizes[0], out_features), np.float32)
 
     def run(thread: int) -> None:
         place = (thread, threads)
-        _work(element, weight, weights[1], outputs, sizes, parts, form, lists, partial, place)
+        _work(element, weight, weights[1], outputs, sizes, parts, form, kept, partial, place)
 
-    # The body of a parallel function is slow to compile, so it is small; and an index has one type
-    # in both loops, so that what they call is compiled once.
+    # A parallel function is slow to compile, so its body is small. The index has the same type in
+    # both loops, so that what they call is compiled once.
     if threads == 1:
         for thread in range(threads):
             run(thread)
@@ -83,11 +85,11 @@ def product(
 
 
 @compiled()
-def _shares_of(strip_bytes: int) -> int:
-    """Return in how many shares threads take the channels; none if they take columns instead."""
-    if strip_bytes < SHORT_STRIP_BYTES:
-        return SHARES_OF_SHORT
-    return SHARES if strip_bytes < LONG_STRIP_BYTES else 0
+def _shares_of(row_bytes: int) -> int:
+    """Return into how many shares the channels are divided; 0 if threads divide the columns."""
+    if row_bytes < SHORT_ROW_BYTES:
+        return SHARES_OF_SHORT_ROWS
+    return SHARES if row_bytes < LONG_ROW_BYTES else 0
 
 
 @compiled()
@@ -99,22 +101,24 @@ def _work(
     sizes: tuple[int, int, int],
     parts: tuple[int, int, int, int],
     form: int,
-    lists: Lists,
+    kept: KeptChannels,
     partial: Array,
     place: tuple[int, int],
 ) -> None:
-    """Compute what one thread has to: `place` is its number and how many there are."""
+    """Do the work of one thread; `place` is its index and the number of threads."""
     thread, threads = place
     if len(partial) == 0:
-        _slab(element, weight, stride, outputs, sizes, parts, form, lists, thread, threads)
+        _columns_of_thread(
+            element, weight, stride, outputs, sizes, parts, form, kept, thread, threads
+        )
         return
-    # More threads than shares divide the columns too.
+    # If there are more threads than shares, they divide the columns too.
     shares = len(partial)
-    slabs = 1 if threads <= shares else threads // math.gcd(threads, shares)
-    tasks = shares * slabs
-    # One behind the other: a share asks for the first weight rows of the next.
+    blocks = 1 if threads <= shares else threads // math.gcd(threads, shares)
+    tasks = shares * blocks
+    # A thread takes adjacent shares: each prefetches the first weight rows of the next.
     for task in range(tasks * thread // threads, tasks * (thread + 1) // threads):
-        _share(partial, weight, stride, parts, lists, task // slabs, (task % slabs, slabs))
+        _share(partial, weight, stride, parts, kept, task // blocks, (task % blocks, blocks))
 
 
 @compiled()
@@ -123,25 +127,25 @@ def _share(
     weight: Array,
     stride: int,
     parts: tuple[int, int, int, int],
-    lists: Lists,
+    kept: KeptChannels,
     share: int,
     place: tuple[int, int],
 ) -> None:
-    """Write the product with a share of the kept channels, for the columns of one slab."""
-    kept = lists[2]
+    """Write the product with one share of the kept channels for one block of columns."""
+    counts = kept[2]
     shares, rows, out_features = partial.shape
-    slab, slabs = place
-    begin, end = out_features * slab // slabs, out_features * (slab + 1) // slabs
+    block, blocks = place
+    begin, end = out_features * block // blocks, out_features * (block + 1) // blocks
     part_begin = 0
     for i in range(parts[0]):
         part_end = part_begin + parts[1 + i]
         first, last = max(begin, part_begin), min(end, part_end)
         if last > first:
-            groups = kept[i] // GROUP
+            groups = counts[i] // GROUP
             low = groups * share // shares * GROUP
-            high = kept[i] if share == shares - 1 else groups * (share + 1) // shares * GROUP
+            high = counts[i] if share == shares - 1 else groups * (share + 1) // shares * GROUP
             sums = np.zeros((rows, last - first), np.float32)
-            _add_strips(sums, weight, stride, first, _entries(lists, i), low, high)
+            _add_weight_rows(sums, weight, stride, first, _entries(kept, i), low, high)
             partial[share, :, first:last] = sums
         part_begin = part_end
 
@@ -154,7 +158,7 @@ def _finish_shares(
     out_features: int,
     form: int,
 ) -> None:
-    """Add up the shares in their order, and the bias, and write the result."""
+    """Add up the shares in order, add the bias, and write the result."""
     sums = partial[0]
     for share in range(1, len(partial)):
         for row in range(len(sums)):
@@ -162,7 +166,7 @@ def _finish_shares(
             for c in range(out_features):
                 total[c] += addends[c]
     _add_bias(element, sums, outputs[0], out_features, 0)
-    if form == BESIDE:
+    if form == LINEAR:
         write(element, sums, outputs, 0, out_features)
         return
     half = out_features // 2
@@ -172,7 +176,7 @@ def _finish_shares(
 
 
 @compiled()
-def _slab(
+def _columns_of_thread(
     element: np.generic,
     weight: Array,
     stride: int,
@@ -180,22 +184,22 @@ def _slab(
     sizes: tuple[int, int, int],
     parts: tuple[int, int, int, int],
     form: int,
-    lists: Lists,
+    kept: KeptChannels,
     thread: int,
     threads: int,
 ) -> None:
-    """Compute the columns of one thread."""
+    """Compute the columns of one thread, with all kept channels."""
     rows, _, out_features = sizes
-    if form == BESIDE:
-        begin = border(parts, lists[2], _per_line(weight), thread, threads)
-        end = border(parts, lists[2], _per_line(weight), thread + 1, threads)
+    if form == LINEAR:
+        begin = border(parts, kept[2], _per_line(weight), thread, threads)
+        end = border(parts, kept[2], _per_line(weight), thread + 1, threads)
         part_begin = 0
         for i in range(parts[0]):
             part_end = part_begin + parts[1 + i]
             first, last = max(begin, part_begin), min(end, part_end)
             if last > first:
                 sums = np.zeros((rows, last - first), np.float32)
-                _add_list(element, sums, weight, stride, outputs[0], out_features, first, lists, i)
+                _add_part(element, sums, weight, stride, outputs[0], out_features, first, kept, i)
                 write(element, sums, outputs, first, out_features)
             part_begin = part_end
         return
@@ -206,16 +210,16 @@ def _slab(
     if width > 0:
         both = np.zeros((2, rows, width), np.float32)
         for i in range(2):
-            column, own_list = i * half + first, min(i, parts[0] - 1)
-            _add_list(
-                element, both[i], weight, stride, outputs[0], out_features, column, lists, own_list
+            column, mask = i * half + first, min(i, parts[0] - 1)
+            _add_part(
+                element, both[i], weight, stride, outputs[0], out_features, column, kept, mask
             )
         gate(both[0], both[1], form == GELU)
         write(element, both[0], outputs, first, half)
 
 
 @compiled()
-def _add_list(
+def _add_part(
     element: np.generic,
     sums: Array,
     weight: Array,
@@ -223,19 +227,19 @@ def _add_list(
     bias: int,
     out_features: int,
     first: int,
-    lists: Lists,
-    i: int,
+    kept: KeptChannels,
+    mask: int,
 ) -> None:
-    """Add the product with the channels of one list, and the bias, to sums, (T, width)."""
-    _add_strips(sums, weight, stride, first, _entries(lists, i), 0, lists[2][i])
+    """Add the product with the channels that a mask keeps, and the bias, to `sums`, (T, width)."""
+    _add_weight_rows(sums, weight, stride, first, _entries(kept, mask), 0, kept[2][mask])
     _add_bias(element, sums, bias, out_features, first)
 
 
 @compiled()
-def _entries(lists: Lists, i: int) -> tuple[Array, Array]:
-    """Return the kept channels of one list, and their values."""
-    channels, values, kept = lists
-    return channels[i, : kept[i]], values[i, : kept[i]]
+def _entries(kept: KeptChannels, mask: int) -> tuple[Array, Array]:
+    """Return the channels that a mask keeps, and their activations."""
+    channels, values, counts = kept
+    return channels[mask, : counts[mask]], values[mask, : counts[mask]]
 
 
 @compiled()
@@ -250,18 +254,26 @@ def _add_bias(element: np.generic, sums: Array, bias: int, out_features: int, fi
 
 @compiled()
 def border(
-    parts: tuple[int, int, int, int], kept: Array, line: int, thread: int, threads: int
+    parts: tuple[int, int, int, int], counts: Array, line: int, thread: int, threads: int
 ) -> int:
-    """Return the column where the share of a thread begins: equal bytes to read for each."""
+    """Return the first column of a thread, such that each reads about as many bytes.
+
+    Args:
+        parts: The number of masks, and the columns of each.
+        counts: Kept channels of each mask, (masks,).
+        line: Columns per cache line, at whose multiples a part is divided.
+        thread: Index of the thread; `threads` gives the end of the last one.
+        threads: Number of threads.
+    """
     total = 0
     for i in range(parts[0]):
-        total += parts[1 + i] * (kept[i] + 1)
+        total += parts[1 + i] * (counts[i] + 1)
     left = total * thread // threads
     column = 0
     for i in range(parts[0]):
-        cost = parts[1 + i] * (kept[i] + 1)
+        cost = parts[1 + i] * (counts[i] + 1)
         if left < cost:
-            whole_lines: int = left // (kept[i] + 1) // line * line
+            whole_lines: int = left // (counts[i] + 1) // line * line
             return column + whole_lines
         left -= cost
         column += parts[1 + i]
@@ -269,7 +281,7 @@ def border(
 
 
 @compiled(fuse=True)
-def _add_strips(
+def _add_weight_rows(
     sums: Array,
     weight: Array,
     stride: int,
@@ -280,8 +292,8 @@ def _add_strips(
 ) -> None:
     """Add `Σ_i values[i] · W[channels[i], first : first + width]` to `sums`, (T, width).
 
-    `entries` are channels and values, of which those from `low` to `high` count. While weight rows
-    are added, those of the next entries are asked for, line by line: only the list tells where they
+    `entries` are channels and values, of which those from `low` to `high` are added. Meanwhile the
+    weight rows of the next entries are prefetched line by line: the hardware cannot know where they
     are.
     """
     channels, values = entries
@@ -292,19 +304,19 @@ def _add_strips(
         starts = _starts(channels, i, stride, first)
         following = _starts(channels, i + GROUP, stride, first)
         for column in range(0, lines, line):
-            ask_lines(weight, following, column)
+            prefetch_lines(weight, following, column)
             for row in range(len(sums)):
                 add_line(sums[row], column, weight, starts, _factors(values, i, row))
         for row in range(len(sums)):
             for column in range(lines, width):
                 sums[row, column] += _add_up(values[i : i + GROUP, row], weight, starts, column)
     for i in range(grouped, high):
-        strip = _strip(weight, channels[i] * stride + first, width)
+        weight_row = _piece(weight, channels[i] * stride + first, width)
         for row in range(len(sums)):
             total = sums[row]
             value = values[i, row]
             for c in range(width):
-                total[c] += value * widen(strip[c])
+                total[c] += value * widen(weight_row[c])
 
 
 @compiled(fuse=True)
@@ -318,7 +330,7 @@ def _add_up(values: Array, weight: Array, starts: tuple[int, ...], column: int) 
 
 @compiled()
 def _starts(channels: Array, i: int, stride: int, first: int) -> tuple[int, ...]:
-    """Return where the weight rows of GROUP channels begin; behind the last one it is again."""
+    """Return where the weight rows of GROUP channels begin, repeating the last channel."""
     last = len(channels) - 1
     return (
         channels[min(i, last)] * stride + first,
@@ -348,7 +360,7 @@ def _factors(values: Array, i: int, row: int) -> tuple[Any, ...]:
 
 @compiled()
 def gate(gates: Array, ups: Array, gelu: bool) -> None:
-    """Write `activation(gate) · up` over the gates."""
+    """Replace the gates by `activation(gate) · up`, both (T, width)."""
     for row in range(len(gates)):
         gate, up = gates[row], ups[row]
         for c in range(len(gate)):
@@ -359,7 +371,7 @@ def gate(gates: Array, ups: Array, gelu: bool) -> None:
 def write(
     element: np.generic, sums: Array, outputs: tuple[int, int, int], first: int, columns: int
 ) -> None:
-    """Add the residual to a slab of sums, (T, width), and write it rounded."""
+    """Add the residual to the columns from `first` of sums, (T, width); write them rounded."""
     rows, width = sums.shape
     residual = array(element, outputs[1], rows * columns)
     result = array(element, outputs[2], rows * columns)
@@ -374,7 +386,7 @@ def write(
 
 
 @compiled()
-def _strip(weight: Array, start: int, width: int) -> Array:
+def _piece(weight: Array, start: int, width: int) -> Array:
     return weight[start : start + width]
 
 

@@ -1,37 +1,47 @@
-"""Which channels the products on a CPU keep, as lists that their kernels read.
+"""Compaction on the CPU: the channels that a product keeps, and their activations.
 
 Legend: `T` rows, `K` in_features.
 """
 
 import numpy as np
 
+from teal.kernels.cpu.compile_cache import compiled
 from teal.kernels.cpu.numerics import Array, array, narrow, norm_into, widen
-from teal.kernels.cpu.threads import compiled
 
-# Channels (lists, K), their activations (lists, K, T) and how many of each list are kept.
-Lists = tuple[Array, Array, Array]
+# For each mask: its kept channels (masks, K), their activations (masks, K, T), and how many of them
+# there are (masks,); entries from there on mean nothing.
+KeptChannels = tuple[Array, Array, Array]
 
 
 @compiled()
-def make_lists(
+def compact_inputs(
     element: np.generic,
     inputs: tuple[int, int, int, int],
     sizes: tuple[int, int, int],
-    count: int,
+    masks: int,
     thresholds: tuple[float, float, float],
     eps: float,
-) -> Lists:
-    """Return channels (lists, K), their activations (lists, K, T) and how many are kept."""
+) -> KeptChannels:
+    """Normalize the activations if there is a norm, and compact them once for each mask.
+
+    Args:
+        element: Zero of the type of the activations; see `gemv_kernel.product`.
+        inputs: Addresses of x, norm weight, score_scale and shift; see `gemv_kernel.product`.
+        sizes: T, K, N.
+        masks: Number of masks.
+        thresholds: Cut-off of each mask in score units, rounded to float32.
+        eps: Epsilon of the norm.
+    """
     rows, in_features, _ = sizes
     x = array(element, inputs[0], rows * in_features).reshape(rows, in_features)
     if inputs[1] != 0:
         x = _normed(x, array(element, inputs[1], in_features), np.float32(eps))
-    channels = np.empty((count, in_features), np.int64)
-    values = np.empty((count, in_features, rows), np.float32)
-    kept = np.empty(count, np.int64)
-    for i in range(count):
+    channels = np.empty((masks, in_features), np.int64)
+    values = np.empty((masks, in_features, rows), np.float32)
+    kept = np.empty(masks, np.int64)
+    for i in range(masks):
         score_scale = inputs[2] if inputs[2] == 0 else inputs[2] + 4 * i * in_features
-        kept[i] = list_kept(
+        kept[i] = compact(
             x, score_scale, inputs[3], np.float32(thresholds[i]), channels[i], values[i]
         )
     return channels, values, kept
@@ -46,27 +56,27 @@ def _normed(x: Array, norm_weight: Array, eps: np.float32) -> Array:
 
 
 @compiled()
-def list_kept(
-    x: Array, scale_address: int, shift_address: int, threshold: np.float32, *lists: Array
+def compact(
+    x: Array, scale_address: int, shift_address: int, threshold: np.float32, *kept_channels: Array
 ) -> int:
-    """List the channels that any row keeps, with 0 for the rows that drop them.
+    """Write the channels that any row keeps, and their activations: 0 for rows that drop them.
 
     Args:
         x: Activations, (T, K).
-        scale_address: Where score_scale (K,) begins, float32; 0 for none.
-        shift_address: Where shift (K,) begins, float32; 0 for none.
+        scale_address: Address of score_scale (K,), float32; 0 for none.
+        shift_address: Address of shift (K,), float32; 0 for none.
         threshold: Cut-off in score units.
-        *lists: Room for channels (K,) int64, and for their activations (K, T) float32.
+        *kept_channels: Room for the channels (K,), int64, and their activations (K, T), float32.
 
     Returns:
-        How many channels are kept; the lists mean nothing from there on.
+        How many channels are kept; entries from there on mean nothing.
     """
-    channels, values = lists
+    channels, values = kept_channels
     rows, in_features = x.shape
     score_scale = array(np.float32(0), scale_address, in_features * (scale_address != 0))
     shift = array(np.float32(0), shift_address, in_features * (shift_address != 0))
     kept = 0
-    # Entries are written before it is decided whether they stay: there is no branch to mispredict.
+    # An entry is written before it is known whether it is kept: there is no branch to mispredict.
     if rows == 1:
         for channel in range(in_features):
             value, score = _score(x[0, channel], channel, score_scale, shift)
@@ -90,7 +100,7 @@ def list_kept(
 def _score(
     bits: np.generic, channel: int, score_scale: Array, shift: Array
 ) -> tuple[np.float32, np.float32]:
-    """Return an activation less its shift, and its score. Compared as not ≤, NaN is kept."""
+    """Return an activation minus its shift, and its score, in float32."""
     value = widen(bits)
     score = value
     if len(shift) > 0:

@@ -1,4 +1,4 @@
-"""The dense product on the CPU with a weight that lies as rows, such as a tied head."""
+"""Dense CPU product with a weight (out_features, in_features), such as a tied head."""
 
 import math
 
@@ -7,17 +7,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from teal.kernels.cpu.compile_cache import compiled
 from teal.kernels.cpu.gemv import ELEMENTS, MAX_ROWS
 from teal.kernels.cpu.numerics import Array, array, narrow, widen
-from teal.kernels.cpu.threads import compiled, run_threaded, thread_count
+from teal.kernels.cpu.threads import run_threaded, thread_count
 
-# Rows read side by side, to keep more of the memory busy.
+# Rows of the weight read at once: more streams keep more of the memory busy.
 _GROUP = 4
 
 
-def can_compute(x: Tensor, weight: Tensor) -> bool:
-    """Say whether the kernel computes this, or torch has to."""
-    return x.dtype in ELEMENTS and weight.stride(1) == 1 and math.prod(x.shape[:-1]) <= MAX_ROWS
+class NumbaHead:
+    """The product with an output head on the CPU by a kernel that numba compiles."""
+
+    name = "numba"
+
+    def can_run(self, x: Tensor, weight: Tensor) -> str | None:
+        """Return why a product cannot be computed, or `None` if it can; see `NumbaBackend`."""
+        if x.dtype not in ELEMENTS:
+            return "x is not float32, bfloat16 or float16"
+        if weight.stride(1) != 1:
+            return "the entries of a weight row do not lie side by side"
+        if math.prod(x.shape[:-1]) > MAX_ROWS:
+            return f"x has more than {MAX_ROWS} rows: torch is faster"
+        return None
+
+    def run(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Compute a product; see `lm_head_gemv`."""
+        return lm_head_gemv(x, weight)
 
 
 def lm_head_gemv(x: Tensor, weight: Tensor) -> Tensor:
@@ -57,16 +73,17 @@ def product(
     """Write `x @ weight.T`.
 
     Args:
-        element: Any uint16 where the tensors are bfloat16, int16 for float16, float32 for float32.
+        element: Zero of the type that stands for the dtype of the tensors; see
+            `gemv_kernel.product`.
         tensors: Addresses of x (T, K), the weight (N, K) and the result (T, N).
-        sizes: T, K, N, and the distance between rows of the weight, in elements.
-        threads: How many shares of N there are, one for each of numba's threads.
+        sizes: T, K, N, and the stride of the weight from row to row in elements.
+        threads: How many of numba's threads divide N among them.
     """
     rows, in_features, out_features, stride = sizes
     x = _widened(array(element, tensors[0], rows * in_features)).reshape(rows, in_features)
     weight = array(element, tensors[1], max(0, out_features - 1) * stride + in_features)
     result = array(element, tensors[2], rows * out_features)
-    # As in cpu_compiled: a small body, and one type of index.
+    # A small body and one type of index, as in gemv_kernel.
     if threads == 1:
         for thread in range(threads):
             _multiply(x, weight, stride, result, thread, threads)
@@ -88,7 +105,7 @@ def _widened(bits: Array) -> Array:
 def _multiply(
     x: Array, weight: Array, stride: int, result: Array, thread: int, threads: int
 ) -> None:
-    """Multiply the rows of the weight that one thread has with every row of x."""
+    """Multiply one thread's share of the weight's rows with every row of x."""
     rows, width = x.shape
     columns = len(result) // max(1, rows)
     share = (columns + _GROUP * threads - 1) // (_GROUP * threads) * _GROUP

@@ -1,8 +1,4 @@
-"""What CPU kernels read and compute with: tensors by address, 16-bit floats, the exponential.
-
-numba's cache on disk sees a change only in the file of the function that it compiles. After a
-change here, delete the cache: docs/kernels.md says where it is.
-"""
+"""Numbers in CPU kernels: tensors by address, 16-bit floats, the exponential, prefetching."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,15 +11,15 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from teal.kernels.cpu.threads import compiled
+from teal.kernels.cpu.compile_cache import compiled
 
 Array = NDArray[Any]
-# What numba asks of an intrinsic: its signature, and what emits its instructions.
+# What numba expects an intrinsic to return: its signature, and the function that emits its code.
 Intrinsic = tuple[types.Type, Callable[..., ir.Value]]
 
 _ONE = np.float32(1)
 _LOG2_E = np.float32(1.44269504088896341)
-# The natural logarithm of 2 in two parts, the first with few enough bits that products are exact.
+# ln(2) in two parts; the first has so few bits that its products with `power` are exact.
 _LN_2_HIGH = np.float32(0.693359375)
 _LN_2_LOW = np.float32(-2.12194440e-4)
 _LARGEST, _SMALLEST = np.float32(88.0), np.float32(-87.0)
@@ -45,9 +41,9 @@ _GELU_LINEAR, _GELU_CUBIC = np.float32(1.5957691216), np.float32(0.044715)
 
 @compiled(fuse=True)
 def exponential(x: np.float32) -> np.float32:
-    """Return e^x, in a form that the compiler turns into vector instructions.
+    """Return e^x to about 2 ulp, in a form that the compiler vectorizes.
 
-    Below -87 it is 0 and above 88 infinite; NaN stays NaN.
+    The result is 0 below -87, inf above 88, and NaN for NaN.
     """
     inside = min(max(x if x == x else _ZERO, _SMALLEST), _LARGEST)
     power = np.floor(inside * _LOG2_E + _HALF)
@@ -61,7 +57,7 @@ def exponential(x: np.float32) -> np.float32:
 
 @compiled(fuse=True)
 def gated(gate: np.float32, up: np.float32, gelu: bool) -> np.float32:
-    """Return `activation(gate) · up`, for gelu_pytorch_tanh or else silu."""
+    """Return `activation(gate) · up`, with gelu_pytorch_tanh if `gelu`, else silu."""
     slope = gate
     if gelu:
         slope = _GELU_LINEAR * (gate + _GELU_CUBIC * gate * gate * gate)
@@ -70,7 +66,7 @@ def gated(gate: np.float32, up: np.float32, gelu: bool) -> np.float32:
 
 @compiled(reorder=True)
 def mean_square(x: Array) -> np.float32:
-    """Return the mean of the squares of 16-bit or float32 numbers, in float32."""
+    """Return the mean of the squares of 16-bit or float32 numbers, summed in float32."""
     total = _ZERO
     for i in range(len(x)):
         value = widen(x[i])
@@ -80,7 +76,7 @@ def mean_square(x: Array) -> np.float32:
 
 @compiled()
 def norm_into(result: Array, x: Array, norm_weight: Array, eps: np.float32) -> None:
-    """Write the RMSNorm of `x`, rounded twice as `reference.rms_norm` does."""
+    """Write the RMSNorm of `x` to `result`, rounded twice as in `reference.rms_norm`."""
     factor = _ONE / np.sqrt(mean_square(x) + eps)
     for i in range(len(x)):
         normed = widen(narrow(x[i], widen(x[i]) * factor))
@@ -89,7 +85,7 @@ def norm_into(result: Array, x: Array, norm_weight: Array, eps: np.float32) -> N
 
 @compiled()
 def array(element: np.generic, address: int, size: int) -> Array:
-    """Return the memory at `address` as numbers of the type of `element`, (size,)."""
+    """Return the memory at `address` as an array of the type of `element`, (size,)."""
     result: Array = numba.carray(_pointer(element, address), (size,))
     return result
 
@@ -106,7 +102,7 @@ def _pointer(context: object, element: types.Type, address: types.Type) -> Intri
 
 @intrinsic
 def widen(context: object, value: types.Type) -> Intrinsic:
-    """Return `value`, the bits of a bfloat16 or float16 or a float32, as a float32, exactly."""
+    """Return `value`, the bits of a bfloat16 or float16, or a float32, as a float32; exact."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         return widened(builder, value, args[0])
@@ -117,23 +113,26 @@ def widen(context: object, value: types.Type) -> Intrinsic:
 def widened(
     builder: ir.IRBuilder, element: types.Type, bits: ir.Value, size: int | None = None
 ) -> ir.Value:
-    """Emit what `widen` does.
+    """Emit the conversion of `widen`, for a number or a vector.
 
     Args:
-        builder: Where to.
-        element: Of what type one number is.
-        bits: It, or a vector of them.
-        size: Of the vector.
+        builder: Receives the instructions.
+        element: numba's type of one number.
+        bits: The number, or a vector of numbers.
+        size: Length of the vector; `None` for a single number.
+
+    Returns:
+        float32, in the shape of `bits`.
     """
 
-    def one_or_more(number: ir.Type) -> ir.Type:
+    def scalar_or_vector(number: ir.Type) -> ir.Type:
         return number if size is None else ir.VectorType(number, size)
 
     if element == types.float32:
         return bits
-    single, word = one_or_more(ir.FloatType()), one_or_more(ir.IntType(32))
+    single, word = scalar_or_vector(ir.FloatType()), scalar_or_vector(ir.IntType(32))
     if element == types.int16:
-        return builder.fpext(builder.bitcast(bits, one_or_more(ir.HalfType())), single)
+        return builder.fpext(builder.bitcast(bits, scalar_or_vector(ir.HalfType())), single)
     sixteen = ir.Constant(word, 16 if size is None else [16] * size)
     return builder.bitcast(builder.shl(builder.zext(bits, word), sixteen), single)
 
@@ -151,7 +150,7 @@ def narrow(context: object, element: types.Type, value: types.Type) -> Intrinsic
         bits = builder.bitcast(args[1], word)
         odd = builder.and_(builder.lshr(bits, word(16)), word(1))
         rounded = builder.lshr(builder.add(bits, builder.add(odd, word(0x7FFF))), word(16))
-        # The carry of rounding would turn some NaN into zero.
+        # The carry of rounding would turn some NaNs into zero.
         is_nan = builder.fcmp_unordered("uno", args[1], args[1])
         return builder.trunc(builder.select(is_nan, word(0x7FC0), rounded), ir.IntType(16))
 
@@ -160,28 +159,28 @@ def narrow(context: object, element: types.Type, value: types.Type) -> Intrinsic
 
 @intrinsic
 def prefetch(context: object, array: types.Type, index: types.Type) -> Intrinsic:
-    """Ask for the cache line of `array[index]`; harmless behind the end."""
+    """Prefetch the cache line of `array[index]`, which may lie past the end."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         data = context.make_array(array)(context, builder, args[0]).data
-        ask_for(builder, builder.gep(data, [args[1]]))
+        emit_prefetch(builder, builder.gep(data, [args[1]]))
         return context.get_dummy_value()
 
     return types.void(array, index), emit
 
 
-def ask_for(builder: ir.IRBuilder, place: ir.Value) -> None:
-    """Emit what `prefetch` does, for a pointer."""
+def emit_prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Emit a prefetch of the cache line at a pointer."""
     pointer, word = cgutils.voidptr_t, ir.IntType(32)
     form = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
     prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], form)
-    # For reading, into the second-level cache, as data.
-    builder.call(prefetch, [builder.bitcast(place, pointer), word(0), word(2), word(1)])
+    # A read of data, into the second-level cache.
+    builder.call(prefetch, [builder.bitcast(address, pointer), word(0), word(2), word(1)])
 
 
 @intrinsic
 def _power_of_two(context: object, power: types.Type) -> Intrinsic:
-    """Return 2 to a whole float32 between -126 and 127."""
+    """Return 2^power for an integral float32 between -126 and 127."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         word = ir.IntType(32)

@@ -1,25 +1,25 @@
-"""Strips of codes, added up eight at a time: the inside of cpu_quantized_compiled.
+"""Inner loops of quantized products on the CPU: weight rows of codes, added up eight at a time.
 
-As with cpu_numbers, numba's cache on disk does not see a change here.
+Legend: `T` rows. Sums are float32; scales are left to the caller.
 """
 
 import numpy as np
 
+from teal.kernels.cpu.compile_cache import compiled
 from teal.kernels.cpu.gemv_kernel import GROUP
 from teal.kernels.cpu.numerics import Array, prefetch
 from teal.kernels.cpu.simd import LINE_BYTES
-from teal.kernels.cpu.threads import compiled
 from teal.kernels.cpu.unpack import code_value, high_nibble, low_nibble
 
-# Lines of each of the next weight rows that are asked for: weight rows of codes are short, and the
-# hardware follows none of them for long.
-_AHEAD = 8
+# Lines prefetched of each of the next weight rows: rows of codes are too short for the hardware's
+# prefetcher.
+_LINES_AHEAD = 8
 
 _ZERO = np.float32(0)
 
 
 @compiled(fuse=True)
-def add_strips(
+def add_byte_rows(
     sums: Array,
     codes: Array,
     stride: int,
@@ -29,18 +29,29 @@ def add_strips(
     begin: int,
     end: int,
 ) -> None:
-    """Add `Σ_i values[i] · codes[channels[i], first : first + width]` to `sums`, (T, width)."""
+    """Add `Σ_i values[i] · codes[channels[i], first : first + width]` to `sums`, (T, width).
+
+    Args:
+        sums: Receives the sums.
+        codes: int8, or fp8 as uint8, (K · stride,).
+        stride: Codes per weight row.
+        first: First column.
+        channels: Kept channels.
+        values: Their activations, (channels, T), float32.
+        begin: First entry of `channels` to add.
+        end: Entry after the last one to add.
+    """
     rows, width = sums.shape
     for i in range(begin, end, GROUP):
-        _prefetch_strips(codes, stride, first, channels, i + GROUP)
-        w0 = _strip(codes, stride, first, width, channels, i, end)
-        w1 = _strip(codes, stride, first, width, channels, i + 1, end)
-        w2 = _strip(codes, stride, first, width, channels, i + 2, end)
-        w3 = _strip(codes, stride, first, width, channels, i + 3, end)
-        w4 = _strip(codes, stride, first, width, channels, i + 4, end)
-        w5 = _strip(codes, stride, first, width, channels, i + 5, end)
-        w6 = _strip(codes, stride, first, width, channels, i + 6, end)
-        w7 = _strip(codes, stride, first, width, channels, i + 7, end)
+        _prefetch_rows(codes, stride, first, channels, i + GROUP)
+        w0 = _weight_row(codes, stride, first, width, channels, i, end)
+        w1 = _weight_row(codes, stride, first, width, channels, i + 1, end)
+        w2 = _weight_row(codes, stride, first, width, channels, i + 2, end)
+        w3 = _weight_row(codes, stride, first, width, channels, i + 3, end)
+        w4 = _weight_row(codes, stride, first, width, channels, i + 4, end)
+        w5 = _weight_row(codes, stride, first, width, channels, i + 5, end)
+        w6 = _weight_row(codes, stride, first, width, channels, i + 6, end)
+        w7 = _weight_row(codes, stride, first, width, channels, i + 7, end)
         for row in range(rows):
             total = sums[row]
             v0, v1 = _value(values, i, row, end), _value(values, i + 1, row, end)
@@ -61,7 +72,7 @@ def add_strips(
 
 
 @compiled(fuse=True)
-def add_nibbles(
+def add_nibble_rows(
     sums: Array,
     codes: Array,
     stride: int,
@@ -72,22 +83,33 @@ def add_nibbles(
     end: int,
     zeros: Array,
 ) -> None:
-    """Add `Σ_i values[i] · (codes - zeros)` of lower and of upper nibbles, (2, T, bytes).
+    """Add `Σ_i values[i] · (code - zero)` of the lower and the upper nibbles to `sums`.
 
-    The difference of two floats with the same base is exact, so it is as if from integers.
+    The difference of two floats with the same base is exact, as if it were of integers.
+
+    Args:
+        sums: Receives the sums, (2, T, bytes): lower nibbles, then 16 times the upper ones.
+        codes: Pairs of int4 codes as uint8, (K · stride,).
+        stride: Bytes per weight row.
+        first: First byte of a weight row.
+        channels: Kept channels.
+        values: Their activations, (channels, T), float32.
+        begin: First entry of `channels` to add.
+        end: Entry after the last one to add.
+        zeros: Codes of zero, as `quantized_kernel.read_zeros` writes them, (2, bytes).
     """
     _, rows, width = sums.shape
     z0, z1 = zeros[0], zeros[1]
     for i in range(begin, end, GROUP):
-        _prefetch_strips(codes, stride, first, channels, i + GROUP)
-        w0 = _strip(codes, stride, first, width, channels, i, end)
-        w1 = _strip(codes, stride, first, width, channels, i + 1, end)
-        w2 = _strip(codes, stride, first, width, channels, i + 2, end)
-        w3 = _strip(codes, stride, first, width, channels, i + 3, end)
-        w4 = _strip(codes, stride, first, width, channels, i + 4, end)
-        w5 = _strip(codes, stride, first, width, channels, i + 5, end)
-        w6 = _strip(codes, stride, first, width, channels, i + 6, end)
-        w7 = _strip(codes, stride, first, width, channels, i + 7, end)
+        _prefetch_rows(codes, stride, first, channels, i + GROUP)
+        w0 = _weight_row(codes, stride, first, width, channels, i, end)
+        w1 = _weight_row(codes, stride, first, width, channels, i + 1, end)
+        w2 = _weight_row(codes, stride, first, width, channels, i + 2, end)
+        w3 = _weight_row(codes, stride, first, width, channels, i + 3, end)
+        w4 = _weight_row(codes, stride, first, width, channels, i + 4, end)
+        w5 = _weight_row(codes, stride, first, width, channels, i + 5, end)
+        w6 = _weight_row(codes, stride, first, width, channels, i + 6, end)
+        w7 = _weight_row(codes, stride, first, width, channels, i + 7, end)
         for row in range(rows):
             low, high = sums[0, row], sums[1, row]
             v0, v1 = _value(values, i, row, end), _value(values, i + 1, row, end)
@@ -121,10 +143,10 @@ def add_nibbles(
 
 
 @compiled()
-def _strip(
+def _weight_row(
     codes: Array, stride: int, first: int, width: int, channels: Array, i: int, end: int
 ) -> Array:
-    """Return a strip of codes; behind the end that of the last channel, whose value is then 0."""
+    """Return a weight row of codes; from `end` on the last one, which `_value` multiplies by 0."""
     start = channels[min(i, end - 1)] * stride + first
     return codes[start : start + width]
 
@@ -136,8 +158,8 @@ def _value(values: Array, i: int, row: int, end: int) -> np.float32:
 
 
 @compiled()
-def _prefetch_strips(codes: Array, stride: int, first: int, channels: Array, begin: int) -> None:
-    """Ask for the first lines of the next weight rows, also of the next group."""
+def _prefetch_rows(codes: Array, stride: int, first: int, channels: Array, begin: int) -> None:
+    """Prefetch the first lines of the next weight rows, also beyond the group of a scale."""
     for j in range(begin, min(begin + GROUP, len(channels))):
-        for line in range(_AHEAD):
+        for line in range(_LINES_AHEAD):
             prefetch(codes, channels[j] * stride + first + line * LINE_BYTES)

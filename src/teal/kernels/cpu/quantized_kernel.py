@@ -1,7 +1,7 @@
-"""CPU kernel of the products with quantized weights: codes of kept channels are read once.
+"""CPU kernel of products with quantized weights: it reads the codes of kept channels only.
 
-Legend: `T` rows, `K` in_features, `N` out_features. As in cpu_compiled; the sum of a group of
-channels is scaled once.
+Legend: `T` rows, `K` in_features, `N` out_features. The scheme is that of `gemv_kernel`; the sum of
+a group of channels is scaled once.
 """
 
 from typing import Any
@@ -9,30 +9,30 @@ from typing import Any
 import numba
 import numpy as np
 
-from teal.kernels.cpu.gemv_kernel import BESIDE, GELU, border, gate, write
-from teal.kernels.cpu.kept_channels import Lists, make_lists
+from teal.kernels.cpu.compile_cache import compiled
+from teal.kernels.cpu.gemv_kernel import GELU, LINEAR, border, gate, write
+from teal.kernels.cpu.kept_channels import KeptChannels, compact_inputs
 from teal.kernels.cpu.numerics import Array, array, widen
-from teal.kernels.cpu.quantized_inner import add_nibbles, add_strips
+from teal.kernels.cpu.quantized_inner import add_byte_rows, add_nibble_rows
 from teal.kernels.cpu.simd import LINE_BYTES
-from teal.kernels.cpu.threads import compiled
 from teal.kernels.cpu.unpack import FP8_FACTOR, HIGH_FACTOR, NIBBLE_BASE
 
 # How codes are read.
 INT8_CODES, FP8_CODES, INT4_CODES = 0, 1, 2
 
-# The channels of a list are summed in so many runs, one after the other or by threads of their own:
-# a thread reads longer weight rows from fewer pages than if all threads shared every strip.
+# The kept channels of a mask are divided into so many chunks, whatever the number of threads; two
+# threads take one each. Each thread then reads longer pieces of fewer weight rows, from fewer pages
+# of memory, than if all threads divided the columns.
 _CHUNKS = 2
-# Columns that are summed at once: their sums stay in the first-level cache.
+# Columns summed at once: their sums stay in the first-level cache.
 TILE = 4096
-
 
 _INT4_MIDDLE = 8
 _HIGH_FACTOR, _FP8_FACTOR = np.float32(HIGH_FACTOR), np.float32(FP8_FACTOR)
 _BASE, _ONE = np.float32(NIBBLE_BASE), np.float32(1)
 
-# Addresses of codes, scales (groups, N) and zeros (groups, N) uint8, 0 for none; the bytes between
-# weight rows of codes; how codes are read; channels per group; any score_scale, for its type.
+# Addresses of codes, scales (groups, N) and zeros (groups, N), uint8, 0 for none; bytes per weight
+# row of codes; how codes are read; channels per group; zero of the type of the scales.
 Weight = tuple[int, int, int, int, int, int, Any]
 
 
@@ -51,31 +51,31 @@ def product(
 ) -> None:
     """Write `Σ_groups scale · Σ_{j kept} (x_j - shift_j) · (code_j - zero)` + bias + residual.
 
-    Sums are float32.
+    Sums are float32. The arguments are those of `gemv_kernel.product`, which explains them.
 
     Args:
-        element: As in `cpu_compiled.product`, which explains what is not named here.
-        inputs: x, norm weight, score_scale and shift.
+        element: Zero of the type that stands for the dtype of the tensors.
+        inputs: Addresses of x, norm weight, score_scale and shift.
         weight: The quantized weight.
-        outputs: bias, residual and result.
+        outputs: Addresses of bias, residual and result.
         sizes: T, K, N.
-        parts: Lists and the columns that use each.
-        thresholds: Cut-off per list.
-        form: `BESIDE`, `SILU` or `GELU`.
-        eps: Of the norm.
-        threads: Shares of the work.
+        parts: The number of masks, and the columns of each.
+        thresholds: Cut-off of each mask.
+        form: `LINEAR`, `SILU` or `GELU`.
+        eps: Epsilon of the norm.
+        threads: How many of numba's threads share the work.
     """
     rows, _, out_features = sizes
-    lists = make_lists(element, inputs, sizes, parts[0], thresholds, eps)
+    kept = compact_inputs(element, inputs, sizes, parts[0], thresholds, eps)
     sums = np.empty((_CHUNKS, rows, out_features), np.float32)
-    # As in cpu_compiled: a small body, and one type of index.
+    # A small body and one type of index, as in gemv_kernel.
     if threads == 1:
         for thread in range(threads):
-            _share(sums, weight, sizes, parts, lists, thread, threads)
+            _share(sums, weight, sizes, parts, kept, thread, threads)
     else:
         for thread in numba.prange(threads):
             index: int = np.int64(thread)  # type: ignore[assignment]
-            _share(sums, weight, sizes, parts, lists, index, threads)
+            _share(sums, weight, sizes, parts, kept, index, threads)
     _finish(element, sums, outputs, form)
 
 
@@ -85,25 +85,23 @@ def _share(
     weight: Weight,
     sizes: tuple[int, int, int],
     parts: tuple[int, int, int, int],
-    lists: Lists,
+    kept: KeptChannels,
     thread: int,
     threads: int,
 ) -> None:
-    """Compute what one thread has: chunks of the lists, each for a slab of columns."""
+    """Do the work of one thread: chunks of kept channels, each for a block of columns."""
     line = 2 * LINE_BYTES if weight[4] == INT4_CODES else LINE_BYTES
-    slabs = max(1, threads // _CHUNKS)
-    for task in range(thread, slabs * _CHUNKS, threads):
-        chunk, slab = task % _CHUNKS, task // _CHUNKS
-        begin = border(parts, lists[2], line, slab, slabs)
-        end = border(parts, lists[2], line, slab + 1, slabs)
+    blocks = max(1, threads // _CHUNKS)
+    for task in range(thread, blocks * _CHUNKS, threads):
+        chunk, block = task % _CHUNKS, task // _CHUNKS
+        begin = border(parts, kept[2], line, block, blocks)
+        end = border(parts, kept[2], line, block + 1, blocks)
         part_begin = 0
         for i in range(parts[0]):
             part_end = part_begin + parts[1 + i]
             first, last = max(begin, part_begin), min(end, part_end)
             for tile in range(first, last, TILE):
-                _add_chunk(
-                    sums[chunk], min(TILE, last - tile), weight, sizes, tile, lists, i, chunk
-                )
+                _add_chunk(sums[chunk], min(TILE, last - tile), weight, sizes, tile, kept, i, chunk)
             part_begin = part_end
 
 
@@ -114,17 +112,17 @@ def _add_chunk(
     weight: Weight,
     sizes: tuple[int, int, int],
     first: int,
-    lists: Lists,
-    i: int,
+    kept: KeptChannels,
+    mask: int,
     chunk: int,
 ) -> None:
-    """Write the product with the channels in a chunk of one list to columns of sums, (T, N)."""
+    """Write the product with one chunk of a mask's kept channels to columns of `sums`, (T, N)."""
     rows, in_features, out_features = sizes
     groups = (in_features + weight[5] - 1) // max(1, weight[5])
     scales = array(weight[6], weight[1], groups * out_features)
-    kept = lists[2][i]
-    begin, end = kept * chunk // _CHUNKS, kept * (chunk + 1) // _CHUNKS
-    channels, values = lists[0][i, begin:end], lists[1][i, begin:end]
+    count = kept[2][mask]
+    begin, end = count * chunk // _CHUNKS, count * (chunk + 1) // _CHUNKS
+    channels, values = kept[0][mask, begin:end], kept[1][mask, begin:end]
     tile = np.zeros((rows, width), np.float32)
     if weight[4] == INT4_CODES:
         _add_int4(tile, weight, scales, sizes, first, channels, values)
@@ -142,7 +140,7 @@ def _add_chunk(
 
 @compiled()
 def _finish(element: np.generic, sums: Array, outputs: tuple[int, int, int], form: int) -> None:
-    """Add the chunks, (_CHUNKS, T, N), in order, and the bias; write the result."""
+    """Add up the chunks, (_CHUNKS, T, N), in order, add the bias, and write the result."""
     _, rows, out_features = sums.shape
     for row in range(rows):
         total = sums[0, row]
@@ -154,7 +152,7 @@ def _finish(element: np.generic, sums: Array, outputs: tuple[int, int, int], for
             bias = array(element, outputs[0], out_features)
             for c in range(out_features):
                 total[c] += widen(bias[c])
-    if form == BESIDE:
+    if form == LINEAR:
         write(element, sums[0], outputs, 0, out_features)
         return
     half = out_features // 2
@@ -178,7 +176,7 @@ def _add_bytes(
     values: Array,
     factor: np.float32,
 ) -> None:
-    """Add groups of int8 or fp8 codes to `sums`, (T, width)."""
+    """Add the product with int8 or fp8 codes to `sums`, (T, width), group by group."""
     width = sums.shape[1]
     partial = np.empty_like(sums)
     begin = 0
@@ -186,7 +184,7 @@ def _add_bytes(
         group = channels[begin] // weight[5]
         end = _group_end(channels, begin, (group + 1) * weight[5])
         partial[:] = 0
-        add_strips(partial, codes, weight[3], first, channels, values, begin, end)
+        add_byte_rows(partial, codes, weight[3], first, channels, values, begin, end)
         start = group * sizes[2] + first
         _add_scaled(sums, partial, scales[start : start + width], factor)
         begin = end
@@ -202,7 +200,7 @@ def _add_int4(
     channels: Array,
     values: Array,
 ) -> None:
-    """Add groups of int4 codes to `sums`, (T, width), whose first column may be in mid-byte."""
+    """Add the product with int4 codes to `sums`, (T, width); `first` may be an upper nibble."""
     rows, width = sums.shape
     _, in_features, out_features = sizes
     codes = array(np.uint8(0), weight[0], in_features * weight[3])
@@ -219,7 +217,7 @@ def _add_int4(
             own = array(np.uint8(0), weight[2] + group * out_features, out_features)
             read_zeros(zeros, own, first_byte)
         partial[:] = 0
-        add_nibbles(partial, codes, weight[3], first_byte, channels, values, begin, end, zeros)
+        add_nibble_rows(partial, codes, weight[3], first_byte, channels, values, begin, end, zeros)
         start = group * out_features + first
         _add_interleaved(sums, partial, scales[start : start + width], first % 2)
         begin = end
@@ -235,7 +233,7 @@ def _group_end(channels: Array, begin: int, limit: int) -> int:
 
 @compiled()
 def read_zeros(zeros: Array, own: Array, first_byte: int) -> None:
-    """Write what the nibbles of a group's zeros become when they are read as codes are."""
+    """Write the zeros of a group in the form of `low_nibble` and `high_nibble`, (2, bytes)."""
     low, high = zeros[0], zeros[1]
     pairs = own[2 * first_byte :]
     for b in range(len(low)):
@@ -254,7 +252,7 @@ def _add_scaled(sums: Array, partial: Array, scales: Array, factor: np.float32) 
 
 @compiled(fuse=True)
 def _add_interleaved(sums: Array, partial: Array, scales: Array, odd: int) -> None:
-    """Scale lower and upper nibbles, (2, T, bytes), and add them column by column."""
+    """Scale the sums of lower and upper nibbles, (2, T, bytes), and add them to their columns."""
     width = sums.shape[1]
     pairs = (width - odd) // 2
     for row in range(len(sums)):

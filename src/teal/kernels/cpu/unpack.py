@@ -1,4 +1,4 @@
-"""What codes of quantized weights stand for, read by CPU kernels one code or nibble at a time."""
+"""Codes of quantized weights as floats: int8, fp8 and int4 in CPU kernels."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from numba.extending import intrinsic
 
 from teal.kernels.cpu.numerics import Intrinsic
 
-# What `code_value` of fp8 has to be multiplied with: half precision has another exponent bias.
+# The factor that `code_value` leaves out of fp8 codes: half precision has another exponent bias.
 FP8_FACTOR = 256.0
-# What `high_nibble` has to be multiplied with.
+# The factor that `high_nibble` leaves out.
 HIGH_FACTOR = 1 / 16
-# What the functions on nibbles add: in a float32 of this size the lowest bits are whole numbers.
+# Added to every nibble: the lowest bits of a float32 of this size count whole numbers.
 NIBBLE_BASE = float(1 << 23)
 
 _NIBBLE_BASE_BITS = 0x4B000000
@@ -20,15 +20,15 @@ _NIBBLE_BASE_BITS = 0x4B000000
 
 @intrinsic
 def code_value(context: object, code: types.Type) -> Intrinsic:
-    """Return an int8 code as a float32; of a uint8, which is fp8 e4m3, a 256th of its value.
+    """Return an int8 code as a float32, or 1/256 of an fp8 e4m3 code, given as uint8.
 
-    The two codes of fp8 that are no number become 1.875.
+    The two NaN codes of fp8 become ±1.875.
     """
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         if code == types.int8:
             return builder.sitofp(args[0], ir.FloatType())
-        # The same sign, exponent and mantissa as a half precision number, subnormal ones too.
+        # Sign, exponent and mantissa become those of a half precision number, subnormal or not.
         word = ir.IntType(16)
         bits = builder.shl(builder.sext(args[0], word), word(7))
         half = builder.bitcast(builder.and_(bits, word(0xBFFF)), ir.HalfType())
@@ -39,7 +39,7 @@ def code_value(context: object, code: types.Type) -> Intrinsic:
 
 @intrinsic
 def low_nibble(context: object, code: types.Type) -> Intrinsic:
-    """Return `NIBBLE_BASE` plus the lower nibble of a uint8, a float32."""
+    """Return `NIBBLE_BASE` plus the lower nibble of a uint8, in float32."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         return _masked(builder, args[0], 0x0F)
@@ -49,7 +49,7 @@ def low_nibble(context: object, code: types.Type) -> Intrinsic:
 
 @intrinsic
 def high_nibble(context: object, code: types.Type) -> Intrinsic:
-    """Return `NIBBLE_BASE` plus 16 times the upper nibble of a uint8, a float32."""
+    """Return `NIBBLE_BASE` plus 16 times the upper nibble of a uint8, in float32."""
 
     def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         return _masked(builder, args[0], 0xF0)
