@@ -1,5 +1,3 @@
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -7,23 +5,14 @@ from torch import Tensor
 from teal.foundation.errors import UserError
 from tests.helpers import assert_as_precise_as_torch, relative_error
 from tests.kernels.cases import ATTENTION_CASES, AttentionCase, attended
+from tests.kernels.cpu.cases import dtypes
 
 pytest.importorskip("numba")
 
 from teal.kernels.cpu.attention import CHUNK
 from teal.kernels.ops import attend
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 INF, NAN = float("inf"), float("nan")
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def _at(*positions: int, **changes: object) -> AttentionCase:
@@ -53,14 +42,16 @@ def test_attention_is_as_precise_as_torch_and_appends(
 
 @pytest.mark.parametrize("length", [CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 3 * CHUNK + 2])
 @dtypes
-def test_every_length_around_the_borders_of_chunks_is_right(
+def test_lengths_around_multiples_of_a_chunk_are_as_precise_as_torch(
     length: int, dtype: torch.dtype, two_threads: None
 ) -> None:
     _check(_at(length - 1, 3, heads=8, head_dim=64, rotary_dim=64), dtype)
 
 
 @pytest.mark.parametrize("window", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
-def test_windows_around_the_borders_of_chunks_are_right(window: int, two_threads: None) -> None:
+def test_windows_around_multiples_of_a_chunk_are_as_precise_as_torch(
+    window: int, two_threads: None
+) -> None:
     position = 3 * CHUNK
     options = {"window": window}
     _check(_at(position, window - 1, window, window + 1, options=options), torch.float32)
@@ -96,7 +87,7 @@ def test_bits_do_not_depend_on_the_number_of_threads_or_the_call(
     assert all(torch.equal(by_one, again) for again in by_two)
 
 
-def test_a_stream_has_the_bits_that_it_has_alone() -> None:
+def test_a_sequence_has_the_bits_that_it_has_alone() -> None:
     case = ATTENTION_CASES["several sequences"]
     tensors, options = case.tensors(torch.bfloat16), case.arguments(torch.bfloat16)
     rows = [
@@ -109,7 +100,7 @@ def test_a_stream_has_the_bits_that_it_has_alone() -> None:
 
 @pytest.mark.parametrize("visible", [NAN, INF, -INF])
 @pytest.mark.parametrize("entry", [0, 70])
-def test_what_is_no_number_in_a_stream_stays_visible_there_and_only_there(
+def test_nan_and_inf_in_one_sequence_stay_visible_there_and_only_there(
     visible: float, entry: int
 ) -> None:
     case = AttentionCase(positions=(5, 6))

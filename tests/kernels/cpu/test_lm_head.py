@@ -4,20 +4,22 @@ import torch.nn.functional as F
 
 from tests.helpers import assert_as_precise_as_torch
 from tests.kernels.cases import draw
+from tests.kernels.cpu.cases import DTYPES, pairwise
 
 pytest.importorskip("numba")
 
 from teal.kernels.ops import lm_head_gemv
 
-dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 
-
-@dtypes
-@pytest.mark.parametrize("rows", [(), (1,), (2, 1), (8,), (9,)], ids=str)
-@pytest.mark.parametrize("in_features, out_features", [(63, 129), (129, 9), (700, 257), (5, 1031)])
+@pairwise(
+    dtype=DTYPES,
+    rows=[(), (1,), (2, 1), (8,), (9,)],
+    size=[(63, 129), (129, 9), (700, 257), (5, 1031)],
+)
 def test_product_is_as_precise_as_torch(
-    dtype: torch.dtype, rows: tuple[int, ...], in_features: int, out_features: int
+    dtype: torch.dtype, rows: tuple[int, ...], size: tuple[int, int]
 ) -> None:
+    in_features, out_features = size
     x = draw(*rows, in_features, dtype=dtype)
     weight = draw(out_features, in_features, dtype=dtype, seed=1)
     product = lm_head_gemv(x, weight)
@@ -38,7 +40,7 @@ def test_bits_do_not_depend_on_the_number_of_threads_or_the_layout_of_x(rows: in
     assert all(torch.equal(product, alone) for product in products)
 
 
-def test_what_is_no_number_stays_in_its_row() -> None:
+def test_nan_in_one_row_stays_visible_there_and_only_there() -> None:
     x = torch.ones(2, 65)
     x[1, 64] = float("nan")
     product = lm_head_gemv(x, draw(9, 65))
@@ -46,7 +48,7 @@ def test_what_is_no_number_stays_in_its_row() -> None:
     assert product[1].isnan().all()
 
 
-def test_weight_of_another_layout_or_no_columns_is_multiplied_all_the_same() -> None:
+def test_a_transposed_or_empty_weight_gives_the_product_of_torch() -> None:
     x, weight = draw(2, 65), draw(65, 9, seed=1)
     assert torch.equal(lm_head_gemv(x, weight.t()), F.linear(x, weight.t()))
     assert torch.equal(lm_head_gemv(torch.ones(2, 0), torch.ones(5, 0)), torch.zeros(2, 5))

@@ -1,4 +1,4 @@
-"""Lines of weight rows as vectors: what they add, in every type, wherever weight rows begin."""
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,22 +6,25 @@ import torch
 
 pytest.importorskip("numba")
 
+from teal.kernels.cpu.compile_cache import compiled
 from teal.kernels.cpu.gemv import ELEMENTS
-from teal.kernels.cpu.simd import LINE_BYTES, add_line, ask_lines
-from teal.kernels.cpu.threads import compiled
+from teal.kernels.cpu.numerics import Array
+from teal.kernels.cpu.simd import LINE_BYTES, add_line, prefetch_lines
 
 
 @compiled(fuse=True)
-def _add(sums, column, weight, starts, factors):
+def _add(
+    sums: Array, column: int, weight: Array, starts: tuple[int, ...], factors: tuple[Any, ...]
+) -> None:
     add_line(sums, column, weight, starts, factors)
 
 
 @compiled()
-def _ask(weight, starts, column):
-    ask_lines(weight, starts, column)
+def _prefetch(weight: Array, starts: tuple[int, ...], column: int) -> None:
+    prefetch_lines(weight, starts, column)
 
 
-def _weight(dtype: torch.dtype) -> tuple[np.ndarray, torch.Tensor]:
+def _weight(dtype: torch.dtype) -> tuple[Array, torch.Tensor]:
     """Return a weight as kernels see it, and in float64."""
     weight = torch.randn(300, generator=torch.Generator().manual_seed(0)).to(dtype)
     bits = weight if dtype == torch.float32 else weight.view(torch.int16)
@@ -47,7 +50,7 @@ def test_a_line_of_sums_is_added_and_nothing_else(
     assert (sums[outside] == expected[outside]).all()
 
 
-def test_what_is_not_a_number_stays_visible() -> None:
+def test_inf_times_zero_stays_visible_as_nan() -> None:
     weight, _ = _weight(torch.float32)
     weight[5] = np.inf
     sums = np.zeros(16, np.float32)
@@ -55,6 +58,6 @@ def test_what_is_not_a_number_stays_visible() -> None:
     assert np.isnan(sums[5]) and np.isfinite(np.delete(sums, 5)).all()
 
 
-def test_lines_behind_the_end_may_be_asked_for() -> None:
+def test_lines_past_the_end_may_be_prefetched() -> None:
     weight, _ = _weight(torch.bfloat16)
-    _ask(weight, (0, 299, 1 << 40), 64)
+    _prefetch(weight, (0, 299, 1 << 40), 64)

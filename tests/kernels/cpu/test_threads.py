@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import types
 from collections.abc import Iterator
 
 import pytest
@@ -61,13 +60,13 @@ def test_threads_follow_torch_up_to_what_numba_has_and_the_weight_can_use(
 
 
 def test_a_call_leaves_the_thread_setting_of_numba_as_it_was() -> None:
-    threads = numba.config.NUMBA_NUM_THREADS
-    if threads == 1:
+    available = numba.config.NUMBA_NUM_THREADS
+    if available == 1:
         pytest.skip("needs more than one thread")
     before = numba.get_num_threads()
     numba.set_num_threads(1)
     try:
-        assert threads.run_threaded(threads, numba.get_num_threads) == threads
+        assert threads.run_threaded(available, numba.get_num_threads) == available
         assert numba.get_num_threads() == 1
     finally:
         numba.set_num_threads(before)
@@ -76,18 +75,6 @@ def test_a_call_leaves_the_thread_setting_of_numba_as_it_was() -> None:
 def test_one_thread_calls_without_touching_the_setting() -> None:
     before = numba.get_num_threads()
     assert threads.run_threaded(1, numba.get_num_threads) == before
-
-
-def test_a_function_that_cannot_be_cached_is_compiled_all_the_same_with_one_warning(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    threads._warn_about_cache.cache_clear()
-    # Code that stands in no file has no folder for its cache either.
-    code = compile("lambda a: a + 1", "<nowhere>", "eval")
-    for _ in range(2):
-        increment = types.FunctionType(code.co_consts[0], {})
-        assert threads.compiled()(increment)(1) == 2
-    assert caplog.text.count("NUMBA_CACHE_DIR") == 1
 
 
 def test_torch_keeps_its_number_of_threads_when_those_of_numba_start() -> None:

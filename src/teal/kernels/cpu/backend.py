@@ -21,7 +21,7 @@ class NumbaBackend:
             quant: What the codes stand for if the weight is quantized.
 
         Returns:
-            The reason as a clause, such as "more than 8 rows: torch is faster".
+            The reason as a clause, such as "x has more than 8 rows: torch is faster".
         """
         dtype = operands.x.dtype
         if dtype not in ELEMENTS:
@@ -58,7 +58,7 @@ class NumbaBackend:
 def _limit(operands: Operands) -> str | None:
     """Return which limit of the kernels the sizes of a product exceed."""
     if len(operands.output_sizes) > MAX_PARTS:
-        return f"more than {MAX_PARTS} parts"
+        return f"there are more than {MAX_PARTS} parts"
     if operands.rows > MAX_ROWS:
-        return f"more than {MAX_ROWS} rows: torch is faster"
+        return f"x has more than {MAX_ROWS} rows: torch is faster"
     return None
