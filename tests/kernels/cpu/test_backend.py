@@ -51,14 +51,14 @@ def test_quantized_weights_that_kernels_cannot_read_are_refused_with_the_reason(
     quant = quant_params(weight)
     operands = operands_of(draw(130), weight.codes, 0.4, 72)
     assert NUMBA.can_run(operands, quant) is None
-    apart = operands._replace(weight=weight.codes.T.contiguous().T)
+    apart = operands._replace(weight=weight.codes[:, ::2])
     assert NUMBA.can_run(apart, quant) == "codes are not contiguous"
-    apart_scales = quant._replace(scales=quant.scales.T.contiguous().T)
+    apart_scales = quant._replace(scales=quant.scales[:, ::2])
     assert NUMBA.can_run(operands, apart_scales) == "scales are not contiguous"
     wide = quant._replace(scales=quant.scales.double())
     assert NUMBA.can_run(operands, wide) == "scales are float64, not float32, bfloat16 or float16"
     if quant.zeros is not None:
-        apart_zeros = quant._replace(zeros=quant.zeros.T.contiguous().T)
+        apart_zeros = quant._replace(zeros=quant.zeros[:, ::2])
         assert NUMBA.can_run(operands, apart_zeros) == "zeros are not contiguous"
 
 
