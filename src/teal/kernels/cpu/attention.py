@@ -1,5 +1,7 @@
 """CPU kernel of decode attention: norms per head, RoPE, append to the cache and attention."""
 
+from typing import Any
+
 import numba
 import numpy as np
 import torch
@@ -24,6 +26,20 @@ Partials = tuple[Array, Array, Array]
 
 _LOWEST = np.float32(-3e38)
 _NONE = np.float32(-np.inf)
+
+
+class NumbaAttention:
+    """Decode attention on the CPU by a kernel that numba compiles."""
+
+    name = "numba"
+
+    def can_run(self, qkv: Tensor, *_: Tensor) -> str | None:
+        """Return why attention cannot be computed, or `None` if it can; see `NumbaBackend`."""
+        return None if qkv.dtype in ELEMENTS else "qkv is not float32, bfloat16 or float16"
+
+    def run(self, *tensors: Tensor, **options: Any) -> Tensor:
+        """Append and attend; see `attend`."""
+        return attend(*tensors, **options)
 
 
 def attend(

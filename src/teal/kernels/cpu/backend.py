@@ -1,10 +1,8 @@
 """The numba backend: which products it computes, and which kernel computes them."""
 
-from typing import Any
-
 from torch import Tensor
 
-from teal.kernels.cpu import attention, gemv, lm_head, quantized_gemv
+from teal.kernels.cpu import gemv, quantized_gemv
 from teal.kernels.cpu.gemv import ELEMENTS, MAX_ROWS
 from teal.kernels.operands import MAX_PARTS, Operands, QuantParams
 from teal.kernels.reference.backend import multiply
@@ -55,36 +53,6 @@ class NumbaBackend:
             return quantized_gemv.compute(operands, quant)
         weight = quantized_gemv.dequantized(operands, quant)
         return multiply(operands._replace(weight=weight))
-
-
-class NumbaAttention:
-    """Computes `ops.attend` on the CPU."""
-
-    name = "numba"
-
-    def can_run(self, qkv: Tensor, *_: Tensor) -> str | None:
-        """Say why the kernel cannot compute attention, or `None` if it can."""
-        return None if qkv.dtype in ELEMENTS else "qkv is not float32, bfloat16 or float16"
-
-    def run(self, *tensors: Tensor, **options: Any) -> Tensor:
-        """Attend; see `attention.attend`."""
-        return attention.attend(*tensors, **options)
-
-
-class NumbaHead:
-    """Computes `ops.lm_head_gemv` on the CPU."""
-
-    name = "numba"
-
-    def can_run(self, x: Tensor, weight: Tensor) -> str | None:
-        """Say why the kernel cannot compute the product, or torch's is faster; `None` if it can."""
-        if lm_head.can_compute(x, weight):
-            return None
-        return f"x has more than {MAX_ROWS} rows, or a dtype or stride that it cannot read"
-
-    def run(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Multiply; see `lm_head.lm_head_gemv`."""
-        return lm_head.lm_head_gemv(x, weight)
 
 
 def _limit(operands: Operands) -> str | None:

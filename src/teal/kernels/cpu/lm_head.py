@@ -16,9 +16,24 @@ from teal.kernels.cpu.threads import run_threaded, thread_count
 _GROUP = 4
 
 
-def can_compute(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether the kernel can compute this product."""
-    return x.dtype in ELEMENTS and weight.stride(1) == 1 and math.prod(x.shape[:-1]) <= MAX_ROWS
+class NumbaHead:
+    """The product with an output head on the CPU by a kernel that numba compiles."""
+
+    name = "numba"
+
+    def can_run(self, x: Tensor, weight: Tensor) -> str | None:
+        """Return why a product cannot be computed, or `None` if it can; see `NumbaBackend`."""
+        if x.dtype not in ELEMENTS:
+            return "x is not float32, bfloat16 or float16"
+        if weight.stride(1) != 1:
+            return "the entries of a weight row do not lie side by side"
+        if math.prod(x.shape[:-1]) > MAX_ROWS:
+            return f"x has more than {MAX_ROWS} rows: torch is faster"
+        return None
+
+    def run(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Compute a product; see `lm_head_gemv`."""
+        return lm_head_gemv(x, weight)
 
 
 def lm_head_gemv(x: Tensor, weight: Tensor) -> Tensor:
