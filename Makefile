@@ -7,6 +7,8 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 # Tests share the cores with nothing that is worth several threads.
 PYTEST := OMP_NUM_THREADS=1 $(RUN)/python -m pytest
+# Tests of one file share fixtures, so a file stays with one worker until the other has none left.
+WORKERS := -n 2 --dist worksteal
 
 .PHONY: demo test check size docs test-gpu test-slow clean
 
@@ -14,7 +16,7 @@ demo: $(VENV)/.demo
 	$(RUN)/teal demo models/py-16m --out demo-out --force
 
 test: check size $(VENV)/.dev
-	$(PYTEST) -n 2 -m "not gpu"
+	$(PYTEST) $(WORKERS) -m "not gpu"
 
 check: $(VENV)/.dev
 	$(RUN)/ruff check

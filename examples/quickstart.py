@@ -1,4 +1,4 @@
-"""Calibrate py-16m on the standard library, plan half of its activations away, and generate."""
+"""Calibrate py-16m on the standard library, plan 50 % activation sparsity, and generate."""
 
 import sysconfig
 from pathlib import Path

@@ -143,6 +143,11 @@ def logits_of(model: Any, tokens: Tensor, **arguments: Any) -> Tensor:
     return logits
 
 
+def differing(one: Tensor, other: Tensor) -> Tensor:
+    """Tell at which tokens logits differ at all, (windows, length)."""
+    return (one != other).any(-1)
+
+
 def relative_error(product: Tensor, exact: Tensor) -> float:
     """Return rms(product - exact) / rms(exact), summed in float64."""
     product, exact = product.detach().double(), exact.detach().double()

@@ -1,22 +1,27 @@
 import os
 import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Never
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from teal import compression
 from teal.checkpoints.quantized import QuantizedCheckpoint
 from teal.cli.stdlib_text import calibration_text, held_out_text
 from teal.compression import quantize_head, quantize_model, save_quantized
-from teal.data import token_windows
-from teal.evaluation import evaluate
+from teal.data import TokenWindows, token_windows
+from teal.evaluation import compare
 from teal.foundation.artifact import read_json
 from teal.foundation.errors import UserError
 from teal.models.families import FAMILIES, projections_of
 from teal.models.loading import load_model, load_tokenizer
 from teal.models.weight_format import weight_format_of
 from teal.quantization import (
+    QuantizedWeight,
     Scheme,
     SecondMoments,
     quantize_by_moments,
@@ -35,11 +40,11 @@ SCHEMES = {
 }
 
 
-def model_of(model_type="llama"):
+def model_of(model_type: str = "llama") -> Any:
     return tiny_model(model_type, intermediate_size=64)
 
 
-def windows(count=6, length=16):
+def windows(count: int = 6, length: int = 16) -> TokenWindows:
     tokenizer = load_tokenizer(MODEL)
     text = calibration_text()
     found = token_windows(text, tokenizer, sequence_length=length, num_tokens=count * length)
@@ -48,12 +53,12 @@ def windows(count=6, length=16):
     return found
 
 
-def weights_of(model):
+def weights_of(model: Any) -> dict[str, Tensor]:
     return {name: linear.weight.clone() for name, linear in projections_of(model).items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_projection_is_rounded_and_nothing_else_is_changed(family):
+def test_every_projection_is_rounded_and_nothing_else_is_changed(family: str) -> None:
     model = model_of(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     dense = weights_of(model)
@@ -69,7 +74,7 @@ def test_every_projection_is_rounded_and_nothing_else_is_changed(family):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_gptq_observes_inputs_that_come_from_what_is_quantized_already(batch_size):
+def test_gptq_observes_inputs_that_come_from_what_is_quantized_already(batch_size: int) -> None:
     model = model_of()
     name = "model.layers.1.mlp.down_proj"
     dense = weights_of(model)[name].T.contiguous()
@@ -85,7 +90,7 @@ def test_gptq_observes_inputs_that_come_from_what_is_quantized_already(batch_siz
     assert torch.equal(weights[name].codes, expected.codes)
 
 
-def test_gptq_runs_each_block_once_to_its_end():
+def test_gptq_runs_each_block_once_to_its_end() -> None:
     model = model_of()
     ends = []
     down = model.get_submodule("model.layers.1.mlp.down_proj")
@@ -94,16 +99,16 @@ def test_gptq_runs_each_block_once_to_its_end():
     assert len(ends) == 3
 
 
-def test_gptq_leaves_no_hooks():
+def test_gptq_leaves_no_hooks() -> None:
     model = model_of()
     quantize_model(model, INT4, windows(2))
     assert not any(linear._forward_pre_hooks for linear in projections_of(model).values())
 
 
-def test_progress_is_shown_block_by_block():
+def test_progress_is_shown_block_by_block() -> None:
     shown = []
 
-    def progress(items, description):
+    def progress(items: list[Any], description: str) -> Iterator[Any]:
         shown.append((len(items), description))
         return iter(items)
 
@@ -112,25 +117,24 @@ def test_progress_is_shown_block_by_block():
 
 
 @pytest.mark.slow
-def test_gptq_loses_a_quarter_less_on_held_out_text_than_rounding():
+def test_gptq_stays_a_quarter_nearer_to_the_dense_model_on_held_out_text_than_rounding() -> None:
     tokenizer = load_tokenizer(MODEL)
-    calibration = token_windows(
-        calibration_text(), tokenizer, sequence_length=512, num_tokens=16384
-    )
-    held_out = token_windows(held_out_text(), tokenizer, sequence_length=256, num_tokens=8192)
+    calibration = token_windows(calibration_text(), tokenizer, sequence_length=512, num_tokens=8192)
+    held_out = token_windows(held_out_text(), tokenizer, sequence_length=256, num_tokens=4096)
+    dense = load_model(MODEL, dtype="float32", device="cpu")
 
-    def loss(quantize):
+    def divergence(*windows: TokenWindows) -> float:
         model = load_model(MODEL, dtype="float32", device="cpu")
-        quantize(model)
-        return evaluate(model, held_out).dense.nll
+        quantize_model(model, INT4, *windows, batch_size=8)
+        return compare(model, held_out, [None], reference=dense).sparse[0].kl
 
-    dense = loss(lambda model: None)
-    nearest = loss(lambda model: quantize_model(model, INT4)) - dense
-    by_gptq = loss(lambda model: quantize_model(model, INT4, calibration, batch_size=8)) - dense
-    assert 0 < by_gptq < 0.75 * nearest
+    # The likelihood of so short a text falls and rises by chance; divergence sees every token.
+    assert 0 < divergence(calibration) < 0.75 * divergence()
 
 
-def saved(folder, scheme=INT4, model=None, **options):
+def saved(
+    folder: Path, scheme: Scheme = INT4, model: Any = None, **options
+) -> tuple[Any, dict[str, QuantizedWeight]]:
     model = model or model_of()
     weights = quantize_model(model, scheme)
     save_quantized(folder, model, load_tokenizer(MODEL), weights, scheme, **options)
@@ -139,7 +143,9 @@ def saved(folder, scheme=INT4, model=None, **options):
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("name", SCHEMES)
-def test_transformers_computes_the_same_logits_from_the_written_folder(name, tmp_path):
+def test_transformers_computes_the_same_logits_from_the_written_folder(
+    name: str, tmp_path: Path
+) -> None:
     pytest.importorskip("compressed_tensors")
     model, _ = saved(tmp_path / "model", SCHEMES[name])
     # compressed-tensors 0.20 lays out no room for packed zeros unless weights become floats.
@@ -156,7 +162,9 @@ def test_transformers_computes_the_same_logits_from_the_written_folder(name, tmp
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_written_model_of_every_family_is_read_back_bit_by_bit(family, tmp_path):
+def test_a_written_model_of_every_family_is_read_back_bit_by_bit(
+    family: str, tmp_path: Path
+) -> None:
     _, weights = saved(tmp_path / "model", model=model_of(family))
     checkpoint = QuantizedCheckpoint(tmp_path / "model")
     assert sorted(weights) == checkpoint.names
@@ -165,7 +173,7 @@ def test_a_written_model_of_every_family_is_read_back_bit_by_bit(family, tmp_pat
         assert torch.equal(weight.scales, weights[name].scales)
 
 
-def test_the_folder_tells_how_it_was_made(tmp_path):
+def test_the_folder_tells_how_it_was_made(tmp_path: Path) -> None:
     model, tokens = model_of(), windows(2)
     weights = quantize_model(model, INT4, tokens)
     folder = tmp_path / "model"
@@ -176,13 +184,13 @@ def test_the_folder_tells_how_it_was_made(tmp_path):
     assert load_tokenizer(str(folder)).eos_token == load_tokenizer(MODEL).eos_token
 
 
-def test_others_may_read_the_weights_as_they_may_read_the_configuration(tmp_path):
+def test_others_may_read_the_weights_as_they_may_read_the_configuration(tmp_path: Path) -> None:
     saved(tmp_path / "model")
     modes = {stat.S_IMODE(os.stat(path).st_mode) for path in (tmp_path / "model").iterdir()}
     assert len(modes) == 1
 
 
-def test_an_existing_folder_is_replaced_only_by_force(tmp_path):
+def test_an_existing_folder_is_replaced_only_by_force(tmp_path: Path) -> None:
     saved(tmp_path / "model")
     with pytest.raises(UserError, match="already exists"):
         saved(tmp_path / "model", SCHEMES["int8"])
@@ -191,7 +199,7 @@ def test_an_existing_folder_is_replaced_only_by_force(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_force_does_not_delete_what_was_not_written_here(tmp_path):
+def test_force_does_not_delete_what_was_not_written_here(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="did not write"):
@@ -199,10 +207,12 @@ def test_force_does_not_delete_what_was_not_written_here(tmp_path):
     assert (tmp_path / "model" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_failing_write_leaves_the_old_folder_whole(tmp_path, monkeypatch):
+def test_a_failing_write_leaves_the_old_folder_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, weights = saved(tmp_path / "model")
 
-    def fail(*args):
+    def fail(*args) -> Never:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compression, "compressed_tensors", fail)
@@ -213,21 +223,21 @@ def test_a_failing_write_leaves_the_old_folder_whole(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_sparse_model_is_refused():
+def test_a_sparse_model_is_refused() -> None:
     model = model_of()
     sparsify(model, plan_for(model, 0.1))
     with pytest.raises(UserError, match="densify"):
         quantize_model(model, INT4)
 
 
-def test_a_quantized_model_is_refused(tmp_path):
+def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     model, _ = saved(tmp_path / "model")
     for quantized in (model, load_model(str(tmp_path / "model"), device="cpu")):
         with pytest.raises(UserError, match="quantized already"):
             quantize_model(quantized, INT4)
 
 
-def test_a_model_that_transformers_quantized_is_refused(tmp_path):
+def test_a_model_that_transformers_quantized_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     saved(tmp_path / "model")
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -235,14 +245,14 @@ def test_a_model_that_transformers_quantized_is_refused(tmp_path):
         quantize_model(opened, INT4)
 
 
-def test_a_quantized_model_knows_its_format():
+def test_a_quantized_model_knows_its_format() -> None:
     model = model_of()
     assert weight_format_of(model) == "float"
     quantize_model(model, INT4)
     assert weight_format_of(model) == "int4"
 
 
-def test_a_rounded_head_has_the_values_of_the_engine_and_leaves_the_embedding():
+def test_a_rounded_head_has_the_values_of_the_engine_and_leaves_the_embedding() -> None:
     model = load_model(MODEL, dtype="float32", device="cpu")
     dense = model.lm_head.weight.clone()
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -259,7 +269,9 @@ def test_a_rounded_head_has_the_values_of_the_engine_and_leaves_the_embedding():
         pytest.param(40, "int8 or fp8", id="none"),
     ],
 )
-def test_groups_that_do_not_divide_a_projection_are_refused_with_a_cure(intermediate_size, cure):
+def test_groups_that_do_not_divide_a_projection_are_refused_with_a_cure(
+    intermediate_size: int, cure: str
+) -> None:
     model = tiny_model("llama", hidden_size=64, intermediate_size=intermediate_size)
     dense = weights_of(model)
     with pytest.raises(UserError, match=rf"{intermediate_size} inputs of .*down_proj.*{cure}"):

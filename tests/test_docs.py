@@ -23,11 +23,14 @@ from unittest import mock
 import pytest
 import typer
 from safetensors.torch import load_file
+from torch import Tensor
 from typer.core import TyperGroup
 
 import teal
 from teal.allocation import STRATEGIES
 from teal.cli.main import VERBS, app, main
+from teal.data import TokenWindows
+from teal.foundation.provenance import TextProvenance
 from teal.methods import METHODS
 from teal.models.families import FAMILIES
 
@@ -44,6 +47,9 @@ LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 REPOSITORY_PATH = re.compile(r"`((?:src|tests|docs|examples|models|benchmarks)/[\w./-]+)`")
 INLINE_COMMAND = re.compile(r"`(teal [a-z][^`\n]+)`")
+
+# Windows of each text that the commands of a page run on.
+RUN_WINDOWS = 2
 
 UsageError: Any = typer.BadParameter.__base__
 
@@ -64,9 +70,20 @@ def page_id(page: Path) -> str:
 every_page = pytest.mark.parametrize("page", PAGES, ids=page_id)
 
 
+def keep_few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let commands run on the first windows of their texts; their tests need not take as long."""
+    whole = TokenWindows.__init__
+
+    def shortened(self: TokenWindows, tokens: Tensor, provenance: TextProvenance) -> None:
+        whole(self, tokens[:RUN_WINDOWS], provenance)
+
+    monkeypatch.setattr(TokenWindows, "__init__", shortened)
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An empty folder beside the models, and registries that forget what a page adds."""
+    keep_few_windows(monkeypatch)
     for name in ("models", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)

@@ -21,11 +21,31 @@ UNMIRRORED = {
     "kernels/test_triton_compile.py",
     "methods/test_conformance.py",
     "test_docs.py",
+    "test_english.py",
     "test_layout.py",
 }
-# Tested through what calls them.
-INDIRECTLY_TESTED_PACKAGES = {"cli", "kernels", "methods"}
-INDIRECTLY_TESTED_FILES = {"foundation/progress.py", "foundation/version.py", "report/rows.py"}
+# Modules that need no test file of their own, each with the reason.
+UNTESTED = {
+    "foundation/version.py": "one constant",
+    "report/rows.py": "dataclasses without code",
+}
+# To be emptied as the suites of the kernels are rebuilt.
+KERNELS_WITHOUT_TESTS = {
+    "kernels/checks.py",
+    "kernels/cpu/dequantize.py",
+    "kernels/cpu/gemv_kernel.py",
+    "kernels/cpu/kept_channels.py",
+    "kernels/cpu/quantized_inner.py",
+    "kernels/cpu/quantized_kernel.py",
+    "kernels/cpu/unpack.py",
+    "kernels/dispatch.py",
+    "kernels/dispatch_quantized.py",
+    "kernels/operands.py",
+    "kernels/registration.py",
+    "kernels/triton/attention.py",
+    "kernels/triton/gemv.py",
+    "kernels/triton/tile_config.py",
+}
 # Folders of one machine; a path inside the repository is relative.
 MACHINE_PATH = re.compile(r"(?<![\w.:/*-])/(home|Users|root|work|mnt|scratch|tmp)/\w")
 
@@ -48,25 +68,42 @@ def packages() -> list[Path]:
     return [path.parent for path in SOURCES.rglob("__init__.py")]
 
 
-def test_every_test_file_mirrors_a_source() -> None:
+def sources() -> set[Path]:
+    """Return what is tested, relative to the package, and the tools beside it."""
+    found = {path.relative_to(SOURCES) for path in SOURCES.rglob("[!_]*.py")}
+    return found | {path.relative_to(ROOT) for path in (ROOT / "tools").glob("*.py")}
+
+
+def source_of(test: Path) -> Path | None:
+    """Return the source that `test_<module>.py` or `test_<module>_<aspect>.py` mirrors."""
+    words = test.stem.split("_")[1:]
+    names = ["_".join(words[:count]) for count in range(len(words), 0, -1)]
+    # The longest name first: test_gemv_kernel.py is that of gemv_kernel.py where there is one.
+    candidates = [test.with_name(f"{name}.py") for name in names]
+    return next((path for path in candidates if path in sources()), None)
+
+
+def sources_of_tests() -> dict[str, Path | None]:
+    """Return what each test file mirrors, by its name."""
     names = {path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
-    homeless = [
-        name
-        for name in sorted(names - UNMIRRORED)
-        if not (SOURCES / name.replace("test_", "", 1)).is_file()
-    ]
-    assert not homeless
+    return {name: source_of(Path(name)) for name in sorted(names - UNMIRRORED)}
+
+
+def test_every_test_file_mirrors_a_source() -> None:
+    assert not [name for name, source in sources_of_tests().items() if source is None]
 
 
 def test_every_source_has_a_test_file() -> None:
-    names = {path.relative_to(SOURCES).as_posix() for path in SOURCES.rglob("[!_]*.py")}
-    untested = [
-        name
-        for name in sorted(names - INDIRECTLY_TESTED_FILES)
-        if Path(name).parts[0] not in INDIRECTLY_TESTED_PACKAGES
-        and not (TESTS / name).with_name(f"test_{Path(name).name}").is_file()
-    ]
-    assert not untested
+    excused = {Path(name) for name in UNTESTED.keys() | KERNELS_WITHOUT_TESTS}
+    tested = set(sources_of_tests().values())
+    assert not sorted(str(source) for source in sources() - tested - excused)
+
+
+def test_files_without_tests_of_their_own_are_few_and_there() -> None:
+    assert len(UNTESTED) <= 8
+    assert all((SOURCES / name).is_file() for name in UNTESTED)
+    tested = {str(source) for source in sources_of_tests().values()}
+    assert not tested & (UNTESTED.keys() | KERNELS_WITHOUT_TESTS)
 
 
 @pytest.mark.parametrize("package", packages(), ids=lambda path: path.name)

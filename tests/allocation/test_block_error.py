@@ -1,17 +1,21 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from teal.allocation.block_error import BlockError
-from teal.linear import TokenSelection
+from teal.linear import SparseLinear, TokenSelection
 from teal.methods import MaskRule
 from teal.models.blocks import first_batches
-from teal.models.families import FAMILIES, blocks_of
+from teal.models.families import FAMILIES, Block, blocks_of
 from teal.sparsification import insert_sparse_linears
 from tests.helpers import tiny_model, tiny_tokens
 
+Prepared = tuple[Block, dict[str, SparseLinear], BlockError]
+
 
 @pytest.fixture(params=sorted(FAMILIES))
-def prepared(request):
+def prepared(request: pytest.FixtureRequest) -> Iterator[Prepared]:
     """A block with sparse linears that drop nothing yet, and its error."""
     model = tiny_model(request.param)
     block = blocks_of(model)[0]
@@ -20,12 +24,12 @@ def prepared(request):
         yield block, linears, BlockError(block, first_batches(model, tiny_tokens(2, 24)), 0)
 
 
-def test_an_untouched_block_has_no_error(prepared):
+def test_an_untouched_block_has_no_error(prepared: Prepared) -> None:
     _, _, error = prepared
     assert error.measure()[0] == 0.0
 
 
-def test_error_is_the_share_of_the_output_energy(prepared):
+def test_error_is_the_share_of_the_output_energy(prepared: Prepared) -> None:
     block, linears, error = prepared
     linears[block.projections[-1]].rule = MaskRule(threshold=0.1)
     outputs, _ = error.run()
@@ -37,7 +41,7 @@ def test_error_is_the_share_of_the_output_energy(prepared):
     assert error.measure()[0] > 0.0
 
 
-def test_mlp_trials_with_remembered_attention_equal_whole_runs(prepared):
+def test_mlp_trials_with_remembered_attention_equal_whole_runs(prepared: Prepared) -> None:
     block, linears, error = prepared
     linears[block.projections[0]].rule = MaskRule(threshold=0.3)
     _, attention = error.measure()
@@ -45,7 +49,7 @@ def test_mlp_trials_with_remembered_attention_equal_whole_runs(prepared):
     assert error.measure_after(attention) == error.measure()[0]
 
 
-def test_attention_does_not_run_where_it_is_remembered(prepared):
+def test_attention_does_not_run_where_it_is_remembered(prepared: Prepared) -> None:
     block, _, error = prepared
     calls = []
     handle = block.attention.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -60,7 +64,7 @@ def test_attention_does_not_run_where_it_is_remembered(prepared):
     assert not inner_calls
 
 
-def test_in_attention_tells_the_two_halves_apart(prepared):
+def test_in_attention_tells_the_two_halves_apart(prepared: Prepared) -> None:
     block, _, _ = prepared
     halves = {name.split(".")[3] for name in block.projections if block.in_attention(name)}
     assert halves == {"self_attn"}

@@ -1,4 +1,5 @@
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +7,8 @@ import torch
 from teal.allocation import GreedySettings, allocate, greedy_path
 from teal.allocation.block_error import BlockError
 from teal.allocation.greedy import sparsities_at
-from teal.calibration import calibrate
+from teal.calibration import CalibrationStats, calibrate
+from teal.calibration.allocation_path import AllocationPath
 from teal.data import TokenWindows
 from teal.foundation.errors import UserError
 from teal.linear import TokenSelection
@@ -17,8 +19,10 @@ from tests.helpers import tiny_model, tiny_tokens
 
 STEP = 0.05
 
+Prepared = tuple[Any, CalibrationStats, TokenWindows]
 
-def prepare(model_type="llama"):
+
+def prepare(model_type: str = "llama") -> Prepared:
     model = tiny_model(model_type)
     stats = calibrate(model, tiny_tokens(2, 24))
     windows = TokenWindows(tiny_tokens(2, 24, seed=1), stats.text)
@@ -26,18 +30,18 @@ def prepare(model_type="llama"):
 
 
 @pytest.fixture(scope="module")
-def llama():
+def llama() -> Prepared:
     return prepare()
 
 
 @pytest.fixture(scope="module")
-def path(llama):
+def path(llama: Prepared) -> AllocationPath:
     model, stats, windows = llama
     return greedy_path(model, stats, windows, settings=GreedySettings(step=STEP, until=0.5))
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_every_round_of_every_block_drops_the_same_number_of_weights(model_type):
+def test_every_round_of_every_block_drops_the_same_number_of_weights(model_type: str) -> None:
     model, stats, windows = prepare(model_type)
     settings = GreedySettings(step=0.1, until=0.4)
     path = greedy_path(model, stats, windows, settings=settings)
@@ -47,7 +51,7 @@ def test_every_round_of_every_block_drops_the_same_number_of_weights(model_type)
             assert stats.model.mean_sparsity(state) == pytest.approx(0.1 * step)
 
 
-def test_one_projection_rises_per_round_and_none_falls(path):
+def test_one_projection_rises_per_round_and_none_falls(path: AllocationPath) -> None:
     for block in ("model.layers.0", "model.layers.1"):
         columns = [c for name, c in path.sparsities.items() if name.startswith(block)]
         rises = torch.stack(columns).diff(dim=1)
@@ -55,7 +59,9 @@ def test_one_projection_rises_per_round_and_none_falls(path):
         assert (rises > 0).sum(0).eq(1).all()
 
 
-def test_first_choice_is_the_trial_with_the_least_error(llama, path):
+def test_first_choice_is_the_trial_with_the_least_error(
+    llama: Prepared, path: AllocationPath
+) -> None:
     model, stats, windows = llama
     block = blocks_of(model)[0]
     total = sum(stats.model.weight_size(name) for name in block.projections)
@@ -79,7 +85,9 @@ def test_first_choice_is_the_trial_with_the_least_error(llama, path):
     assert float(path.errors[block.name][1]) == pytest.approx(trials[chosen[0]])
 
 
-def test_greedy_error_is_below_uniform_error_on_its_own_text(llama, path):
+def test_greedy_error_is_below_uniform_error_on_its_own_text(
+    llama: Prepared, path: AllocationPath
+) -> None:
     model, stats, windows = llama
     uniform = allocate(stats, sparsity=0.5)
     with torch.no_grad():
@@ -97,7 +105,7 @@ def test_greedy_error_is_below_uniform_error_on_its_own_text(llama, path):
     assert float(path.errors[block.name][10]) < uniform_error
 
 
-def test_equal_trials_go_to_the_first_projection():
+def test_equal_trials_go_to_the_first_projection() -> None:
     model, stats, windows = prepare()
     with torch.no_grad():
         for layer in model.model.layers:
@@ -109,19 +117,21 @@ def test_equal_trials_go_to_the_first_projection():
     assert float(path.errors["model.layers.0"].abs().sum()) == 0.0
 
 
-def test_path_between_rounds_meets_the_budget_exactly(llama, path):
+def test_path_between_rounds_meets_the_budget_exactly(
+    llama: Prepared, path: AllocationPath
+) -> None:
     _, stats, _ = llama
     for sparsity in (0.0, 0.01, 0.123, 0.25, 0.5):
         chosen = sparsities_at(path, sparsity)
         assert stats.model.mean_sparsity(chosen) == pytest.approx(sparsity)
 
 
-def test_a_target_beyond_the_path_is_refused(path):
+def test_a_target_beyond_the_path_is_refused(path: AllocationPath) -> None:
     with pytest.raises(UserError, match="greedy-until"):
         sparsities_at(path, 0.6)
 
 
-def test_propagation_changes_later_blocks_only(llama, path):
+def test_propagation_changes_later_blocks_only(llama: Prepared, path: AllocationPath) -> None:
     model, stats, windows = llama
     settings = GreedySettings(step=STEP, until=0.5, propagate=0.5)
     propagated = greedy_path(model, stats, windows, settings=settings)
@@ -129,7 +139,7 @@ def test_propagation_changes_later_blocks_only(llama, path):
     assert not torch.equal(propagated.errors["model.layers.1"], path.errors["model.layers.1"])
 
 
-def test_only_target_modules_rise(llama):
+def test_only_target_modules_rise(llama: Prepared) -> None:
     model, stats, windows = llama
     settings = GreedySettings(step=0.1, until=0.4)
     path = greedy_path(
@@ -139,7 +149,7 @@ def test_only_target_modules_rise(llama):
     assert stats.model.mean_sparsity(sparsities_at(path, 0.3)) == pytest.approx(0.3)
 
 
-def test_model_is_dense_afterwards(llama):
+def test_model_is_dense_afterwards(llama: Prepared) -> None:
     model, stats, windows = llama
     modules = dict(model.named_modules())
     greedy_path(model, stats, windows, settings=GreedySettings(step=0.2, until=0.2))
@@ -147,7 +157,7 @@ def test_model_is_dense_afterwards(llama):
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_another_models_statistics_are_refused(llama):
+def test_another_models_statistics_are_refused(llama: Prepared) -> None:
     _, stats, windows = llama
     with pytest.raises(UserError, match="another model"):
         greedy_path(tiny_model("qwen2"), stats, windows)
@@ -158,12 +168,12 @@ def test_another_models_statistics_are_refused(llama):
     [{"step": 0.0}, {"step": 0.9}, {"until": 1.0}, {"propagate": 0.8}, {"step": float("nan")}],
     ids=str,
 )
-def test_settings_out_of_range_are_refused(settings):
+def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(UserError):
         GreedySettings(**settings)
 
 
-def test_paths_are_the_same_bit_for_bit_twice(llama, path):
+def test_paths_are_the_same_bit_for_bit_twice(llama: Prepared, path: AllocationPath) -> None:
     model, stats, windows = llama
     again = greedy_path(model, stats, windows, settings=GreedySettings(step=STEP, until=0.5))
     pairs = itertools.chain(

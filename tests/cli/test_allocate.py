@@ -1,27 +1,30 @@
 import shutil
+from pathlib import Path
 
 import pytest
 
 from teal.plan import SparsityPlan
-from tests.cli.conftest import MODEL, WINDOW
+from tests.cli.conftest import MODEL, WINDOW, Teal
 
 COARSE = ("--greedy-step", "0.02", "--greedy-until", "0.04", "--tokens", "64")
 
 
 @pytest.fixture
-def stats(workspace, tmp_path):
+def stats(workspace: Path, tmp_path: Path) -> Path:
     """A copy of the statistics, to which a path may be added."""
     shutil.copytree(workspace / "stats", tmp_path / "stats")
     return tmp_path / "stats"
 
 
-def test_the_plan_meets_its_target(workspace):
+def test_the_plan_meets_its_target(workspace: Path) -> None:
     plan = SparsityPlan.load(workspace / "plan")
     assert plan.sparsity_budget == pytest.approx(0.5)
     assert (plan.method, plan.strategy) == ("teal", "uniform")
 
 
-def test_a_greedy_path_is_kept_for_later_plans(teal, workspace, stats, tmp_path):
+def test_a_greedy_path_is_kept_for_later_plans(
+    teal: Teal, workspace: Path, stats: Path, tmp_path: Path
+) -> None:
     outcome = teal(
         "allocate", stats, "--sparsity", "0.04", "--strategy", "greedy", "--model", MODEL,
         "--text", workspace / "calibration.txt", "--sequence-length", WINDOW,
@@ -39,7 +42,9 @@ def test_a_greedy_path_is_kept_for_later_plans(teal, workspace, stats, tmp_path)
     assert beyond.is_error("path ends at", "--greedy-until")
 
 
-def test_statistics_of_quantized_weights_need_a_model_with_the_same(teal, workspace, tmp_path):
+def test_statistics_of_quantized_weights_need_a_model_with_the_same(
+    teal: Teal, workspace: Path, tmp_path: Path
+) -> None:
     text = ("--text", workspace / "calibration.txt", "--sequence-length", WINDOW)
     few = ("--tokens", 256, "--quantize", "int8", "--out", tmp_path / "stats")
     assert teal("calibrate", MODEL, *text, *few).code == 0
@@ -50,7 +55,9 @@ def test_statistics_of_quantized_weights_need_a_model_with_the_same(teal, worksp
     assert SparsityPlan.load(tmp_path / "plan").weight_format == "int8"
 
 
-def test_the_highest_sparsity_within_a_perplexity_bound_is_found(teal, workspace, stats, tmp_path):
+def test_the_highest_sparsity_within_a_perplexity_bound_is_found(
+    teal: Teal, workspace: Path, stats: Path, tmp_path: Path
+) -> None:
     outcome = teal(
         "allocate", stats, "--max-perplexity-increase", "0.05", "--model", MODEL,
         "--text", workspace / "held-out.txt", "--sequence-length", WINDOW, "--tokens", "256",
@@ -91,13 +98,15 @@ def test_the_highest_sparsity_within_a_perplexity_bound_is_found(teal, workspace
         ),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(teal, workspace, tmp_path, options, words):
+def test_bad_input_is_one_line_and_writes_nothing(
+    teal: Teal, workspace: Path, tmp_path: Path, options: list[str], words: list[str]
+) -> None:
     outcome = teal("allocate", workspace / "stats", "--out", tmp_path / "plan", *options)
     assert outcome.is_error(*words)
     assert not (tmp_path / "plan").exists()
 
 
-def test_search_refuses_the_calibration_text(teal, workspace, tmp_path):
+def test_search_refuses_the_calibration_text(teal: Teal, workspace: Path, tmp_path: Path) -> None:
     outcome = teal(
         "allocate", workspace / "stats", "--max-perplexity-increase", "0.05", "--model", MODEL,
         "--text", workspace / "calibration.txt", "--sequence-length", WINDOW, "--tokens", "256",
@@ -107,6 +116,8 @@ def test_search_refuses_the_calibration_text(teal, workspace, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"kind": "plan"}'], ids=["cut", "list", "plan"])
-def test_damaged_statistics_are_refused(teal, stats, tmp_path, damage):
+def test_damaged_statistics_are_refused(
+    teal: Teal, stats: Path, tmp_path: Path, damage: str
+) -> None:
     (stats / "stats.json").write_text(damage)
     assert teal("allocate", stats, "--sparsity", "0.5", "--out", tmp_path / "plan").is_error("anew")

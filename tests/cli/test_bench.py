@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,23 +9,23 @@ from teal.foundation.errors import UserError
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch):
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemv, "_ROTATION_BYTES", {"cpu": 1 << 16})
     monkeypatch.setattr("teal.benchmark.roofline.read_bandwidth", lambda device: 1e10)
 
 
-def run(*arguments):
+def run(*arguments) -> None:
     bench.app(args=["gemv", *arguments, "--device", "cpu"], standalone_mode=False)
 
 
-def test_json_stands_alone_on_stdout(capsys):
+def test_json_stands_alone_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     run("64x48", "--sparsity", "0.5", "--dtype", "float32", "--json")
     content = json.loads(capsys.readouterr().out)
     assert [result["sparsity"] for result in content["results"]] == [0.5]
     assert content["machine"]["versions"]["torch"]
 
 
-def test_a_table_names_the_product(capsys):
+def test_a_table_names_the_product(capsys: pytest.CaptureFixture[str]) -> None:
     run("64x48", "--sparsity", "0,0.5")
     assert "memory reads 10 GB/s" in capsys.readouterr().out
 
@@ -41,19 +42,19 @@ def test_a_table_names_the_product(capsys):
         (["64x48", "--tables", "nowhere"], "'nowhere' holds no table"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments, message):
+def test_bad_input_is_one_sentence(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(*arguments)
 
 
-def test_products_of_few_bits_stand_beside_floats(capsys):
+def test_products_of_few_bits_stand_beside_floats(capsys: pytest.CaptureFixture[str]) -> None:
     run("64x48", "--sparsity", "0,0.5", "--quantize", "int4", "--group-size", "32")
     printed = capsys.readouterr().out
     assert "bfloat16 × int4" in printed
     assert "floats" in printed
 
 
-def test_cuts_of_few_bits_are_searched_on_a_gpu(tmp_path):
+def test_cuts_of_few_bits_are_searched_on_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="on a GPU"):
         run("64x48", "--quantize", "int8", "--tune", str(tmp_path / "tables"))
     assert not (tmp_path / "tables").exists()

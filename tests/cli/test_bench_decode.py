@@ -1,23 +1,25 @@
+from pathlib import Path
+
 import pytest
 
-from tests.cli.conftest import MODEL
+from tests.cli.conftest import MODEL, Teal
 
 SIZES = "hidden=64,intermediate=96,layers=2,heads=4,kv-heads=2,vocab=50"
 QUICK = ("--prompt-tokens", 4, "--new-tokens", 4, "--repeats", 1, "--device", "cpu")
 
 
 @pytest.fixture(autouse=True)
-def _bandwidth(monkeypatch):
+def _bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("teal.benchmark.roofline.read_bandwidth", lambda device: 1e10)
 
 
 @pytest.fixture
-def decode(teal):
+def decode(teal: Teal) -> Teal:
     """Measure little, with further options."""
     return lambda *options: teal("bench", "decode", *options, *QUICK)
 
 
-def test_json_holds_machine_bandwidth_and_a_record_per_runner(decode):
+def test_json_holds_machine_bandwidth_and_a_record_per_runner(decode: Teal) -> None:
     content = decode(MODEL, "--sparsity", "0.5", "--baseline", "transformers", "--json").json
     assert content["bandwidth"] == 1e10
     assert content["machine"]["versions"]["torch"]
@@ -28,7 +30,7 @@ def test_json_holds_machine_bandwidth_and_a_record_per_runner(decode):
         assert row["limit"] == pytest.approx(row["read"] * 1e-4)
 
 
-def test_a_table_names_models_and_sizes(decode, tmp_path):
+def test_a_table_names_models_and_sizes(decode: Teal, tmp_path: Path) -> None:
     outcome = decode(MODEL, "--config", SIZES, "--sparsity", "0.5", "--plot", tmp_path / "plot.svg")
     assert outcome.code == 0, outcome.err
     assert "memory reads 10 GB/s" in outcome.out
@@ -36,13 +38,13 @@ def test_a_table_names_models_and_sizes(decode, tmp_path):
     assert (tmp_path / "plot.svg").read_text().count('id="axes_') == 2
 
 
-def test_a_profile_shows_the_operations_of_a_step(decode):
+def test_a_profile_shows_the_operations_of_a_step(decode: Teal) -> None:
     out = decode("--config", SIZES, "--sparsity", "0.5", "--profile").out
     assert "50.0 % sparse" in out
     assert "teal::sparse_linear" in out
 
 
-def test_formats_are_measured_one_after_the_other(decode):
+def test_formats_are_measured_one_after_the_other(decode: Teal) -> None:
     formats = ("--quantize", "none", "--quantize", "int8", "--quantize", "int4")
     options = ("--sparsity", "0.5", "--group-size", 32, "--quantize-head", "--json")
     for model in (MODEL, "--config=" + SIZES):
@@ -56,12 +58,12 @@ def test_formats_are_measured_one_after_the_other(decode):
         assert all(row["speed_up"] == 1.0 for row in dense)
 
 
-def test_a_table_names_format_and_group_size(decode):
+def test_a_table_names_format_and_group_size(decode: Teal) -> None:
     out = decode("--config", SIZES, "--quantize", "int4", "--group-size", 32, "--sparsity", 0.5).out
     assert "int4/32" in out
 
 
-def test_a_head_alone_can_be_rounded(decode):
+def test_a_head_alone_can_be_rounded(decode: Teal) -> None:
     options = ("--config", SIZES, "--quantize-head", "--sparsity", "0.5", "--json")
     for row in decode(*options).json["results"]:
         assert row["weights"] == {"format": "float", "group_size": None, "head_format": "int8"}
@@ -89,5 +91,5 @@ def test_a_head_alone_can_be_rounded(decode):
         pytest.param(["no-such-folder"], ["not a model folder"], id="missing"),
     ],
 )
-def test_bad_input_is_one_line(decode, options, words):
+def test_bad_input_is_one_line(decode: Teal, options: list[str], words: list[str]) -> None:
     assert decode(*options).is_error(*words)

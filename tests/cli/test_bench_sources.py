@@ -11,7 +11,7 @@ FORMATS = [(None, False), (Scheme(format="int8"), True)]
 WORKLOAD = Workload(prompt_tokens=4, new_tokens=4, repeats=1)
 
 
-def test_the_memory_of_a_model_is_free_before_the_next_takes_any():
+def test_the_memory_of_a_model_is_free_before_the_next_takes_any() -> None:
     sources = Sources([MODEL], [SIZES], FORMATS, device="cpu", dtype="bfloat16")
     gone = []
     for subject in sources.subjects(WORKLOAD):

@@ -1,13 +1,14 @@
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from teal.calibration import CalibrationStats
-from tests.cli.conftest import MODEL, WINDOW
+from tests.cli.conftest import MODEL, WINDOW, Outcome, Teal
 
 
-def test_statistics_tell_model_and_text(workspace):
+def test_statistics_tell_model_and_text(workspace: Path) -> None:
     stats = CalibrationStats.load(workspace / "stats")
     assert (len(stats.inputs), len(stats.model.shapes)) == (32, 56)
     assert stats.text.num_tokens == 1024
@@ -15,7 +16,9 @@ def test_statistics_tell_model_and_text(workspace):
     assert stats.dtype == "bfloat16"
 
 
-def test_statistics_and_plans_know_the_format_of_the_weights(teal, workspace, tmp_path):
+def test_statistics_and_plans_know_the_format_of_the_weights(
+    teal: Teal, workspace: Path, tmp_path: Path
+) -> None:
     assert calibrate(teal, workspace, quantize="int8", out=tmp_path / "stats").code == 0
     stats = CalibrationStats.load(tmp_path / "stats")
     dense = CalibrationStats.load(workspace / "stats")
@@ -28,7 +31,9 @@ def test_statistics_and_plans_know_the_format_of_the_weights(teal, workspace, tm
     assert "bfloat16 with int8 weights" in teal("inspect", tmp_path / "plan").out
 
 
-def test_a_quantized_folder_is_calibrated_as_the_model_that_was_rounded(teal, workspace, tmp_path):
+def test_a_quantized_folder_is_calibrated_as_the_model_that_was_rounded(
+    teal: Teal, workspace: Path, tmp_path: Path
+) -> None:
     assert teal("quantize", MODEL, "--format", "int8", "--out", tmp_path / "q").code == 0
     options = (
         "--text",
@@ -46,7 +51,7 @@ def test_a_quantized_folder_is_calibrated_as_the_model_that_was_rounded(teal, wo
         assert torch.equal(entry.histogram.counts, rounded.inputs[name].histogram.counts)
 
 
-def calibrate(teal, folder, **changed):
+def calibrate(teal: Teal, folder: Path, **changed) -> Outcome:
     options = {
         "text": folder / "calibration.txt",
         "tokens": "256",
@@ -71,24 +76,28 @@ def calibrate(teal, folder, **changed):
         pytest.param({"dtype": "int8"}, ["Unknown dtype", "bfloat16"], id="unknown dtype"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(teal, workspace, changed, words):
+def test_bad_input_is_one_line_and_writes_nothing(
+    teal: Teal, workspace: Path, changed: dict[str, object], words: list[str]
+) -> None:
     assert calibrate(teal, workspace, **changed).is_error(*words)
     assert not (workspace / "new-stats").exists()
 
 
-def test_empty_text_is_refused(teal, workspace):
+def test_empty_text_is_refused(teal: Teal, workspace: Path) -> None:
     (workspace / "empty.txt").write_text(" \n")
     outcome = calibrate(teal, workspace, text=workspace / "empty.txt")
     assert outcome.is_error("is empty")
 
 
-def test_an_existing_output_is_kept_without_force(teal, workspace):
+def test_an_existing_output_is_kept_without_force(teal: Teal, workspace: Path) -> None:
     before = (workspace / "stats/stats.json").read_bytes()
     assert calibrate(teal, workspace, out=workspace / "stats").is_error("--force")
     assert (workspace / "stats/stats.json").read_bytes() == before
 
 
-def test_force_does_not_delete_what_teal_did_not_write(teal, tmp_path, workspace):
+def test_force_does_not_delete_what_teal_did_not_write(
+    teal: Teal, tmp_path: Path, workspace: Path
+) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     outcome = teal(
         "allocate", workspace / "stats", "--sparsity", "0.5", "--out", tmp_path, "--force"
@@ -107,7 +116,14 @@ def test_force_does_not_delete_what_teal_did_not_write(teal, tmp_path, workspace
         ),
     ],
 )
-def test_what_is_not_a_model_is_refused(teal, tmp_path, workspace, name, config, words):
+def test_what_is_not_a_model_is_refused(
+    teal: Teal,
+    tmp_path: Path,
+    workspace: Path,
+    name: str,
+    config: str | None,
+    words: list[str],
+) -> None:
     if config is not None:
         (tmp_path / name).mkdir()
     if config:

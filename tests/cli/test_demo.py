@@ -1,14 +1,15 @@
 import re
+from pathlib import Path
 
 import pytest
 
 from teal.allocation import GreedySettings
 from teal.cli import demo
-from tests.cli.conftest import MODEL
+from tests.cli.conftest import MODEL, Teal
 
 
 @pytest.fixture
-def short_demo(monkeypatch):
+def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo on a fraction of its text."""
     monkeypatch.setattr(demo, "CALIBRATION_TOKENS", 1024)
     monkeypatch.setattr(demo, "EVALUATION_TOKENS", 2048)
@@ -19,7 +20,9 @@ def short_demo(monkeypatch):
     monkeypatch.setattr(demo, "NEW_TOKENS", 4)
 
 
-def test_demo_prints_the_table_and_leaves_a_report_with_plots(teal, short_demo, tmp_path):
+def test_demo_prints_the_table_and_leaves_a_report_with_plots(
+    teal: Teal, short_demo: None, tmp_path: Path
+) -> None:
     outcome = teal("demo", MODEL, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.err
     assert re.search(r"uniform.*5\.0 %", outcome.out)
@@ -32,7 +35,7 @@ def test_demo_prints_the_table_and_leaves_a_report_with_plots(teal, short_demo, 
     assert "── dense, weights of int8, " in outcome.out
 
 
-def test_an_existing_report_is_kept_without_force(teal, tmp_path):
+def test_an_existing_report_is_kept_without_force(teal: Teal, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("old")
     assert teal("demo", MODEL, "--out", tmp_path).is_error("--force")
     assert (tmp_path / "report.html").read_text() == "old"

@@ -1,8 +1,10 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from teal.calibration import CalibrationStats
+from tests.cli.conftest import Teal
 
 MISTRAL = {
     "model_type": "mistral",
@@ -15,13 +17,15 @@ MISTRAL = {
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path: Path) -> Path:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(MISTRAL))
     return path
 
 
-def test_published_histograms_become_statistics(teal, shared_data, config, tmp_path):
+def test_published_histograms_become_statistics(
+    teal: Teal, shared_data: Path, config: Path, tmp_path: Path
+) -> None:
     outcome = teal(
         "import", shared_data / "teal/Mistral-7B", "--config", config, "--allow-missing",
         "--out", tmp_path / "stats",
@@ -30,7 +34,9 @@ def test_published_histograms_become_statistics(teal, shared_data, config, tmp_p
     assert len(CalibrationStats.load(tmp_path / "stats").inputs) == 16
 
 
-def test_missing_layers_are_named(teal, shared_data, config, tmp_path):
+def test_missing_layers_are_named(
+    teal: Teal, shared_data: Path, config: Path, tmp_path: Path
+) -> None:
     outcome = teal(
         "import", shared_data / "teal/Mistral-7B", "--config", config, "--out", tmp_path / "stats"
     )
@@ -38,6 +44,6 @@ def test_missing_layers_are_named(teal, shared_data, config, tmp_path):
     assert not (tmp_path / "stats").exists()
 
 
-def test_a_folder_without_histograms_is_refused(teal, config, tmp_path):
+def test_a_folder_without_histograms_is_refused(teal: Teal, config: Path, tmp_path: Path) -> None:
     outcome = teal("import", tmp_path, "--config", config, "--out", tmp_path / "stats")
     assert outcome.is_error("histograms")

@@ -1,11 +1,13 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from teal.plan import SparsityPlan
+from tests.cli.conftest import Teal
 
 
-def test_plan_as_json_equals_the_plan(teal, workspace):
+def test_plan_as_json_equals_the_plan(teal: Teal, workspace: Path) -> None:
     shown = teal("inspect", workspace / "plan", "--json").json
     plan = SparsityPlan.load(workspace / "plan")
     assert shown["sparsity_budget"] == pytest.approx(0.5)
@@ -14,25 +16,25 @@ def test_plan_as_json_equals_the_plan(teal, workspace):
     }
 
 
-def test_plan_table_has_a_row_for_every_projection(teal, workspace):
+def test_plan_table_has_a_row_for_every_projection(teal: Teal, workspace: Path) -> None:
     out = teal("inspect", workspace / "plan").out
     assert all(name in out for name in SparsityPlan.load(workspace / "plan").projections)
 
 
-def test_plan_shows_how_far_its_path_goes(teal, workspace):
+def test_plan_shows_how_far_its_path_goes(teal: Teal, workspace: Path) -> None:
     shown = teal("inspect", workspace / "plan", "--json").json
     assert shown["path"] == {"points": 100, "end": 0.99}
     assert "from 0 to 99.0 %" in teal("inspect", workspace / "plan").out
 
 
-def test_plan_without_a_path_says_so(teal, workspace, tmp_path):
+def test_plan_without_a_path_says_so(teal: Teal, workspace: Path, tmp_path: Path) -> None:
     plan = replace(SparsityPlan.load(workspace / "plan"), path=None)
     plan.save(tmp_path / "plan")
     assert teal("inspect", tmp_path / "plan", "--json").json["path"] is None
     assert "path: none" in teal("inspect", tmp_path / "plan").out
 
 
-def test_statistics_show_rising_quantiles(teal, workspace):
+def test_statistics_show_rising_quantiles(teal: Teal, workspace: Path) -> None:
     inputs = teal("inspect", workspace / "stats", "--json").json["inputs"]
     assert len(inputs) == 32
     for entry in inputs.values():
@@ -42,5 +44,5 @@ def test_statistics_show_rising_quantiles(teal, workspace):
     assert "model.layers.7.down_input" in teal("inspect", workspace / "stats").out
 
 
-def test_a_folder_without_an_artifact_is_refused(teal, tmp_path):
+def test_a_folder_without_an_artifact_is_refused(teal: Teal, tmp_path: Path) -> None:
     assert teal("inspect", tmp_path).is_error("neither plan.json nor stats.json")

@@ -1,20 +1,22 @@
 import subprocess
 import sys
+from pathlib import Path
+from typing import Never
 
 import pytest
 
 from teal.cli.main import VERBS
 from teal.foundation.version import __version__
-from tests.cli.conftest import MODEL
+from tests.cli.conftest import MODEL, Teal
 
 
-def test_help_lists_every_verb(teal):
+def test_help_lists_every_verb(teal: Teal) -> None:
     outcome = teal("--help")
     assert outcome.code == 0
     assert all(verb in outcome.out for verb in VERBS)
 
 
-def test_help_waits_for_neither_torch_nor_transformers():
+def test_help_waits_for_neither_torch_nor_transformers() -> None:
     program = (
         "import sys\n"
         "from teal.cli.main import main\n"
@@ -27,14 +29,14 @@ def test_help_waits_for_neither_torch_nor_transformers():
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS))
-def test_help_of_every_verb_ends_with_two_examples(teal, verb):
+def test_help_of_every_verb_ends_with_two_examples(teal: Teal, verb: str) -> None:
     outcome = teal(verb, "--help")
     assert outcome.code == 0
     examples = outcome.out.split("Examples:")[1]
     assert examples.count(f"teal {verb}") >= 2
 
 
-def test_version_is_printed(teal):
+def test_version_is_printed(teal: Teal) -> None:
     assert teal("--version").out.strip() == __version__
 
 
@@ -52,12 +54,16 @@ def test_version_is_printed(teal):
         ),
     ],
 )
-def test_wrong_usage_is_one_line_that_points_to_help(teal, arguments, words):
+def test_wrong_usage_is_one_line_that_points_to_help(
+    teal: Teal, arguments: list[str], words: list[str]
+) -> None:
     assert teal(*arguments).is_error(*words, "--help")
 
 
-def test_an_interrupt_is_one_line(teal, monkeypatch, workspace):
-    def interrupt(*args, **kwargs):
+def test_an_interrupt_is_one_line(
+    teal: Teal, monkeypatch: pytest.MonkeyPatch, workspace: Path
+) -> None:
+    def interrupt(*args, **kwargs) -> Never:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("teal.plan.SparsityPlan.save", interrupt)
@@ -67,7 +73,7 @@ def test_an_interrupt_is_one_line(teal, monkeypatch, workspace):
     assert not (workspace / "x").exists()
 
 
-def test_the_package_runs_as_a_module():
+def test_the_package_runs_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "teal", "--version"], capture_output=True, text=True
     )

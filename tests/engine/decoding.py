@@ -1,4 +1,4 @@
-"""What tests of the engine share: decoders of models, and the same tokens through transformers."""
+"""Helpers of the engine tests: decoders of models, and the same tokens through transformers."""
 
 from dataclasses import fields
 from typing import Any
@@ -17,12 +17,12 @@ from teal.sparsification import densify, sparsify
 from tests.helpers import TOLERANCES, plan_of
 
 LENGTH = 24
-# More than a decode step has rows, so that transformers computes the prompt dense too.
+# Longer than the rows of a decode step, so that transformers runs the prompt dense too.
 PROMPT = 12
 
 
 def decoder_of(model: Any, plan: SparsityPlan | None = None) -> Decoder:
-    """Decode with the very weights of `model`."""
+    """Return a decoder that shares the weights of `model`."""
     densify(model)
     decoder = Decoder(architecture_of(model.config), from_model(model))
     if plan is not None:
@@ -34,13 +34,13 @@ def rules_of(plan: SparsityPlan) -> dict[str, MaskRule | None]:
     return {name: planned.rule for name, planned in plan.projections.items()}
 
 
-def cache_for(decoder: Decoder, *, rows: int = 1, capacity: int = LENGTH) -> KeyValueCache:
+def cache_for(decoder: Decoder, *, batch_size: int = 1, capacity: int = LENGTH) -> KeyValueCache:
     weights = decoder.weights
-    return KeyValueCache(decoder.architecture, rows, capacity, weights.dtype, weights.device)
+    return KeyValueCache(decoder.architecture, batch_size, capacity, weights.dtype, weights.device)
 
 
 def decoded(decoder: Decoder, tokens: Tensor, prompt: int = PROMPT) -> Tensor:
-    """Feed a prompt and then token by token: logits from the end of the prompt on."""
+    """Prefill a prompt, then step token by token; return the logits from its end on."""
     tokens = tokens.to(decoder.weights.device)
     cache = cache_for(decoder, capacity=len(tokens))
     logits = [decoder.prefill(tokens[:prompt], cache)]
@@ -50,7 +50,7 @@ def decoded(decoder: Decoder, tokens: Tensor, prompt: int = PROMPT) -> Tensor:
 
 @torch.no_grad()
 def by_transformers(model: Any, tokens: Tensor, plan: SparsityPlan | None = None) -> Tensor:
-    """Feed the same tokens to the model of transformers, sparse where there is a plan."""
+    """Run the same tokens through the model of transformers, sparse if there is a plan."""
     if plan is not None:
         sparsify(model, plan)
     output = model(tokens[None, :PROMPT], use_cache=True)
@@ -63,13 +63,13 @@ def by_transformers(model: Any, tokens: Tensor, plan: SparsityPlan | None = None
 
 
 def assert_close(logits: Tensor, expected: Tensor) -> None:
-    # Relative to the largest: the others are differences of sums as large as that.
+    # Relative to the largest logit: the others are differences of sums as large as that.
     atol = TOLERANCES["logits"] * max(1.0, float(expected.abs().max()))
     torch.testing.assert_close(logits, expected, rtol=0, atol=atol)
 
 
 def plan_at(decoder: Decoder, tokens: Tensor, sparsity: float) -> SparsityPlan:
-    """Choose thresholds on the spot, from what the projections read of some tokens."""
+    """Choose thresholds from the projection inputs of some tokens."""
     quantiles: dict[str, float] = {}
     decoder.observer = lambda name, x: quantiles.update(
         {name: float(x.float().abs().quantile(sparsity))}

@@ -45,7 +45,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @every_family
-def test_dense_logits_are_those_of_transformers(family: str, device: torch.device) -> None:
+def test_dense_logits_equal_those_of_transformers(family: str, device: torch.device) -> None:
     model, tokens = tiny_model(family), tiny_tokens(1, LENGTH)[0]
     expected = by_transformers(model, tokens)
     logits = decoded(decoder_of(model.to(device)), tokens)
@@ -54,7 +54,7 @@ def test_dense_logits_are_those_of_transformers(family: str, device: torch.devic
 
 
 @every_family
-def test_sparse_logits_are_those_of_transformers(family: str, device: torch.device) -> None:
+def test_sparse_logits_equal_those_of_transformers(family: str, device: torch.device) -> None:
     model, tokens = tiny_model(family), tiny_tokens(1, LENGTH)[0]
     plan = plan_for(model, 0.4)
     expected = by_transformers(model, tokens, plan)
@@ -66,7 +66,7 @@ def test_sparse_logits_are_those_of_transformers(family: str, device: torch.devi
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS.values(), ids=VARIANTS)
-def test_logits_of_unusual_configurations_are_those_of_transformers(
+def test_logits_of_unusual_configurations_equal_those_of_transformers(
     family: str, changes: dict[str, Any]
 ) -> None:
     model, tokens = tiny_model(family, **changes), tiny_tokens(1, LENGTH)[0]
@@ -78,7 +78,7 @@ def test_logits_of_unusual_configurations_are_those_of_transformers(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @every_family
-def test_logits_of_short_dtypes_err_no_more_than_transformers(
+def test_logits_of_16_bit_dtypes_are_as_accurate_as_those_of_transformers(
     family: str, dtype: torch.dtype
 ) -> None:
     tokens = tiny_tokens(1, LENGTH)[0]
@@ -100,7 +100,7 @@ def test_logits_of_short_dtypes_err_no_more_than_transformers(
     ],
     ids=["plain", "not divided", "divided", "not capped", "capped"],
 )
-def test_short_logits_become_float32_only_where_something_is_done_to_them(
+def test_16_bit_logits_become_float32_only_if_divided_or_capped(
     family: str, changes: dict[str, Any], expected: torch.dtype
 ) -> None:
     decoder = decoder_of(tiny_model(family, **changes).bfloat16())
@@ -115,7 +115,7 @@ def test_logits_of_other_dtypes_are_float32() -> None:
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 23, 24])
-def test_logits_do_not_depend_on_how_much_was_prompt(prompt: int) -> None:
+def test_logits_do_not_depend_on_the_length_of_the_prompt(prompt: int) -> None:
     decoder, tokens = decoder_of(tiny_model("gemma3_text")), tiny_tokens(1, LENGTH)[0]
     whole = decoded(decoder, tokens, 1)
     assert_close(decoded(decoder, tokens, prompt), whole[prompt - 1 :])
@@ -123,7 +123,7 @@ def test_logits_do_not_depend_on_how_much_was_prompt(prompt: int) -> None:
 
 @every_family
 @pytest.mark.parametrize("chunk", [1, 5, 11])
-def test_prompt_in_chunks_equals_a_prompt_at_once(
+def test_prefill_in_chunks_equals_prefill_at_once(
     family: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder, tokens = decoder_of(tiny_model(family)), tiny_tokens(1, LENGTH)[0]
@@ -132,7 +132,7 @@ def test_prompt_in_chunks_equals_a_prompt_at_once(
     assert_close(decoded(decoder, tokens, PROMPT), expected)
 
 
-def test_prompt_continues_a_stream_after_steps() -> None:
+def test_prefill_continues_a_sequence_after_steps() -> None:
     decoder, tokens = decoder_of(tiny_model("mistral")), tiny_tokens(1, LENGTH)[0]
     cache = cache_for(decoder)
     decoder.prefill(tokens[:9], cache)
@@ -144,24 +144,24 @@ def test_prompt_continues_a_stream_after_steps() -> None:
 
 @pytest.mark.parametrize("lengths", [(9, 2), (1, 7, 3), (5, 4, 9, 1, 2, 8, 3, 6)], ids=len)
 @pytest.mark.parametrize("threshold", [None, 0.4], ids=["dense", "sparse"])
-def test_streams_side_by_side_equal_streams_apart(
+def test_sequences_of_a_batch_equal_sequences_alone(
     lengths: Sequence[int], threshold: float | None
 ) -> None:
     model = tiny_model("gemma2")
     decoder = decoder_of(model, plan_for(model, threshold))
-    streams = tiny_tokens(len(lengths), LENGTH)
-    cache = cache_for(decoder, rows=len(lengths))
-    for row, length in enumerate(lengths):
-        decoder.prefill(streams[row, :length], cache, row)
+    sequences = tiny_tokens(len(lengths), LENGTH)
+    cache = cache_for(decoder, batch_size=len(lengths))
+    for index, length in enumerate(lengths):
+        decoder.prefill(sequences[index, :length], cache, index)
     assert cache.lengths == list(lengths)
-    steps, places, rows = 10, torch.tensor(lengths), torch.arange(len(lengths))
-    together = [decoder.step(streams[rows, places + i], cache) for i in range(steps)]
-    for row, length in enumerate(lengths):
-        apart = decoded(decoder, streams[row, : length + steps], length)[1:]
-        assert_close(torch.stack([logits[row] for logits in together]), apart)
+    steps, positions, batch = 10, torch.tensor(lengths), torch.arange(len(lengths))
+    together = [decoder.step(sequences[batch, positions + i], cache) for i in range(steps)]
+    for index, length in enumerate(lengths):
+        apart = decoded(decoder, sequences[index, : length + steps], length)[1:]
+        assert_close(torch.stack([logits[index] for logits in together]), apart)
 
 
-def test_last_place_of_the_cache_is_used_and_the_next_refused() -> None:
+def test_last_position_of_the_cache_is_used_and_the_next_refused() -> None:
     decoder, tokens = decoder_of(tiny_model("llama")), tiny_tokens(1, LENGTH)[0]
     cache = cache_for(decoder, capacity=9)
     decoder.prefill(tokens[:8], cache)
@@ -172,7 +172,7 @@ def test_last_place_of_the_cache_is_used_and_the_next_refused() -> None:
         decoder.prefill(tokens[9:10], cache)
 
 
-def test_cache_can_be_used_again_after_a_longer_stream() -> None:
+def test_cache_can_be_reused_after_a_longer_sequence() -> None:
     decoder, tokens = decoder_of(tiny_model("gemma2")), tiny_tokens(2, LENGTH)
     cache = cache_for(decoder)
     decoder.prefill(tokens[0], cache)
@@ -181,7 +181,7 @@ def test_cache_can_be_used_again_after_a_longer_stream() -> None:
     assert_close(logits, decoded(decoder, tokens[1, :5], 5)[0])
 
 
-def test_rules_can_be_exchanged_between_steps() -> None:
+def test_rules_can_be_changed_between_steps() -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(1, LENGTH)[0]
     plan = plan_for(model, 0.4)
     decoder = decoder_of(model)
@@ -195,7 +195,7 @@ def test_rules_can_be_exchanged_between_steps() -> None:
     assert decoder.rules == {}
 
 
-def test_same_tokens_give_the_same_bits(device: torch.device) -> None:
+def test_equal_tokens_give_bit_equal_logits(device: torch.device) -> None:
     model, tokens = tiny_model("qwen3").to(device), tiny_tokens(1, LENGTH)[0]
     decoder = decoder_of(model, plan_for(model, 0.4))
     assert torch.equal(decoded(decoder, tokens), decoded(decoder, tokens))
@@ -212,7 +212,7 @@ def test_same_tokens_give_the_same_bits(device: torch.device) -> None:
     ],
 )
 @pytest.mark.parametrize("prompt", [True, False], ids=["prefill", "step"])
-def test_module_that_computes_nan_is_named(
+def test_first_module_that_gives_nan_is_named(
     module: str | None, found: str | None, prompt: bool
 ) -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(1, LENGTH)[0]

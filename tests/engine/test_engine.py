@@ -1,103 +1,108 @@
 import gc
 import math
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import teal
-from teal.engine.engine import Engine
+from teal.engine.engine import Engine, Prompts
 from teal.foundation.errors import UserError
 from teal.sparsification import densify, sparsify
 from tests.helpers import plan_for, tiny_model, tiny_tokens
 
 MODEL = Path(__file__).parents[2] / "models/py-16m"
 PROMPT = tiny_tokens(1, 9)[0].tolist()
-# Of the activations of a tiny model about half are smaller.
+# About half of the activations of a tiny model are smaller.
 THRESHOLD = 0.4
 
 
 @pytest.fixture
-def model(device):
+def model(device: torch.device) -> Any:
     return tiny_model("llama").to(device)
 
 
 @pytest.fixture
-def engine(model):
+def engine(model: Any) -> Engine:
     return Engine(model)
 
 
 @pytest.fixture(scope="module")
-def written():
-    """The model of the repository, which has a tokenizer, and a prompt for it."""
+def written() -> tuple[Engine, list[int]]:
+    """An engine of the trained model, which has a tokenizer, and a prompt for it."""
     tokenizer = teal.load_tokenizer(str(MODEL))
     return Engine(MODEL, dtype="float32"), tokenizer("def read_json(path):")["input_ids"]
 
 
-def by_transformers(model, prompt, number):
+def by_transformers(model: Any, prompt: Sequence[int], number: int) -> tuple[int, ...]:
     ids = torch.tensor([prompt], device=model.device)
     output = model.generate(ids, max_new_tokens=number, do_sample=False, eos_token_id=None)
     return tuple(output[0, len(prompt) :].tolist())
 
 
-def dense_tokens(engine, prompts=PROMPT, number=20, **options):
+def generated(
+    engine: Engine, prompts: Prompts = PROMPT, number: int = 20, **options: Any
+) -> tuple[tuple[int, ...], ...]:
+    """Return the new token ids of prompts that no token ends."""
     return engine.generate(prompts, max_new_tokens=number, stop_tokens=(), **options).tokens
 
 
-def test_greedy_tokens_are_those_of_transformers(model):
+def test_greedy_tokens_equal_those_of_transformers(model: Any) -> None:
     expected = by_transformers(model, PROMPT, 20)
-    assert dense_tokens(Engine(model)) == (expected,)
+    assert generated(Engine(model)) == (expected,)
 
 
-def test_sparse_tokens_are_those_of_a_sparse_model_in_transformers(model):
+def test_sparse_tokens_equal_those_of_a_sparse_model_in_transformers(model: Any) -> None:
     plan = plan_for(model, THRESHOLD)
     dense = by_transformers(model, PROMPT, 20)
     sparse = by_transformers(sparsify(model, plan), PROMPT, 20)
     densify(model)
-    assert dense_tokens(Engine(model, plan)) == (sparse,)
+    assert generated(Engine(model, plan)) == (sparse,)
     assert sparse != dense
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}], ids=["greedy", "sampled"])
-def test_streams_of_several_prompts_are_those_of_each_alone(engine, options):
+def test_prompts_of_a_batch_continue_as_each_alone(engine: Engine, options: dict[str, Any]) -> None:
     prompts = [tiny_tokens(1, 3 + row, seed=row)[0].tolist() for row in range(8)]
-    together = dense_tokens(engine, prompts, **options)
+    together = generated(engine, prompts, **options)
     alone = [
-        dense_tokens(engine, prompt, **options, seed=row)[0] for row, prompt in enumerate(prompts)
+        generated(engine, prompt, **options, seed=row)[0] for row, prompt in enumerate(prompts)
     ]
     assert list(together) == alone
 
 
-def test_prompts_may_be_lists_or_tensors(engine):
-    expected = dense_tokens(engine)
+def test_prompts_may_be_lists_or_tensors(engine: Engine) -> None:
+    expected = generated(engine)
     for prompts in ([PROMPT], torch.tensor(PROMPT), torch.tensor([PROMPT]), [torch.tensor(PROMPT)]):
-        assert dense_tokens(engine, prompts) == expected
+        assert generated(engine, prompts) == expected
 
 
-def test_a_longer_call_after_a_short_one_is_right(engine):
-    short = dense_tokens(engine, number=5)
-    assert dense_tokens(engine, number=100)[0][:5] == short[0]
-    assert dense_tokens(engine, number=5) == short
+def test_longer_call_after_a_short_one_begins_with_the_same_tokens(engine: Engine) -> None:
+    short = generated(engine, number=5)
+    assert generated(engine, number=100)[0][:5] == short[0]
+    assert generated(engine, number=5) == short
 
 
-def test_the_engine_follows_another_sparsity_for_one_call(model):
+def test_sparsity_can_be_changed_for_one_call(model: Any) -> None:
     plan = plan_for(model, THRESHOLD)
-    engine, dense = Engine(model, plan), dense_tokens(Engine(model))
-    sparse = dense_tokens(engine)
-    assert dense_tokens(engine, sparsity=0.0) == dense != sparse
-    assert dense_tokens(engine, sparsity=0.5) == dense_tokens(engine, sparsity=None) == sparse
+    engine, dense = Engine(model, plan), generated(Engine(model))
+    sparse = generated(engine)
+    assert generated(engine, sparsity=0.0) == dense != sparse
+    assert generated(engine, sparsity=0.5) == generated(engine, sparsity=None) == sparse
 
 
-def test_many_sparsities_leave_few_decoders(model, monkeypatch):
+def test_evicted_decoder_is_made_again(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("teal.engine.engine._DECODERS", 1)
     engine = Engine(model, plan_for(model, THRESHOLD))
-    sparse = dense_tokens(engine)
-    dense_tokens(engine, sparsity=0.0)
-    assert dense_tokens(engine) == sparse
+    sparse = generated(engine)
+    generated(engine, sparsity=0.0)
+    assert generated(engine) == sparse
 
 
-def test_end_tokens_of_the_model_end_a_stream(model):
+def test_end_tokens_of_the_model_end_a_sequence(model: Any) -> None:
     free = by_transformers(model, PROMPT, 20)
     model.generation_config.eos_token_id = [free[4], 1]
     result = Engine(model).generate(PROMPT, max_new_tokens=20)
@@ -105,7 +110,7 @@ def test_end_tokens_of_the_model_end_a_stream(model):
     assert result.tokens[0] == free[: free.index(free[4]) + 1]
 
 
-def test_logprobs_are_the_probabilities_of_the_model(model):
+def test_logprobs_equal_those_of_the_model(model: Any) -> None:
     result = Engine(model).generate(PROMPT, max_new_tokens=5, stop_tokens=(), logprobs=True)
     ids = torch.tensor([[*PROMPT, *result.tokens[0]]], device=model.device)
     with torch.no_grad():
@@ -113,14 +118,14 @@ def test_logprobs_are_the_probabilities_of_the_model(model):
     assert result.logprobs[0] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def test_texts_are_those_of_the_tokenizer(written):
+def test_texts_are_those_of_the_tokenizer(written: tuple[Engine, list[int]]) -> None:
     engine, prompt = written
     result = engine.generate(prompt, max_new_tokens=40)
     assert result.texts == (engine.tokenizer.decode(result.tokens[0]),)
     assert result.decode_seconds > 0
 
 
-def test_a_stop_string_ends_the_text_before_it(written):
+def test_stop_string_ends_the_text_before_it(written: tuple[Engine, list[int]]) -> None:
     engine, prompt = written
     whole = engine.generate(prompt, max_new_tokens=60)
     stop = whole.texts[0][30:37]
@@ -130,36 +135,36 @@ def test_a_stop_string_ends_the_text_before_it(written):
     assert len(result.tokens[0]) < 60
 
 
-def test_a_stream_yields_what_generate_returns(written):
+def test_stream_yields_what_generate_returns(written: tuple[Engine, list[int]]) -> None:
     engine, prompt = written
     whole = engine.generate([prompt, prompt[:3]], max_new_tokens=12, temperature=0.8)
     tokens = list(engine.stream([prompt, prompt[:3]], max_new_tokens=12, temperature=0.8))
     for index in range(2):
-        mine = [token for token in tokens if token.stream == index]
+        mine = [token for token in tokens if token.sequence == index]
         assert tuple(token.id for token in mine) == whole.tokens[index]
         assert "".join(token.text for token in mine) == whole.texts[index]
 
 
-def test_a_busy_engine_says_so_until_its_stream_is_closed(engine):
-    expected = dense_tokens(engine)
+def test_busy_engine_refuses_calls_until_its_stream_is_closed(engine: Engine) -> None:
+    expected = generated(engine)
     tokens = engine.stream(PROMPT, max_new_tokens=20, stop_tokens=())
     next(tokens)
     with pytest.raises(UserError, match=r"already decoding.*close its stream"):
         engine.generate(PROMPT)
-    tokens.close()
-    assert dense_tokens(engine) == expected
+    tokens.close()  # type: ignore[attr-defined]
+    assert generated(engine) == expected
 
 
-def test_a_stream_that_was_never_begun_keeps_nothing_busy(engine):
+def test_stream_that_was_never_started_blocks_no_call(engine: Engine) -> None:
     tokens = engine.stream(PROMPT)
-    dense_tokens(engine)
+    generated(engine)
     del tokens
 
 
-def test_an_engine_is_freed_with_its_last_reference(model):
+def test_engine_is_freed_with_its_last_reference(model: Any) -> None:
     engine = Engine(model)
-    dense_tokens(engine, number=3)
-    gone = weakref.ref(engine._session)
+    generated(engine, number=3)
+    gone = weakref.ref(engine._runner)
     gc.collect()
     gc.disable()
     try:
@@ -169,19 +174,19 @@ def test_an_engine_is_freed_with_its_last_reference(model):
     assert gone() is None
 
 
-def test_gradients_are_not_kept_and_the_mode_of_the_caller_is_left_alone(engine):
+def test_streaming_leaves_the_grad_mode_of_the_caller_alone(engine: Engine) -> None:
     for _ in engine.stream(PROMPT, max_new_tokens=3):
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
 
 
-def test_nan_in_prefill_names_the_layer_and_gives_no_token(model):
+def test_nan_in_prefill_names_the_layer_and_gives_no_token(model: Any) -> None:
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = math.nan
     with pytest.raises(UserError, match=r"NaN or infinity; model\.layers\.1 is the first"):
         Engine(model).generate(PROMPT)
 
 
-def test_nan_in_a_step_is_found_after_the_tokens_before_it(model):
+def test_nan_in_a_step_is_an_error_after_the_earlier_tokens(model: Any) -> None:
     expected = by_transformers(model, PROMPT, 20)
     # This token is not in the prompt, and the first step reads it.
     assert expected[0] not in PROMPT
@@ -208,30 +213,37 @@ def test_nan_in_a_step_is_found_after_the_tokens_before_it(model):
         pytest.param(torch.ones(1, 1, 1).long(), {}, r"shape \(1, 1, 1\)", id="dimensions"),
     ],
 )
-def test_bad_input_is_refused_before_any_work(engine, prompts, options, message):
+def test_bad_input_is_refused_before_any_work(
+    engine: Engine, prompts: Prompts, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         engine.generate(prompts, **options)
 
 
-def test_a_plan_of_another_model_is_refused(model):
+def test_tuning_reaches_the_decoders(model: Any, tmp_path: Path) -> None:
+    assert Engine(model, tuning=tmp_path).decoder().tuning == str(tmp_path)
+    assert Engine(model).decoder().tuning == ""
+
+
+def test_plan_of_another_model_is_refused(model: Any) -> None:
     other = plan_for(tiny_model("llama", intermediate_size=32), THRESHOLD)
     with pytest.raises(UserError, match="belongs to another model"):
         Engine(model, other)
 
 
-def test_a_capacity_is_kept_to(model):
+def test_capacity_is_a_limit(model: Any) -> None:
     engine = Engine(model, capacity=16)
-    assert len(dense_tokens(engine, number=7)[0]) == 7
+    assert len(generated(engine, number=7)[0]) == 7
     with pytest.raises(UserError, match="capacity of 16"):
-        dense_tokens(engine, number=8)
+        generated(engine, number=8)
     with pytest.raises(UserError, match="Give 1 to 128"):
         Engine(model, capacity=129)
 
 
 @pytest.mark.gpu
-def test_decoding_on_a_gpu_waits_for_nothing_but_the_tokens():
+def test_decoding_on_a_gpu_waits_for_nothing_but_the_tokens() -> None:
     engine = Engine(tiny_model("llama").cuda())
-    expected = dense_tokens(engine)
+    expected = generated(engine)
     tokens = engine.stream(PROMPT, max_new_tokens=20, stop_tokens=())
     # The prefill may wait.
     first = next(tokens)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from teal.engine.decoder import Decoder, Stepper
 from teal.engine.engine import Engine
-from teal.engine.fused_step import FusedStep, obstacle, stepper_of
+from teal.engine.fused_step import FusedStep, fused_step_obstacle, stepper_of
 from teal.methods import MaskRule
 from tests.engine.decoding import cache_for, decoder_of, plan_at
 from tests.helpers import ENGINE_FAMILIES, relative_error, tiny_model, tiny_tokens
@@ -42,7 +42,7 @@ def _exact(family: str, **changes: Any) -> Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FUSED)
-def test_dense_steps_are_as_near_to_float32_as_those_of_the_general_path(family: str) -> None:
+def test_dense_steps_are_as_accurate_as_those_of_the_general_path(family: str) -> None:
     decoder = _decoder(family)
     exact = _exact(family)
     general = relative_error(_logits(decoder, fused=False), exact)
@@ -51,7 +51,7 @@ def test_dense_steps_are_as_near_to_float32_as_those_of_the_general_path(family:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [48, 80])
-def test_heads_need_not_be_powers_of_two(head_dim: int) -> None:
+def test_head_dim_need_not_be_a_power_of_two(head_dim: int) -> None:
     decoder = _decoder("llama", head_dim=head_dim)
     exact = _exact("llama", head_dim=head_dim)
     general = relative_error(_logits(decoder, fused=False), exact)
@@ -69,7 +69,7 @@ def test_biases_are_added() -> None:
 
 
 @pytest.mark.gpu
-def test_a_layer_drops_what_the_general_path_drops() -> None:
+def test_layer_drops_what_the_general_path_drops() -> None:
     decoder = _decoder("llama", torch.float16, num_hidden_layers=1)
     plan = plan_at(decoder, tiny_tokens(1, 32)[0].cuda(), 0.5)
     dense = _logits(decoder, fused=True)
@@ -84,7 +84,7 @@ def test_a_layer_drops_what_the_general_path_drops() -> None:
 
 
 @pytest.mark.gpu
-def test_everything_dropped_leaves_the_embedding() -> None:
+def test_dropping_everything_leaves_the_embedding() -> None:
     decoder = _decoder("llama")
     decoder.set_rules(
         {name: MaskRule(threshold=1e30) for name in decoder.architecture.identity.shapes}
@@ -94,7 +94,7 @@ def test_everything_dropped_leaves_the_embedding() -> None:
 
 
 @pytest.mark.gpu
-def test_a_captured_step_gives_the_bits_of_an_eager_one_again_and_again() -> None:
+def test_captured_step_equals_the_eager_one_bit_for_bit_every_time() -> None:
     engine = Engine(_model("llama").to("cuda", torch.bfloat16))
     prompt = tiny_tokens(1, PROMPT)[0].tolist()
     captured = [engine.generate(prompt, max_new_tokens=40, stop_tokens=()) for _ in range(3)]
@@ -112,7 +112,7 @@ def test_a_captured_step_gives_the_bits_of_an_eager_one_again_and_again() -> Non
 
 
 @pytest.mark.gpu
-def test_nan_in_a_weight_makes_the_logits_nan_for_good_reason() -> None:
+def test_nan_in_a_weight_makes_all_logits_nan() -> None:
     decoder = _decoder("llama")
     decoder.weights.layers[1].down[3, 5] = float("nan")
     assert _logits(decoder, fused=True)[1:].isnan().all()
@@ -120,12 +120,15 @@ def test_nan_in_a_weight_makes_the_logits_nan_for_good_reason() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ENGINE_FAMILIES)
-def test_only_what_the_kernels_compute_is_fused(family: str) -> None:
+def test_only_supported_decoders_are_fused(family: str) -> None:
     decoder = _decoder(family)
     cache = cache_for(decoder)
-    assert (obstacle(decoder, cache) is None) is (family in FUSED)
-    assert obstacle(decoder, cache_for(decoder, rows=2)) == "there is more than one stream"
-    assert "bfloat16" in (obstacle(_decoder(family, torch.float32), cache) or "")
+    assert (fused_step_obstacle(decoder, cache) is None) is (family in FUSED)
+    assert (
+        fused_step_obstacle(decoder, cache_for(decoder, batch_size=2))
+        == "there is more than one sequence"
+    )
+    assert "bfloat16" in (fused_step_obstacle(_decoder(family, torch.float32), cache) or "")
 
 
 @pytest.mark.gpu
@@ -134,11 +137,11 @@ def test_rules_with_vectors_take_the_general_path() -> None:
     name = "model.layers.0.mlp.down_proj"
     decoder.set_rules({name: MaskRule(threshold=0.1, score_scale=torch.ones(176))})
     cache = cache_for(decoder)
-    assert "score_scale or shift" in (obstacle(decoder, cache) or "")
+    assert "score_scale or shift" in (fused_step_obstacle(decoder, cache) or "")
     assert stepper_of(decoder, cache) == decoder.step
 
 
-def test_nothing_is_fused_on_a_cpu_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_cpu_takes_the_general_path_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
     decoder = decoder_of(_model("llama"))
     with caplog.at_level("INFO"):
         assert stepper_of(decoder, cache_for(decoder)) == decoder.step

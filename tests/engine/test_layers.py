@@ -6,7 +6,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from teal.engine.layers import KEEP_ALL, LayerCalls, run_layer
+from teal.engine.layers import LayerCalls, dense_calls, run_layer
+from teal.engine.weights.matrix import KEEP_ALL
 from teal.engine.weights.transformers import from_model
 from teal.foundation.errors import UserError
 from teal.kernels.ops import attend
@@ -41,7 +42,7 @@ MLP = "model.layers.1.mlp"
 def calls_with(rules: dict[str, MaskRule | None], family: str = "llama") -> LayerCalls:
     model = tiny_model(family, **({"attention_bias": True} if family == "llama" else {}))
     architecture = architecture_of(model.config)
-    dense = LayerCalls.of(architecture, 1, from_model(model).layers[1])
+    dense = dense_calls(architecture, 1, from_model(model).layers[1])
     return dense.with_rules(architecture.inputs(1), rules, torch.float32)
 
 
@@ -49,19 +50,19 @@ def rule(threshold: float, **vectors: Tensor) -> MaskRule:
     return MaskRule(threshold=threshold, **vectors)
 
 
-def thresholds(calls: LayerCalls) -> list[list[float]]:
-    return [product[1] for product in (calls.qkv, calls.o, calls.gate_up, calls.down)]
+def thresholds(calls: LayerCalls) -> list[tuple[float, ...]]:
+    return [call.thresholds for call in calls.projections]
 
 
-def test_layer_without_rules_keeps_everything() -> None:
-    kept = [KEEP_ALL]
+def test_layer_without_rules_is_dense() -> None:
+    kept = (KEEP_ALL,)
     assert thresholds(calls_with({})) == [kept * 3, kept, kept * 2, kept]
 
 
-def test_projection_without_a_rule_keeps_everything_beside_one_that_has_one() -> None:
+def test_projection_without_a_rule_stays_dense_beside_one_with_a_rule() -> None:
     calls = calls_with({f"{ATTENTION}.k_proj": rule(0.5), f"{MLP}.gate_proj": None})
-    kept = [KEEP_ALL]
-    assert thresholds(calls) == [[KEEP_ALL, 0.5, KEEP_ALL], kept, kept * 2, kept]
+    kept = (KEEP_ALL,)
+    assert thresholds(calls) == [(KEEP_ALL, 0.5, KEEP_ALL), kept, kept * 2, kept]
 
 
 def test_rules_reach_the_products_of_their_projections() -> None:
@@ -69,30 +70,30 @@ def test_rules_reach_the_products_of_their_projections() -> None:
     rules = {f"{ATTENTION}.{name}": rule(i / 8) for i, name in enumerate(names)}
     names = ("gate_proj", "up_proj", "down_proj")
     rules |= {f"{MLP}.{name}": rule(i / 2) for i, name in enumerate(names)}
-    expected = [[0.0, 0.125, 0.25], [0.375], [0.0, 0.5], [1.0]]
+    expected = [(0.0, 0.125, 0.25), (0.375,), (0.0, 0.5), (1.0,)]
     assert thresholds(calls_with(rules)) == expected
 
 
-def test_rule_of_a_fused_projection_serves_all_its_parts() -> None:
+def test_rule_of_a_fused_projection_applies_to_all_its_parts() -> None:
     score_scale = torch.rand(32)
     rules = {
         f"{ATTENTION}.qkv_proj": rule(0.5),
         f"{MLP}.gate_up_proj": rule(0.25, score_scale=score_scale),
     }
     calls = calls_with(rules, "phi3")
-    assert thresholds(calls) == [[0.5] * 3, [KEEP_ALL], [0.25] * 2, [KEEP_ALL]]
-    scales = calls.gate_up[3]
+    assert thresholds(calls) == [(0.5,) * 3, (KEEP_ALL,), (0.25,) * 2, (KEEP_ALL,)]
+    scales = calls.gate_up.score_scale
     assert scales is not None
     assert torch.equal(scales, score_scale.expand(2, -1))
 
 
-def test_projection_without_a_scale_counts_every_channel_alike() -> None:
+def test_projection_without_a_scale_weighs_every_channel_equally() -> None:
     score_scale = torch.rand(32)
     rules = {
         f"{ATTENTION}.q_proj": rule(0.5, score_scale=score_scale),
         f"{ATTENTION}.v_proj": rule(0.5),
     }
-    scales = calls_with(rules).qkv[3]
+    scales = calls_with(rules).qkv.score_scale
     assert scales is not None
     assert torch.equal(scales, torch.stack([score_scale, torch.ones(32), torch.ones(32)]))
 
@@ -100,11 +101,12 @@ def test_projection_without_a_scale_counts_every_channel_alike() -> None:
 def test_shift_is_folded_into_the_bias() -> None:
     shift = torch.rand(32)
     calls = calls_with({f"{ATTENTION}.o_proj": rule(0.5, shift=shift)})
-    weight, *_, found, bias = calls.o
-    dense = calls_with({}).o[5]
+    weight, found, bias = calls.o.weight, calls.o.shift, calls.o.bias
+    dense = calls_with({}).o.bias
     assert dense is not None
     assert bias is not None
     assert found is not None
+    assert isinstance(weight, Tensor)
     assert torch.equal(found, shift)
     torch.testing.assert_close(bias, dense + shift @ weight)
 
@@ -112,7 +114,7 @@ def test_shift_is_folded_into_the_bias() -> None:
 @pytest.mark.parametrize(
     "other", [{}, {"shift": torch.zeros(32)}], ids=["no shift", "another shift"]
 )
-def test_two_shifts_of_one_input_are_refused(other: dict[str, Any]) -> None:
+def test_different_shifts_of_one_input_are_refused(other: dict[str, Any]) -> None:
     rules = {
         f"{MLP}.gate_proj": rule(0.5, shift=torch.ones(32)),
         f"{MLP}.up_proj": rule(1, **other),
@@ -121,16 +123,25 @@ def test_two_shifts_of_one_input_are_refused(other: dict[str, Any]) -> None:
         calls_with(rules)
 
 
+def test_tuning_reaches_every_projection() -> None:
+    model = tiny_model("llama")
+    architecture = architecture_of(model.config)
+    calls = dense_calls(architecture, 1, from_model(model).layers[1], tuning="tables")
+    rules = {f"{MLP}.down_proj": rule(0.5)}
+    for given in (calls, calls.with_rules(architecture.inputs(1), rules, torch.float32)):
+        assert {call.tuning for call in given.projections} == {"tables"}
+
+
 def test_dense_calls_are_left_as_they_were() -> None:
     model = tiny_model("llama")
     architecture = architecture_of(model.config)
-    dense = LayerCalls.of(architecture, 1, from_model(model).layers[1])
+    dense = dense_calls(architecture, 1, from_model(model).layers[1])
     dense.with_rules(architecture.inputs(1), {f"{MLP}.down_proj": rule(0.5)}, torch.float32)
-    assert dense.down[1] == [KEEP_ALL]
+    assert dense.down.thresholds == (KEEP_ALL,)
 
 
 @pytest.mark.parametrize("vectors", ["score_scale", "shift", "both"])
-def test_rules_with_vectors_mean_the_same_as_in_transformers(vectors: str) -> None:
+def test_rules_with_vectors_give_the_logits_of_transformers(vectors: str) -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(1, LENGTH)[0]
     plan = plan_for(model, 0.3)
     for name, planned in plan.projections.items():
@@ -147,7 +158,7 @@ def test_rules_with_vectors_mean_the_same_as_in_transformers(vectors: str) -> No
 
 
 @every_family
-def test_observer_sees_what_the_projections_read(family: str) -> None:
+def test_observer_sees_the_inputs_of_the_projections(family: str) -> None:
     model, tokens = tiny_model(family), tiny_tokens(1, LENGTH)[0]
     inputs = {name: names[0] for block in blocks_of(model) for name, names in block.inputs.items()}
     expected: dict[str, Tensor] = {}
@@ -181,7 +192,7 @@ def test_observer_measures_the_sparsity_of_a_step() -> None:
 
 
 class Recorder(TorchDispatchMode):
-    """Lists the operations that run inside."""
+    """Lists the operations that run inside it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,9 +208,7 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "qwen2", "qwen3"])
 @pytest.mark.parametrize("threshold", [None, 0.4], ids=["dense", "sparse"])
-def test_step_of_a_layer_with_norms_before_is_five_calls(
-    family: str, threshold: float | None
-) -> None:
+def test_step_of_a_pre_norm_layer_is_five_operations(family: str, threshold: float | None) -> None:
     model = tiny_model(family)
     decoder = decoder_of(model, plan_for(model, threshold))
     cache = cache_for(decoder)
@@ -212,13 +221,13 @@ def test_step_of_a_layer_with_norms_before_is_five_calls(
 
 
 @every_family
-@pytest.mark.parametrize("rows", [1, 3])
-def test_step_depends_on_no_value(family: str, rows: int) -> None:
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_step_depends_on_no_values_of_tensors(family: str, batch_size: int) -> None:
     model = tiny_model(family)
     decoder = decoder_of(model, plan_for(model, 0.4))
-    cache = cache_for(decoder, rows=rows)
+    cache = cache_for(decoder, batch_size=batch_size)
     # A fake tensor has no values: whoever asks for one raises.
     with FakeTensorMode(allow_non_fake_inputs=True):
-        logits = decoder.step(torch.ones(rows, dtype=torch.int64), cache)
-    assert logits.shape == (rows, VOCABULARY)
+        logits = decoder.step(torch.ones(batch_size, dtype=torch.int64), cache)
+    assert logits.shape == (batch_size, VOCABULARY)
     assert logits.dtype == torch.float32

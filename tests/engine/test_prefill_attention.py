@@ -34,7 +34,7 @@ def tables(rotary_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def caches() -> tuple[Tensor, Tensor]:
-    """Return a cache that nobody has written to, full of NaN."""
+    """Return an unwritten cache, full of NaN."""
     empty = torch.full((2, KV_HEADS, CAPACITY, HEAD_DIM), torch.nan)
     return empty[0], empty[1]
 
@@ -75,7 +75,7 @@ def split_at(qkv: Tensor, split: int) -> list[tuple[int, Tensor]]:
     return [(start, part) for start, part in ((0, qkv[:split]), (split, qkv[split:])) if len(part)]
 
 
-def test_channels_behind_the_rotary_ones_stay_as_they_are() -> None:
+def test_channels_behind_the_rotary_ones_are_unchanged() -> None:
     qkv = draw(5, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
     keys, values = (cache[:, :5] for cache in caches())
     attend_many(qkv, keys, values, torch.arange(5), *tables(4), scale=1.0)

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from teal.engine.sampler import BROKEN, Sampler, SamplingForm, SamplingSettings
+from teal.engine.sampler import NONFINITE, Sampler, SamplingForm, SamplingSettings
 from teal.foundation.errors import UserError
 
 VOCABULARY = 200
@@ -26,7 +27,7 @@ def draw(
     prompts: list[Tensor] | None = None,
     logprobs: bool = False,
     device: torch.device | str = "cpu",
-    **values: float,
+    **values: Any,
 ) -> Sampler:
     """Choose `steps` times from the same logits."""
     settings = SamplingSettings(**values)
@@ -38,7 +39,7 @@ def draw(
     for _ in range(steps):
         sampler(logits)
     if logits.is_cuda:
-        # The history may lie in memory of the host.
+        # The history may be in host memory.
         torch.cuda.synchronize()
     return sampler
 
@@ -71,7 +72,9 @@ def by_transformers(logits: Tensor, values: dict[str, float]) -> Tensor:
     ],
     ids=lambda values: ", ".join(values),
 )
-def test_frequencies_are_the_probabilities_of_transformers(logits, values, device) -> None:
+def test_frequencies_match_the_probabilities_of_transformers(
+    logits: Tensor, values: dict[str, Any], device: torch.device
+) -> None:
     expected = by_transformers(logits, values)
     counts = draw(logits, **values, device=device).history.cpu().flatten().bincount(
         minlength=VOCABULARY
@@ -81,18 +84,20 @@ def test_frequencies_are_the_probabilities_of_transformers(logits, values, devic
     assert deviation.max() < 5
 
 
-def test_without_temperature_the_likeliest_token_is_taken(logits, device) -> None:
+def test_temperature_zero_takes_the_likeliest_token(logits: Tensor, device: torch.device) -> None:
     sampler = draw(logits, steps=2, top_k=3, top_p=0.1, device=device)
     assert sampler.history.flatten().tolist() == [int(logits.argmax())] * 2
 
 
-def test_of_equal_logits_the_first_is_taken(device) -> None:
+def test_first_of_equal_logits_is_taken(device: torch.device) -> None:
     logits = torch.zeros(2, VOCABULARY)
     logits[1, [7, 150]] = 1.0
     assert draw(logits, steps=1, device=device).tokens.tolist() == [0, 7]
 
 
-def test_the_penalty_is_that_of_transformers_for_prompt_and_continuation(logits, device) -> None:
+def test_penalty_equals_that_of_transformers_for_prompt_and_continuation(
+    logits: Tensor, device: torch.device
+) -> None:
     prompts = [torch.tensor([int(logits.argmax()), 3, 3])]
     chosen = draw(logits, steps=6, prompts=prompts, repetition_penalty=1.5, device=device)
     ids, penalise = prompts[0][None], RepetitionPenaltyLogitsProcessor(1.5)
@@ -102,7 +107,9 @@ def test_the_penalty_is_that_of_transformers_for_prompt_and_continuation(logits,
     assert chosen.history.flatten().tolist() == ids[0, 3:].tolist()
 
 
-def test_a_seed_repeats_itself_and_another_differs(logits, device) -> None:
+def test_equal_seeds_give_equal_tokens_and_others_differ(
+    logits: Tensor, device: torch.device
+) -> None:
     first, again, other = (
         draw(logits, steps=30, temperature=1.0, seed=seed, device=device).history
         for seed in (5, 5, 6)
@@ -112,19 +119,19 @@ def test_a_seed_repeats_itself_and_another_differs(logits, device) -> None:
 
 
 @pytest.mark.gpu
-def test_a_seed_means_the_same_on_every_device(logits) -> None:
+def test_seed_means_the_same_on_every_device(logits: Tensor) -> None:
     values = {"temperature": 1.0, "top_p": 0.9, "steps": 50}
     on_gpu = draw(logits, **values, device="cuda").history.cpu()
     assert torch.equal(on_gpu, draw(logits, **values).history)
 
 
-def test_a_stream_draws_the_same_beside_others_as_alone(logits) -> None:
+def test_sequence_draws_the_same_tokens_in_a_batch_as_alone(logits: Tensor) -> None:
     together = draw(logits.expand(3, -1), steps=20, temperature=1.0, seed=4).history
     alone = draw(logits, steps=20, temperature=1.0, seed=6).history
     assert torch.equal(together[:, 2:], alone)
 
 
-def test_logprobs_are_those_of_the_unchanged_logits(logits) -> None:
+def test_logprobs_are_those_of_the_unchanged_logits(logits: Tensor) -> None:
     sampler = draw(logits, steps=4, temperature=0.5, repetition_penalty=2.0, logprobs=True)
     expected = logits.log_softmax(-1)[0, sampler.history.flatten()]
     assert torch.equal(sampler.logprobs.flatten(), expected)
@@ -132,13 +139,15 @@ def test_logprobs_are_those_of_the_unchanged_logits(logits) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_broken_logits_give_no_token(logits, temperature, value, device) -> None:
+def test_nonfinite_logits_give_no_token(
+    logits: Tensor, temperature: float, value: float, device: torch.device
+) -> None:
     both = torch.cat([logits, logits])
     both[1, 17] = value
     sampler = draw(both, steps=1, temperature=temperature, top_p=0.9, device=device)
-    assert sampler.history[0, 0] != BROKEN
-    assert sampler.history[0, 1] == BROKEN
-    # What the next step would read is a token id all the same.
+    assert sampler.history[0, 0] != NONFINITE
+    assert sampler.history[0, 1] == NONFINITE
+    # The next step still reads a valid token id.
     assert 0 <= sampler.tokens[1] < VOCABULARY
 
 
@@ -148,7 +157,9 @@ def test_broken_logits_give_no_token(logits, temperature, value, device) -> None
     ids=lambda values: ", ".join(values) or "greedy",
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_logits_of_short_dtypes_are_computed_with_in_float32(logits, dtype, values, device) -> None:
+def test_logits_of_16_bit_dtypes_are_processed_in_float32(
+    logits: Tensor, dtype: torch.dtype, values: dict[str, Any], device: torch.device
+) -> None:
     short = logits.to(dtype)
     found, expected = (
         draw(given, steps=20, device=device, **values) for given in (short, short.float())
@@ -157,7 +168,7 @@ def test_logits_of_short_dtypes_are_computed_with_in_float32(logits, dtype, valu
     assert torch.equal(found.logprobs, expected.logprobs)
 
 
-def test_a_tiny_temperature_is_as_good_as_none(logits) -> None:
+def test_tiny_temperature_counts_as_zero(logits: Tensor) -> None:
     tokens = draw(logits, steps=5, temperature=1e-4).history
     assert (tokens == logits.argmax()).all()
 
@@ -177,6 +188,6 @@ def test_a_tiny_temperature_is_as_good_as_none(logits) -> None:
         ("seed", -1),
     ],
 )
-def test_a_value_out_of_range_is_refused_by_name(name, value) -> None:
+def test_value_out_of_range_is_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"^{name} .* out of range\. Give"):
         SamplingSettings(**{name: value})

@@ -37,7 +37,7 @@ def text() -> Tensor:
 # With these thresholds the best token always leads by 0.4 or more, so that an activation just at a
 # threshold, which a rounding error may keep or drop, does not change the text.
 @pytest.mark.parametrize("sparsity", [0.0, 0.3], ids=["dense", "sparse"])
-def test_greedy_tokens_of_the_trained_model_are_those_of_transformers(
+def test_greedy_tokens_of_the_trained_model_equal_those_of_transformers(
     text: Tensor, sparsity: float
 ) -> None:
     model, new_tokens = load_model(str(TRAINED), dtype="float32", device="cpu"), 40
@@ -58,7 +58,7 @@ def test_greedy_tokens_of_the_trained_model_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3], ids=["dense", "sparse"])
-def test_bfloat16_of_the_trained_model_is_as_near_to_float32_as_that_of_transformers(
+def test_bfloat16_of_the_trained_model_is_as_accurate_as_that_of_transformers(
     text: Tensor, sparsity: float
 ) -> None:
     exact, rounded = (

@@ -2,16 +2,17 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from teal.evaluation.scores import AgreementSums, NllSums, Score, SparseScore, log_probabilities
 
 
-def random_log_probabilities(seed, tokens=6, vocabulary=11):
+def random_log_probabilities(seed: int, tokens: int = 6, vocabulary: int = 11) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return log_probabilities(torch.randn(tokens, vocabulary, generator=generator))
 
 
-def test_mean_nll_is_over_tokens_not_windows():
+def test_mean_nll_is_over_tokens_not_windows() -> None:
     sums = NllSums()
     uniform = log_probabilities(torch.zeros(2, 4))
     certain = log_probabilities(torch.tensor([[100.0, 0.0, 0.0, 0.0]] * 6))
@@ -21,7 +22,7 @@ def test_mean_nll_is_over_tokens_not_windows():
     assert sums.tokens == 8
 
 
-def test_standard_error_of_equal_windows_is_that_of_their_means():
+def test_standard_error_of_equal_windows_is_that_of_their_means() -> None:
     sums = NllSums()
     means = []
     for seed in range(5):
@@ -33,13 +34,13 @@ def test_standard_error_of_equal_windows_is_that_of_their_means():
     assert sums.standard_error == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_one_window_has_no_standard_error():
+def test_one_window_has_no_standard_error() -> None:
     sums = NllSums()
     sums.add(random_log_probabilities(0), torch.arange(6))
     assert sums.standard_error is None
 
 
-def test_kl_of_a_distribution_with_itself_is_zero_and_agreement_whole():
+def test_kl_of_a_distribution_with_itself_is_zero_and_agreement_whole() -> None:
     sums = AgreementSums()
     log_p = random_log_probabilities(0)
     sums.add(log_p, log_p)
@@ -47,7 +48,7 @@ def test_kl_of_a_distribution_with_itself_is_zero_and_agreement_whole():
     assert sums.agreed == sums.tokens == 6
 
 
-def test_kl_is_of_dense_from_sparse():
+def test_kl_is_of_dense_from_sparse() -> None:
     sums = AgreementSums()
     dense, sparse = random_log_probabilities(0), random_log_probabilities(1)
     sums.add(dense, sparse)
@@ -56,13 +57,13 @@ def test_kl_is_of_dense_from_sparse():
     assert sums.agreed == int((dense.argmax(-1) == sparse.argmax(-1)).sum())
 
 
-def test_perplexity_error_is_to_first_order():
+def test_perplexity_error_is_to_first_order() -> None:
     score = Score(nll=1.0, standard_error=0.1)
     assert score.perplexity_error == pytest.approx(math.e * 0.1)
     assert Score(nll=1.0, standard_error=None).to_dict()["standard_error"] is None
 
 
-def test_sparse_score_adds_its_three_figures():
+def test_sparse_score_adds_its_three_figures() -> None:
     score = SparseScore(
         nll=1.0, standard_error=None, effective_sparsity=0.5, kl=0.1, top1_agreement=0.9
     )

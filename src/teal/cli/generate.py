@@ -39,7 +39,7 @@ def command(
     model: ModelArgument,
     prompt: Annotated[
         list[str],
-        typer.Option("--prompt", help="Text to continue; give several, up to 8, for streams."),
+        typer.Option("--prompt", help="Text to continue; repeat it to continue up to 8 at once."),
     ],
     plan: PlanOption = None,
     sparsity: Annotated[
@@ -56,16 +56,21 @@ def command(
         float, typer.Option("--temperature", help="0 takes the likeliest token.")
     ] = 0.0,
     top_k: Annotated[
-        int, typer.Option("--top-k", help="Draw from so many likeliest tokens; 0 is all.")
+        int, typer.Option("--top-k", help="Sample from this many likeliest tokens; 0 is all.")
     ] = 0,
     top_p: Annotated[
-        float, typer.Option("--top-p", help="Draw from the likeliest tokens up to this sum.")
+        float,
+        typer.Option("--top-p", help="Sample from the likeliest tokens up to this probability."),
     ] = 1.0,
     min_p: Annotated[
-        float, typer.Option("--min-p", help="Draw from tokens this likely beside the likeliest.")
+        float,
+        typer.Option(
+            "--min-p", help="Sample from tokens at least this likely, relative to the likeliest."
+        ),
     ] = 0.0,
     repetition_penalty: Annotated[
-        float, typer.Option("--repetition-penalty", help="Above 1, what was said is less likely.")
+        float,
+        typer.Option("--repetition-penalty", help="Above 1, makes repeated tokens less likely."),
     ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="For temperatures above 0.")] = 0,
     stop: Annotated[
@@ -79,7 +84,7 @@ def command(
     tables: TablesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Continue a prompt, the prompt itself dense and every new token sparse with a plan."""
+    """Continue prompts; with a plan, prefill is dense and every new token sparse."""
     from teal.engine.engine import Engine
     from teal.engine.request import GenerationOptions
     from teal.models.loading import load_tokenizer
@@ -100,6 +105,7 @@ def command(
         dtype=dtype,
         quantize=scheme,
         quantize_head=quantize_head,
+        tuning=tables,
     )
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,
@@ -116,7 +122,7 @@ def command(
         print_json(_content(prompt, engine.generate(prompts, **options)))
         return
     if len(prompts) == 1:
-        # A chat answers, a text goes on.
+        # A chat shows the answer only, a text goes on from the prompt.
         typer.echo("" if chat else prompt[0], nl=False)
         result = _streamed(engine, prompts, options)
     else:
@@ -133,7 +139,7 @@ def encode_prompt(prompt: str, tokenizer: Any, *, is_chat: bool = False) -> list
     Args:
         prompt: Text.
         tokenizer: The model's Hugging Face tokenizer.
-        is_chat: Put the prompt into the chat template, as what a user says.
+        is_chat: Put the prompt into the chat template, as a message of the user.
 
     Raises:
         UserError: The tokenizer has no chat template.
@@ -169,11 +175,11 @@ def _streamed(
 
 
 def _content(prompts: Sequence[str], result: "Generation") -> dict[str, Any]:
-    streams = zip(prompts, result.texts, result.tokens, result.finish_reasons, strict=True)
+    sequences = zip(prompts, result.texts, result.tokens, result.finish_reasons, strict=True)
     return {
-        "streams": [
+        "sequences": [
             {"prompt": prompt, "text": text, "tokens": tokens, "finish_reason": reason}
-            for prompt, text, tokens, reason in streams
+            for prompt, text, tokens, reason in sequences
         ],
         "prefill_seconds": result.prefill_seconds,
         "decode_seconds": result.decode_seconds,

@@ -1,4 +1,4 @@
-"""A decoder: prompts in many tokens at once, then one token of each stream per step."""
+"""A decoder: prefill with many tokens of a sequence at once, decode steps with one per sequence."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal.engine.kv_cache import KeyValueCache
-from teal.engine.layers import Attention, LayerCalls, Observer, Rules, run_layer
+from teal.engine.layers import (
+    Attention,
+    CacheEntry,
+    LayerCalls,
+    Observer,
+    Rules,
+    dense_calls,
+    run_layer,
+)
 from teal.engine.prefill_attention import attend_many
 from teal.engine.weights.decoder_weights import DecoderWeights
 from teal.engine.weights.matrix import head_product
@@ -19,58 +27,74 @@ from teal.kernels.reference.matmul import rms_norm
 from teal.methods import MaskRule
 from teal.models.architectures import Architecture
 
-# Prefill takes this many tokens at once: enough to keep any device busy.
+# Prefill runs this many tokens at once: enough to keep any device busy.
 CHUNK = 1024
 
 
 class Stepper(Protocol):
-    """Whatever computes a decode step."""
+    """Computes a decode step."""
 
     def __call__(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-        """Append a token to every stream; see `Decoder.step`."""
+        """Append a token to every sequence; see `Decoder.step`."""
         ...
 
 
 class Decoder:
-    """Runs a model on a cache: prefill dense, steps dense or sparse.
+    """Runs a model on a cache: prefill dense, decode steps dense or sparse.
+
+    Args:
+        architecture: Architecture of the model.
+        weights: Weights of the model.
+        rules: Rules of the decode steps by full projection name; a projection without one is dense.
+        tuning: Folder of tuning tables, "" for the tables that the package ships.
 
     Attributes:
-        architecture: Of the model.
-        weights: Its weights.
-        observer: Where set, told the input of each projection in every pass: its full name, such
-            as "model.layers.3.mlp_input", and the activations, (T, in_features).
+        architecture: Architecture of the model.
+        weights: Weights of the model.
+        tuning: Folder of tuning tables, "" for the tables that the package ships.
+        observer: If set, called with each projection input in every pass: its full name, such as
+            "model.layers.3.mlp_input", and the activations, (T, in_features).
+
+    Raises:
+        UserError: No projection has such a name, or a rule does not fit its input.
     """
 
     def __init__(
-        self, architecture: Architecture, weights: DecoderWeights, rules: Rules | None = None
+        self,
+        architecture: Architecture,
+        weights: DecoderWeights,
+        rules: Rules | None = None,
+        *,
+        tuning: str = "",
     ) -> None:
         self.architecture = architecture
         self.weights = weights
+        self.tuning = tuning
         self.observer: Observer | None = None
         self._watch: Callable[[Tensor], None] | None = None
         self.embedding_multiplier = _embedding_multiplier(architecture, weights.dtype)
-        # The layers are dense during prefill.
+        # Prefill always runs these.
         self._dense = [
-            LayerCalls.of(architecture, layer, layer_weights)
+            dense_calls(architecture, layer, layer_weights, tuning)
             for layer, layer_weights in enumerate(weights.layers)
         ]
         self.set_rules(rules or {})
 
     @property
     def rules(self) -> Mapping[str, MaskRule | None]:
-        """What each projection drops in a step, by dotted name."""
+        """Rules of the decode steps by full projection name."""
         return self._rules
 
     @property
     def layers(self) -> tuple[LayerCalls, ...]:
-        """What the calls of each layer are given in a step."""
+        """Calls of each layer in a decode step."""
         return self._layers
 
     def set_rules(self, rules: Rules) -> None:
-        """Choose what the following steps drop.
+        """Set the rules of the following decode steps.
 
         Args:
-            rules: By dotted projection name; a projection without a rule is dense.
+            rules: Rules by full projection name; a projection without one is dense.
 
         Raises:
             UserError: No projection has such a name, or a rule does not fit its input.
@@ -84,48 +108,48 @@ class Decoder:
         self._rules = dict(rules)
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor, cache: KeyValueCache, row: int = 0) -> Tensor:
-        """Append a prompt to one stream, dense.
+    def prefill(self, tokens: Tensor, cache: KeyValueCache, index: int = 0) -> Tensor:
+        """Append a prompt to one sequence, dense.
 
         Args:
             tokens: Token ids, (num_tokens,), int64.
-            cache: Where the stream is; it may hold tokens already.
-            row: Which stream.
+            cache: Cache of the batch; the sequence may hold tokens already.
+            index: Index of the sequence in the batch.
 
         Returns:
-            Logits of the token after the last, (vocab_size,), in the dtype of `logits_of`.
+            Logits of the next token, (vocab_size,), in the dtype of `logits_of`.
 
         Raises:
             UserError: The prompt is empty, has ids outside the vocabulary, or does not fit.
         """
         tokens = self._require_tokens(tokens)
-        start = cache.require_room(len(tokens), row)
+        start = cache.require_room(len(tokens), index)
         for chunk in torch.split(tokens, CHUNK):
             end = start + len(chunk)
             positions = torch.arange(start, end, device=chunk.device)
-            keys = (layer[row, :, :end] for layer in cache.keys)
-            values = (layer[row, :, :end] for layer in cache.values)
-            places = zip(keys, values, repeat(positions), cache.cosines, cache.sines, strict=False)
-            hidden = self._run(chunk, self._dense, attend_many, places)
+            keys = (layer[index, :, :end] for layer in cache.keys)
+            values = (layer[index, :, :end] for layer in cache.values)
+            entries = zip(keys, values, repeat(positions), cache.cosines, cache.sines, strict=False)
+            hidden = self._run(chunk, self._dense, attend_many, entries)
             start = end
-        cache.positions[row] = start
+        cache.positions[index] = start
         return self._logits(hidden[-1])
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-        """Append one token to every stream, sparse where there are rules.
+        """Append one token to every sequence, sparse where there are rules.
 
         Neither waits for the device nor depends on values, so that a CUDA graph can capture it.
-        The caller sees to it that every stream has room.
+        The caller makes sure that every sequence has room.
 
         Args:
-            tokens: Token ids, (rows,), int64, on the device of the weights.
-            cache: The streams; their positions move on by one.
+            tokens: Token ids, (batch_size,), int64, on the device of the weights.
+            cache: Cache of the batch; its positions advance by one.
 
         Returns:
-            Logits of the tokens after them, (rows, vocab_size), in the dtype of `logits_of`.
+            Logits of the next tokens, (batch_size, vocab_size), in the dtype of `logits_of`.
         """
-        places = zip(
+        entries = zip(
             cache.keys,
             cache.values,
             repeat(cache.positions),
@@ -133,19 +157,19 @@ class Decoder:
             cache.sines,
             strict=False,
         )
-        hidden = self._run(tokens, self._layers, attend, places)
+        hidden = self._run(tokens, self._layers, attend, entries)
         cache.positions += 1
         return self._logits(hidden)
 
     def first_nonfinite_layer(self, run: Callable[[], Tensor]) -> str | None:
-        """Repeat a pass and say where NaN or infinity comes from.
+        """Repeat a pass and find where NaN or infinity comes from.
 
         Args:
-            run: Calls `prefill` or `step` as before, on a cache put back to before that pass.
+            run: Calls `prefill` or `step` again, on a cache rewound to before that pass.
 
         Returns:
             Name of the first module whose output is not finite: the embedding, a layer such as
-            "model.layers.3", or the head; `None` where all is finite.
+            "model.layers.3", or the LM head; `None` if all outputs are finite.
         """
         finite: list[bool] = []
         self._watch = lambda hidden: finite.append(bool(hidden.isfinite().all()))
@@ -163,27 +187,27 @@ class Decoder:
         tokens: Tensor,
         layers: Sequence[LayerCalls],
         attention: Attention,
-        places: Iterable[tuple[Tensor, ...]],
+        entries: Iterable[CacheEntry],
     ) -> Tensor:
         hidden = F.embedding(tokens, self.weights.embedding)
         if self.embedding_multiplier != 1.0:
             hidden = hidden * self.embedding_multiplier
         if self._watch:
             self._watch(hidden)
-        for calls, place in zip(layers, places, strict=True):
-            hidden = run_layer(hidden, calls, attention, place, self.observer)
+        for calls, entry in zip(layers, entries, strict=True):
+            hidden = run_layer(hidden, calls, attention, entry, self.observer)
             if self._watch:
                 self._watch(hidden)
         return hidden
 
     def logits_of(self, normed: Tensor) -> Tensor:
-        """Return the logits of hidden states after the final norm.
+        """Return the logits of normed hidden states.
 
         Args:
-            normed: (..., hidden_size).
+            normed: Hidden states after the final norm, (..., hidden_size).
 
         Returns:
-            (..., vocab_size), float32; in the dtype of `normed` where that has 16 bits and logits
+            (..., vocab_size), float32; in the dtype of `normed` if that has 16 bits and the logits
             are neither divided nor capped.
         """
         logits = head_product(normed, self.weights.head)

@@ -1,17 +1,17 @@
-"""From tokens to text, one at a time: whole characters only, and an end at stop strings."""
+"""Incremental detokenization: whole characters only, ending at stop strings."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
-# What a decoder writes for bytes that are no whole character (yet).
+# Stands for bytes that do not form a whole character (yet).
 _REPLACEMENT = "\ufffd"
-# Tokens of the prompt that the first new one is decoded behind: some tokenizers drop the space
-# before the first word they are given.
+# The first new token is decoded together with this many tokens of the prompt, because some
+# tokenizers drop the space before the first word that they are given.
 _CONTEXT = 6
 
 
 class Tokenizer(Protocol):
-    """What is needed of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that is needed here."""
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Return the text of `token_ids`."""
@@ -19,13 +19,13 @@ class Tokenizer(Protocol):
 
 
 class Detokenizer:
-    """Turns one stream of tokens into text as it comes.
+    """Turns the tokens of one sequence into text as they come.
 
-    Each piece costs the decoding of a few tokens, however long the stream is.
+    Each piece decodes a few tokens only, however long the sequence is.
 
     Args:
-        tokenizer: The model's.
-        prompt: What the stream continues.
+        tokenizer: Tokenizer of the model.
+        prompt: Token ids of the prompt.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
@@ -34,7 +34,7 @@ class Detokenizer:
         self._known = len(self._ids)
 
     def push(self, token: int) -> str:
-        """Take the next token and return the text that it completes, often none."""
+        """Take the next token and return the text that it completes, possibly none."""
         self._ids.append(token)
         text = self._pending()
         if not text or text.endswith(_REPLACEMENT):
@@ -44,11 +44,11 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """Return the whole characters that are still held back, at the end of the stream."""
+        """Return the whole characters that are still held back, at the end of the sequence."""
         return self._pending().rstrip(_REPLACEMENT)
 
     def _pending(self) -> str:
-        # A prompt may end within a character, which the stream then completes.
+        # A prompt may end within a character, which the new tokens then complete.
         before = self._decode(self._ids[: self._known]).rstrip(_REPLACEMENT)
         return self._decode(self._ids)[len(before) :]
 
@@ -57,7 +57,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Ends a text at the first of some strings, wherever the borders of its pieces are.
+    """Ends a text at the first stop string, however the text is split into pieces.
 
     Args:
         stops: Strings that end the text; they are not part of it.
@@ -71,10 +71,10 @@ class StopStrings:
         """Take a piece of text.
 
         Args:
-            piece: What follows on the pieces before.
+            piece: Text that follows the earlier pieces.
 
         Returns:
-            The text that no stop string can begin in any more, and whether one has been found.
+            The text in which no stop string can begin any more, and whether one has been found.
         """
         text = self._held + piece
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
@@ -86,12 +86,12 @@ class StopStrings:
         return text[:safe], False
 
     def flush(self) -> str:
-        """Return what was held back, at the end of the text."""
+        """Return the text that was held back, at the end of the text."""
         held, self._held = self._held, ""
         return held
 
     def _possible_beginning(self, text: str) -> int:
-        """Return the length of the longest end of `text` that a stop string begins with."""
+        """Return the length of the longest suffix of `text` that is a prefix of a stop string."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stops):

@@ -1,16 +1,15 @@
-"""The engine: continues one to eight prompts at once, dense or sparse along the same path."""
+"""The engine: continues one to eight prompts at once, dense and sparse along the same path."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from teal.engine.cuda_graph import Row
 from teal.engine.decoder import Decoder
 from teal.engine.detokenizer import Tokenizer
 from teal.engine.layers import Rules
@@ -19,12 +18,10 @@ from teal.engine.request import (
     GenerationOptions,
     GenerationSettings,
     Recorder,
-    Stream,
-    Token,
-    follow,
+    Request,
 )
-from teal.engine.runner import Session
-from teal.engine.sampler import BROKEN
+from teal.engine.runner import Runner
+from teal.engine.sequence import Sequence, Token
 from teal.engine.weights.loader import OpenedModel, open_model
 from teal.foundation.errors import UserError
 from teal.linear import DECODE_ROWS
@@ -32,41 +29,43 @@ from teal.models.weight_format import warn_of_format
 from teal.plan import SparsityPlan
 from teal.quantization import Scheme
 
-# Decoders of other sparsities that are kept; each holds a list of arguments, and no weights.
+# Decoders of other sparsities that are kept; each holds thresholds and no weights.
 _DECODERS = 8
-_LEAST_CAPACITY = 256
+_MIN_CAPACITY = 256
 
-Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
+Prompts = Tensor | abc.Sequence[int] | abc.Sequence[abc.Sequence[int]] | abc.Sequence[Tensor]
 
 
 class Engine:
-    """Continues prompts: prefill dense, every new token sparse where there is a plan.
+    """Continues prompts: prefill dense, every new token sparse if there is a plan.
 
     Args:
         model: A Hugging Face model, sparse or dense, whose parameters become views of fused weights
             in place, so that it goes on working and nothing is copied; or a model folder; or a name
             on the Hugging Face hub.
-        plan: What to drop where; without one the engine is dense.
-        tokenizer: Where texts or stop strings are wanted; by default the one in the folder.
+        plan: Sparsity plan of the model; without one the engine is dense.
+        tokenizer: Tokenizer for texts and stop strings; by default the one in the folder.
         device: "auto", "cpu" or "cuda"; a model in memory stays where it is.
-        dtype: "auto", "float32", "bfloat16" or "float16"; a model in memory stays as it is.
-        capacity: Tokens of prompt and continuation that each stream can hold; by default memory
-            grows with what is asked for, up to the model's context.
-        quantize: "int8", "int4" or "fp8", or a scheme: into what projections are rounded to the
-            nearest values while they are read. A quantized checkpoint is opened as it is. A model
-            in memory stays as it is beside them.
-        quantize_head: Round the head to int8 too.
+        dtype: "auto", "float32", "bfloat16" or "float16"; a model in memory keeps its dtype.
+        capacity: Tokens of prompt and continuation that each sequence can hold; by default memory
+            grows with the requests, up to the model's context.
+        quantize: "int8", "int4" or "fp8", or a scheme: format to which projections are rounded to
+            nearest while they are read. A quantized checkpoint is opened as it is. A model in
+            memory keeps its floats, and the quantized weights come on top.
+        quantize_head: Round the LM head to int8 too.
+        tuning: Folder of tuning tables written by `teal bench … --tune`; by default the tables that
+            the package ships.
 
     Attributes:
-        tokenizer: What token ids mean, or `None`.
+        tokenizer: Tokenizer for texts and stop strings, or `None`.
         end_tokens: Token ids that end a text, from the model's generation configuration.
 
     Raises:
-        UserError: The model cannot be opened or is not one that the engine runs, the plan is that
-            of another model, or the capacity exceeds the model's context.
+        UserError: The model cannot be opened or is not supported, the plan belongs to another
+            model, or the capacity exceeds the model's context.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         model: nn.Module | str | Path | OpenedModel,
         plan: SparsityPlan | None = None,
@@ -77,6 +76,7 @@ class Engine:
         capacity: int | None = None,
         quantize: str | Scheme | None = None,
         quantize_head: bool = False,
+        tuning: str | Path | None = None,
     ) -> None:
         if not isinstance(model, OpenedModel):
             model = open_model(
@@ -90,6 +90,7 @@ class Engine:
         self._architecture = model.architecture
         self._weights = model.weights
         self._plan = plan
+        self._tuning = "" if tuning is None else str(tuning)
         self._capacity = self._checked(capacity)
         if plan is not None:
             plan.model.require(model.architecture.identity, "plan")
@@ -97,29 +98,29 @@ class Engine:
         self.tokenizer = tokenizer or model.tokenizer
         self.end_tokens = model.end_tokens
         self._decoders: dict[float | None, Decoder] = {}
-        self._session: Session | None = None
+        self._runner: Runner | None = None
         self._lock = threading.Lock()
 
     def generate(self, input_ids: Prompts, **options: Unpack[GenerationOptions]) -> Generation:
-        """Continue prompts to their ends.
+        """Continue prompts until all of them have ended.
 
         Args:
-            input_ids: Token ids of one prompt, (tokens,), or of up to 8 prompts, (streams, tokens)
-                or a list of token lists of any lengths; without padding.
-            options: The fields of `GenerationSettings`.
+            input_ids: Token ids of one prompt, (tokens,), or of up to 8 prompts,
+                (batch_size, tokens) or a list of token lists of any lengths; without padding.
+            options: Fields of `GenerationSettings`.
 
         Returns:
             The continuations, without the prompts.
 
         Raises:
             UserError: An option is out of range, a prompt is empty or too long, the engine is
-                already decoding, or the logits hold NaN.
+                already decoding, or the logits hold NaN or infinity.
         """
         request = self._request(input_ids, options)
         with self._exclusively():
-            rows = self._begin(request)
-            recorder = Recorder(len(request.prompts))
-            for token in follow(rows, request.streams):
+            runner = self._runner_for(request)
+            recorder = Recorder(len(request.sequences))
+            for token in runner.run(request):
                 recorder.add(token)
         return recorder.result()
 
@@ -129,23 +130,22 @@ class Engine:
         The engine is busy until the iterator ends or is closed.
 
         Args:
-            input_ids: As `generate`.
-            options: As `generate`.
+            input_ids: Token ids; see `generate`.
+            options: Fields of `GenerationSettings`.
 
         Yields:
-            Tokens; those of one step in the order of their streams.
+            Tokens; those of one step in the order of their sequences.
 
         Raises:
-            UserError: As `generate`.
+            UserError: See `generate`.
         """
-        request = self._request(input_ids, options)
-        return self._tokens_of(request)
+        return self._tokens(self._request(input_ids, options))
 
     def decoder(self, sparsity: float | None = None) -> Decoder:
-        """Return the decoder of the engine's weights at a sparsity of the plan.
+        """Return the decoder at a sparsity of the plan; all decoders share the weights.
 
         Args:
-            sparsity: 0 for dense, `None` for the plan as it is.
+            sparsity: Target sparsity in [0, 1), 0 for dense; `None` for the plan as it is.
 
         Raises:
             UserError: There is no plan, or it has no such sparsity.
@@ -154,14 +154,16 @@ class Engine:
             rules = _rules(self._plan, sparsity)
             if len(self._decoders) == _DECODERS:
                 del self._decoders[next(iter(self._decoders))]
-            self._decoders[sparsity] = Decoder(self._architecture, self._weights, rules)
+            self._decoders[sparsity] = Decoder(
+                self._architecture, self._weights, rules, tuning=self._tuning
+            )
         return self._decoders[sparsity]
 
-    def _tokens_of(self, request: "_Request") -> Iterator[Token]:
+    def _tokens(self, request: Request) -> Iterator[Token]:
         with self._exclusively():
-            yield from follow(self._begin(request), request.streams)
+            yield from self._runner_for(request).run(request)
 
-    def _request(self, input_ids: Prompts, options: GenerationOptions) -> "_Request":
+    def _request(self, input_ids: Prompts, options: GenerationOptions) -> Request:
         settings = GenerationSettings(**options)
         if settings.stop_strings and self.tokenizer is None:
             raise UserError(
@@ -172,13 +174,24 @@ class Engine:
         stop_tokens = self.end_tokens
         if settings.stop_tokens is not None:
             stop_tokens = frozenset(settings.stop_tokens)
-        streams = [
-            Stream(index, prompt, settings, stop_tokens, self.tokenizer)
+        sequences = [
+            Sequence(
+                index,
+                prompt,
+                max_new_tokens=settings.max_new_tokens,
+                stop_tokens=stop_tokens,
+                stop_strings=settings.stop_strings,
+                tokenizer=self.tokenizer,
+            )
             for index, prompt in enumerate(prompts)
         ]
-        return _Request(prompts, settings, streams, self.decoder(settings.sparsity))
+        return Request(
+            decoder=self.decoder(settings.sparsity), settings=settings, sequences=sequences
+        )
 
-    def _check(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
+    def _check(
+        self, prompts: abc.Sequence[abc.Sequence[int]], settings: GenerationSettings
+    ) -> None:
         if not 1 <= len(prompts) <= DECODE_ROWS:
             raise UserError(
                 f"{len(prompts)} prompts were given. Give 1 to {DECODE_ROWS} at a time."
@@ -195,29 +208,19 @@ class Engine:
             )
 
     @torch.inference_mode()
-    def _begin(self, request: "_Request") -> Iterator[Row]:
-        """Get everything ready that is not part of the decoding, and return the rows to come."""
-        need = max(map(len, request.prompts)) + request.settings.max_new_tokens
-        session = self._session
-        if session is None or not session.fits(len(request.prompts), need):
-            # Its memory is free before the next one takes any.
-            session = self._session = None
-            capacity = self._capacity or _rounded(need, self._architecture.max_context)
-            session = Session(self._architecture, self._weights, len(request.prompts), capacity)
-            self._session = session
-        session.prepare(request.decoder, request.settings)
-        return self._rows(session, request)
-
-    def _rows(self, session: Session, request: "_Request") -> Iterator[Row]:
-        rows = session.rows(request.decoder, request.settings, request.prompts)
-        for step, (tokens, logprobs) in enumerate(rows):
-            for row, stream in enumerate(request.streams):
-                if tokens[row] == BROKEN and stream.finish_reason is None:
-                    layer = session.first_nonfinite_layer(
-                        request.decoder, request.settings, request.prompts, step
-                    )
-                    raise _not_finite(layer, self._weights.embedding.dtype)
-            yield tokens, logprobs
+    def _runner_for(self, request: Request) -> Runner:
+        """Return a runner that has memory and a step for a request."""
+        runner = self._runner
+        if runner is None or not runner.fits(request):
+            # Frees the memory of the old one before the new one takes any.
+            runner = self._runner = None
+            capacity = self._capacity or _rounded(
+                request.max_length, self._architecture.max_context
+            )
+            runner = Runner(self._architecture, self._weights, len(request.sequences), capacity)
+            self._runner = runner
+        runner.prepare(request)
+        return runner
 
     @contextmanager
     def _exclusively(self) -> Iterator[None]:
@@ -240,25 +243,15 @@ class Engine:
         return capacity
 
 
-@dataclass(frozen=True)
-class _Request:
-    """A checked call."""
-
-    prompts: Sequence[Sequence[int]]
-    settings: GenerationSettings
-    streams: Sequence[Stream]
-    decoder: Decoder
-
-
 def _prompts(input_ids: Prompts) -> list[list[int]]:
     if isinstance(input_ids, Tensor):
         if input_ids.dim() not in (1, 2) or input_ids.is_floating_point():
             raise UserError(
                 f"input_ids is {input_ids.dtype} of shape {tuple(input_ids.shape)}. Give integers, "
-                "(tokens,) or (streams, tokens)."
+                "(tokens,) or (batch_size, tokens)."
             )
-        rows: list[list[int]] = (input_ids if input_ids.dim() == 2 else input_ids[None]).tolist()
-        return rows
+        prompts: list[list[int]] = (input_ids if input_ids.dim() == 2 else input_ids[None]).tolist()
+        return prompts
     if all(isinstance(entry, int) for entry in input_ids):
         return [[int(entry) for entry in input_ids]]  # type: ignore[arg-type]
     return [[int(token) for token in prompt] for prompt in input_ids]  # type: ignore[union-attr]
@@ -277,13 +270,5 @@ def _rules(plan: SparsityPlan | None, sparsity: float | None) -> Rules:
 
 
 def _rounded(need: int, context: int) -> int:
-    """Return a capacity that later, longer calls will often fit into too."""
-    return min(context, max(_LEAST_CAPACITY, 1 << (need - 1).bit_length()))
-
-
-def _not_finite(layer: str | None, dtype: torch.dtype) -> UserError:
-    place = f"{layer} is the first to give NaN or infinity" if layer else "all layers are finite"
-    return UserError(
-        f"The logits hold NaN or infinity; {place}, in {str(dtype).removeprefix('torch.')}. "
-        "Use bfloat16 or float32, or check the weights."
-    )
+    """Return a capacity that longer requests later will often fit into too."""
+    return min(context, max(_MIN_CAPACITY, 1 << (need - 1).bit_length()))

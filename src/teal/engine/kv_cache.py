@@ -1,4 +1,4 @@
-"""What attention remembers of the tokens so far."""
+"""Keys and values of the tokens so far."""
 
 import torch
 
@@ -8,55 +8,67 @@ from teal.models.architectures import Architecture
 
 
 class KeyValueCache:
-    """Keys and values of up to `rows` independent streams, of up to `capacity` tokens each.
+    """Keys and values of a batch of independent sequences.
 
-    How long the streams are is kept in one place, on the device, so that a captured CUDA graph can
-    go on counting.
+    The lengths of the sequences are kept on the device alone, so that a captured CUDA graph can
+    advance them.
+
+    Args:
+        architecture: Architecture of the model.
+        batch_size: Number of sequences.
+        capacity: Tokens that each sequence can hold.
+        dtype: Dtype of keys and values.
+        device: Device of all tensors.
 
     Attributes:
-        capacity: Tokens that fit into each stream.
-        keys: Keys per layer, (rows, kv_heads, capacity, head_dim), contiguous.
-        values: Values per layer, as `keys`.
-        positions: Index of the next token of each stream, (rows,), int64.
-        cosines: Rotary embedding per layer, (capacity, rotary_dim / 2), float32; layers that are
-            alike share one tensor.
-        sines: As `cosines`.
+        capacity: Tokens that each sequence can hold.
+        keys: Keys per layer, (batch_size, kv_heads, capacity, head_dim), contiguous.
+        values: Values per layer, shaped like `keys`.
+        positions: Index of the next token of each sequence, (batch_size,), int64.
+        cosines: Rotary embedding per layer, (capacity, rotary_dim / 2), float32; layers with equal
+            embeddings share one tensor.
+        sines: Shaped like `cosines`.
+
+    Raises:
+        UserError: The cache would be empty or does not fit into memory.
     """
 
     def __init__(
         self,
         architecture: Architecture,
-        rows: int,
+        batch_size: int,
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        if rows < 1 or capacity < 1:
+        if batch_size < 1 or capacity < 1:
             raise UserError(
-                f"A cache of {rows} streams of {capacity} tokens holds nothing. Give 1 or more."
+                f"A cache of {batch_size} sequences of {capacity} tokens holds nothing. "
+                "Give 1 or more."
             )
-        shape = (architecture.num_layers, rows, architecture.kv_heads, capacity)
+        shape = (architecture.num_layers, batch_size, architecture.kv_heads, capacity)
         num_bytes = 2 * torch.Size((*shape, architecture.head_dim)).numel() * dtype.itemsize
-        require_memory(num_bytes, device, f"The keys and values of {rows} × {capacity} tokens")
+        what = f"The keys and values of {batch_size} × {capacity} tokens"
+        require_memory(num_bytes, device, what)
         self.capacity = capacity
-        # Zeros, for a kernel may read behind a position as long as it weighs that with zero.
+        # Zeros, because a kernel may read beyond a position and multiply what it reads with zero.
         both = torch.zeros((2, *shape, architecture.head_dim), dtype=dtype, device=device)
         self.keys = list(both[0].unbind())
         self.values = list(both[1].unbind())
-        self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         distinct = dict.fromkeys(architecture.ropes)
         tables = {rope: rope.tables(capacity, device) for rope in distinct}
         self.cosines = [tables[rope][0] for rope in architecture.ropes]
         self.sines = [tables[rope][1] for rope in architecture.ropes]
 
     @property
-    def rows(self) -> int:
-        """Number of streams."""
+    def batch_size(self) -> int:
+        """Number of sequences."""
         return len(self.positions)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each stream; waits for the device."""
+        """Tokens of each sequence; waits for the device."""
         lengths: list[int] = self.positions.tolist()
         return lengths
 
@@ -65,27 +77,27 @@ class KeyValueCache:
         self.positions.zero_()
 
     def rewind(self, num_tokens: int) -> None:
-        """Forget the newest tokens of every stream, in place.
+        """Forget the newest tokens of every sequence, in place.
 
         Args:
-            num_tokens: How many, at most as many as the shortest stream has.
+            num_tokens: Tokens to forget, at most the length of the shortest sequence.
         """
         self.positions -= num_tokens
 
-    def require_room(self, num_tokens: int, row: int) -> int:
-        """Return the length of a stream if more tokens fit into it.
+    def require_room(self, num_tokens: int, index: int) -> int:
+        """Return the length of a sequence if more tokens fit into it.
 
         Args:
-            num_tokens: How many shall be added.
-            row: The stream.
+            num_tokens: Tokens to append.
+            index: Index of the sequence in the batch.
 
         Raises:
-            UserError: They do not fit; the message says how many tokens need room and have it.
+            UserError: They do not fit; the message gives needed and available room in tokens.
         """
-        length = self.lengths[row]
+        length = self.lengths[index]
         if length + num_tokens > self.capacity:
             raise UserError(
                 f"{length + num_tokens} tokens need room and the cache has {self.capacity}. "
-                "Shorten the prompt or make an engine of more capacity."
+                "Shorten the prompt or make an engine with more capacity."
             )
         return length

@@ -1,4 +1,4 @@
-"""Attention of many tokens of one stream at once, for prefill."""
+"""Attention of many tokens of one sequence at once, for prefill."""
 
 import torch
 import torch.nn.functional as F
@@ -22,25 +22,24 @@ def attend_many(
     k_norm_weight: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """Append tokens to the cache of one stream, in place, and attend from each to all before it.
+    """Append tokens to one sequence of the cache, in place, and attend causally from each of them.
 
-    The same as `kernels.ops.attend` token by token.
+    Equal to `kernels.ops.attend` token by token, up to rounding.
 
     Args:
-        qkv: Queries, keys and values beside each other,
-            (tokens, (heads + 2 · kv_heads) · head_dim).
-        keys: Cache of the stream up to its newest token, (kv_heads, length, head_dim), in the
-            dtype of `qkv`. The last `tokens` entries are written.
-        values: As `keys`.
+        qkv: Queries, keys and values side by side, (tokens, (heads + 2 · kv_heads) · head_dim).
+        keys: Cached keys of the sequence up to its newest token, (kv_heads, length, head_dim), in
+            the dtype of `qkv`. The last `tokens` entries are written.
+        values: Cached values, shaped like `keys`.
         positions: Index of each new token, (tokens,), int64: length - tokens, …, length - 1.
         cosines: Rotary embedding, (≥ length, rotary_dim / 2), float32.
-        sines: As `cosines`.
+        sines: Shaped like `cosines`.
         scale: Factor of the scores.
-        window: How many tokens attention covers at most, the new one included; 0 for all.
-        softcap: Where positive, a score becomes `softcap · tanh(score / softcap)`.
-        q_norm_weight: Weight of an RMSNorm per head before RoPE, (head_dim,).
-        k_norm_weight: The same for keys.
-        eps: Of these norms.
+        window: Number of tokens that attention covers, the new one included; 0 for all.
+        softcap: If positive, a score becomes `softcap · tanh(score / softcap)`.
+        q_norm_weight: Weight of an RMSNorm of each query head before RoPE, (head_dim,).
+        k_norm_weight: Weight of an RMSNorm of each key head before RoPE, (head_dim,).
+        eps: Added to the mean square in these norms.
 
     Returns:
         (tokens, heads · head_dim), in the dtype of `qkv`.
@@ -57,7 +56,7 @@ def attend_many(
     if softcap > 0:
         attended = _capped(q, keys, values, covered(positions, length, window), scale, softcap)
     else:
-        # Without a mask torch takes its fastest kernels.
+        # Without a mask torch uses its fastest kernels.
         causal = length == tokens and (window == 0 or length <= window)
         attended = F.scaled_dot_product_attention(
             q[None],
@@ -74,7 +73,7 @@ def attend_many(
 def _capped(
     q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float
 ) -> Tensor:
-    """Attend with softly capped scores, which torch's attention does not know."""
+    """Attend with soft-capped scores, which torch's attention lacks."""
     grouped = q.reshape(len(keys), -1, *q.shape[1:])
     scores = (grouped @ keys[:, None].mT).float() * scale
     scores = softcap * torch.tanh(scores / softcap)

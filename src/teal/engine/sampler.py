@@ -1,4 +1,4 @@
-"""Chooses the next token of every stream, on the device and without waiting for it."""
+"""Chooses the next token of every sequence, on the device and without waiting for it."""
 
 import math
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ try:
 except ImportError:
     embed_argmax = None  # type: ignore[assignment]
 
-# Stands in for a token whose logits hold NaN or infinity.
-BROKEN = -1
+# Recorded instead of a token if its logits hold NaN or infinity.
+NONFINITE = -1
 
 # Below this a temperature counts as 0.
-_COLDEST = 1e-5
-# Probabilities are summed as integers of this unit: a sum of floats along a vocabulary comes out
-# differently from run to run on a GPU.
-_UNIT = float(1 << 40)
+_MIN_TEMPERATURE = 1e-5
+# Probabilities are multiplied by this and summed as integers: a sum of floats over a vocabulary
+# differs from run to run on a GPU.
+_PROBABILITY_SCALE = float(1 << 40)
 _SEEDS = 1 << 63
 
 
@@ -30,17 +30,17 @@ _SEEDS = 1 << 63
 class SamplingSettings:
     """How the next token is chosen from the logits.
 
-    The order is that of Hugging Face transformers: repetition penalty, temperature, top-k, top-p,
-    min-p.
+    Applied in the order of Hugging Face transformers: repetition penalty, temperature, top-k,
+    top-p, min-p.
 
     Attributes:
-        temperature: Divides the logits; 0 takes the likeliest token, whatever the rest says.
-        top_k: Only the likeliest `top_k` tokens are drawn from; 0 is all.
-        top_p: Only the likeliest tokens whose probabilities reach this sum are drawn from.
-        min_p: Only tokens at least this many times as likely as the likeliest are drawn from.
+        temperature: Divisor of the logits; 0 takes the likeliest token and ignores the rest.
+        top_k: Sample from the `top_k` likeliest tokens only; 0 is all.
+        top_p: Sample from the likeliest tokens whose probabilities reach this sum.
+        min_p: Sample from tokens at least this many times as likely as the likeliest.
         repetition_penalty: Divides positive and multiplies negative logits of the tokens in prompt
             and continuation; 1 is none.
-        seed: Stream number i of a call draws its random numbers from `seed + i`.
+        seed: Sequence i of a call draws its random numbers from `seed + i`.
 
     Raises:
         UserError: A value is out of range.
@@ -71,7 +71,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingForm:
-    """Which operations a choice takes: what a captured graph is made for, values apart."""
+    """Which operations a choice takes; a captured graph serves all settings of one form."""
 
     is_greedy: bool
     top_k: int
@@ -82,8 +82,8 @@ class SamplingForm:
 
     @classmethod
     def of(cls, settings: SamplingSettings, *, logprobs: bool) -> "SamplingForm":
-        """Return the form that `settings` need."""
-        is_greedy = settings.temperature < _COLDEST
+        """Return the form of `settings`."""
+        is_greedy = settings.temperature < _MIN_TEMPERATURE
         return cls(
             is_greedy=is_greedy,
             top_k=0 if is_greedy else settings.top_k,
@@ -95,76 +95,83 @@ class SamplingForm:
 
 
 class Sampler:
-    """The choice for a fixed number of streams, with no state that a step waits for.
+    """Chooses tokens for a fixed number of sequences.
 
-    A call takes logits and moves on by one step; it never waits for the device, allocates nothing
-    that depends on values and so can be captured. Equal logits and seeds give equal tokens on
-    every device.
+    A call takes logits and advances by one step. It never waits for the device and allocates
+    nothing that depends on values, so it can be captured in a CUDA graph. Equal logits and seeds
+    give equal tokens on every device.
 
     Args:
         form: Which operations a choice takes.
-        rows: Number of streams.
+        batch_size: Number of sequences.
         vocab_size: Tokens to choose from.
-        steps: Most choices after one `begin`.
-        device: Where the logits are.
+        steps: Largest number of choices after one `begin`.
+        device: Device of the logits.
 
     Attributes:
-        tokens: The tokens chosen last, (rows,), int64; some token id where the logits hold NaN or
-            infinity.
-        history: Those of every step since `begin`, (steps, rows), int64; there `BROKEN` instead. In
-            pinned memory of the host where one kernel makes the choice, to be read after an event
-            behind the step, else on the device.
-        logprobs: Their logarithmic probability under the unchanged logits, (steps, rows), float32,
-            where the form has it.
+        form: Operations of a choice.
+        tokens: The latest tokens, (batch_size,), int64; an arbitrary token id if the logits hold
+            NaN or infinity.
+        history: Tokens of every step since `begin`, (steps, batch_size), int64, with `NONFINITE`
+            if the logits hold NaN or infinity. In pinned host memory if a single kernel makes the
+            choice, to be read after an event behind the step; else on the device.
+        logprobs: Log-probabilities of `history` under the unchanged logits, (steps, batch_size),
+            float32; written only if the form has them.
     """
 
     def __init__(
-        self, form: SamplingForm, rows: int, vocab_size: int, steps: int, device: torch.device
+        self,
+        form: SamplingForm,
+        batch_size: int,
+        vocab_size: int,
+        steps: int,
+        device: torch.device,
     ) -> None:
         self.form = form
-        self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-        # Where there is only a largest logit to find, one kernel does all that follows.
+        self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        # If only the largest logit counts, one kernel does everything.
         is_plain = form.is_greedy and not form.has_penalty and not form.has_logprobs
-        self._is_one_launch = is_plain and rows == 1 and _can_launch(device)
+        self._is_one_launch = is_plain and batch_size == 1 and _can_launch(device)
         self.history = (
-            torch.zeros(steps, rows, dtype=torch.int64, pin_memory=True)
+            torch.zeros(steps, batch_size, dtype=torch.int64, pin_memory=True)
             if self._is_one_launch
-            else torch.zeros(steps, rows, dtype=torch.int64, device=device)
+            else torch.zeros(steps, batch_size, dtype=torch.int64, device=device)
         )
-        self.logprobs = torch.zeros(steps, rows, dtype=torch.float32, device=device)
+        self.logprobs = torch.zeros(steps, batch_size, dtype=torch.float32, device=device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
-        self._uniforms = torch.zeros(steps, rows, dtype=torch.float64, device=device)
-        self._seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
+        self._uniforms = torch.zeros(steps, batch_size, dtype=torch.float64, device=device)
+        self._seen = torch.zeros(batch_size, vocab_size, dtype=torch.bool, device=device)
         self._values = {
             name: torch.ones((), dtype=torch.float32, device=device)
             for name in ("temperature", "top_p", "min_p", "repetition_penalty")
         }
 
     def begin(self, settings: SamplingSettings, prompts: Sequence[Tensor]) -> None:
-        """Start anew.
+        """Start a new batch.
 
         Args:
             settings: Values for this sampler's form.
-            prompts: Token ids of every stream, (tokens,), int64, on the device.
+            prompts: Token ids of every sequence, (tokens,), int64, on the device.
         """
         self._step.zero_()
         for name, value in self._values.items():
             value.fill_(getattr(settings, name))
         if self.form.has_penalty:
             self._seen.zero_()
-            for row, prompt in enumerate(prompts):
-                self._seen[row, prompt] = True
+            for index, prompt in enumerate(prompts):
+                self._seen[index, prompt] = True
         if not self.form.is_greedy:
             self._uniforms.copy_(_uniforms(settings.seed, self._uniforms.shape))
 
     def __call__(self, logits: Tensor) -> None:
-        """Choose a token for every stream: sets `tokens`, a row of `history` and of `logprobs`.
+        """Choose a token for every sequence: set `tokens`, a row of `history` and of `logprobs`.
 
         Args:
-            logits: (rows, vocab_size), bfloat16, float16 or float32; compared in float32.
+            logits: Logits, (batch_size, vocab_size), bfloat16, float16 or float32; compared in
+                float32.
         """
         if self._is_one_launch:
-            embed_argmax.argmax(logits, self.tokens, self.history, self._step, BROKEN)
+            embed_argmax.argmax(logits, self.tokens, self.history, self._step, NONFINITE)
             return
         logits = logits.float()
         best, tokens = logits.max(-1)
@@ -177,7 +184,7 @@ class Sampler:
         if self.form.has_penalty:
             self._seen.scatter_(1, tokens[:, None], True)
         self.tokens.copy_(tokens)
-        checked = tokens.masked_fill(~best.isfinite(), BROKEN)
+        checked = tokens.masked_fill(~best.isfinite(), NONFINITE)
         self.history.index_copy_(0, self._step, checked[None])
         self._step.add_(1)
 
@@ -189,7 +196,7 @@ class Sampler:
         return torch.where(self._seen, repeated, logits)
 
     def _draw(self, scores: Tensor) -> Tensor:
-        """Draw a token per row by inverting the cumulative distribution at a stored number."""
+        """Draw a token per sequence by inverting the cumulative distribution at a stored number."""
         scaled = (scores - scores.amax(-1, keepdim=True)) / self._values["temperature"]
         candidates = None
         if self.form.top_k:
@@ -200,16 +207,16 @@ class Sampler:
         uniform = self._uniforms.index_select(0, self._step).view(-1, 1)
         target = (uniform * cumulative[:, -1:]).long()
         drawn = torch.searchsorted(cumulative, target, right=True)
-        # Only NaN can lead beyond the end; such a token is not used.
+        # Only NaN can lead beyond the end, and such a token is not used.
         drawn = drawn.clamp(max=scaled.shape[-1] - 1)
         return (drawn if candidates is None else candidates.gather(-1, drawn)).view(-1)
 
     def _weights(self, probabilities: Tensor) -> Tensor:
-        """Return the probabilities as integers, 0 for what may not be drawn."""
-        weights = (probabilities * _UNIT).long()
+        """Return the probabilities as integers, 0 for tokens that may not be drawn."""
+        weights = (probabilities * _PROBABILITY_SCALE).long()
         if self.form.has_top_p:
             before = weights.cumsum(-1) - weights
-            weights = weights * (before < self._values["top_p"].double() * _UNIT)
+            weights = weights * (before < self._values["top_p"].double() * _PROBABILITY_SCALE)
         if self.form.has_min_p:
             least = self._values["min_p"] * probabilities.amax(-1, keepdim=True)
             weights = weights * (probabilities >= least)
@@ -228,13 +235,13 @@ def _require(is_fine: bool, name: str, value: object, allowed: str) -> None:
 
 
 def _uniforms(seed: int, shape: Sequence[int]) -> Tensor:
-    """Return numbers in [0, 1), (steps, rows), float64, a generator per row.
+    """Return numbers in [0, 1), (steps, batch_size), float64, from one generator per sequence.
 
     They are drawn on the CPU, so that a seed means the same on every device.
     """
-    steps, rows = shape
+    steps, batch_size = shape
+    generators = (torch.Generator().manual_seed(seed + index) for index in range(batch_size))
     columns = [
-        torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + row))
-        for row in range(rows)
+        torch.rand(steps, dtype=torch.float64, generator=generator) for generator in generators
     ]
     return torch.stack(columns, dim=1)

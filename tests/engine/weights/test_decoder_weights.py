@@ -20,7 +20,7 @@ def copies(model: Any) -> dict[str, Tensor]:
 
 
 @every_family
-def test_matrices_are_the_projections_of_an_input_beside_each_other(family: str) -> None:
+def test_matrices_hold_the_projections_of_an_input_side_by_side(family: str) -> None:
     model = tiny_model(family)
     before = copies(model)
     layers = from_model(model).layers
@@ -33,7 +33,7 @@ def test_matrices_are_the_projections_of_an_input_beside_each_other(family: str)
 
 
 @pytest.mark.parametrize(("family", "changes"), BIASED, ids=["llama", "qwen2"])
-def test_biases_are_those_of_the_projections_one_after_the_other(
+def test_biases_are_concatenated_in_the_order_of_the_projections(
     family: str, changes: dict[str, Any]
 ) -> None:
     model = tiny_model(family, **changes)
@@ -50,7 +50,7 @@ def test_biases_are_those_of_the_projections_one_after_the_other(
 
 @every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gains_hold_the_offset_exactly(family: str, dtype: torch.dtype) -> None:
+def test_norm_weights_include_the_offset_exactly(family: str, dtype: torch.dtype) -> None:
     model = tiny_model(family).to(dtype)
     before = copies(model)
     offset = 1.0 if family.startswith("gemma") else 0.0
@@ -61,7 +61,7 @@ def test_gains_hold_the_offset_exactly(family: str, dtype: torch.dtype) -> None:
 
 
 @every_family
-def test_each_norm_of_a_layer_is_where_its_form_says(family: str) -> None:
+def test_norms_of_a_layer_are_where_its_form_says(family: str) -> None:
     model = tiny_model(family)
     layer = from_model(model).layers[0]
     norms = {
@@ -84,7 +84,7 @@ def test_each_norm_of_a_layer_is_where_its_form_says(family: str) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_head_is_the_embedding_only_where_they_are_tied(tied: bool) -> None:
+def test_head_is_the_embedding_only_if_they_are_tied(tied: bool) -> None:
     model = tiny_model("llama", tie_word_embeddings=tied)
     weights = from_model(model)
     assert (weights.head is weights.embedding) is tied
@@ -99,7 +99,7 @@ def test_bytes_count_each_weight_once(tied: bool) -> None:
     assert from_model(model).num_bytes == expected
 
 
-def test_parts_lie_in_the_fused_matrix_as_linear_layers_have_them() -> None:
+def test_transposed_parts_are_views_shaped_like_linear_weights() -> None:
     fused = torch.arange(12.0).view(2, 6)
     first, second = transposed_parts(fused, {"a": 2, "b": 4})
     assert torch.equal(first, torch.tensor([[0.0, 6.0], [1.0, 7.0]]))
@@ -107,7 +107,7 @@ def test_parts_lie_in_the_fused_matrix_as_linear_layers_have_them() -> None:
     assert second.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
 
 
-def test_parameter_that_nobody_read_is_refused() -> None:
+def test_unread_parameter_of_a_layer_is_refused() -> None:
     architecture = architecture_of(tiny_model("llama").config)
     names = {"model.layers.1.a.weight", "model.layers.1.b.weight", "visual.weight"}
     with pytest.raises(UserError, match=r"'m' holds model\.layers\.1\.b\.weight, .* Run the"):
@@ -117,7 +117,7 @@ def test_parameter_that_nobody_read_is_refused() -> None:
 @pytest.mark.parametrize(
     "name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.2.x", "visual.weight"]
 )
-def test_parameter_of_no_importance_may_stay_unread(name: str) -> None:
+def test_computed_and_unrelated_parameters_may_stay_unread(name: str) -> None:
     require_all_read(architecture_of(tiny_model("llama").config), {name}, set(), "'m'")
 
 

@@ -34,7 +34,7 @@ from tests.quantization import packers
 from tests.quantized_folders import CHECKPOINTS, write_checkpoint
 
 CPU = torch.device("cpu")
-MODEL = Path(__file__).parents[2] / "models/py-16m"
+MODEL = Path(__file__).parents[3] / "models/py-16m"
 MATRICES = ("qkv", "o", "gate_up", "down")
 SCHEMES = {
     "int8": Scheme(format="int8"),
@@ -75,7 +75,7 @@ def pair(model: Any, scheme: Scheme) -> tuple[Decoder, Decoder]:
 
 @every_family
 @schemes
-def test_quantized_weights_decode_as_the_floats_they_stand_for(family: str, scheme: Scheme) -> None:
+def test_quantized_weights_decode_as_their_values_do(family: str, scheme: Scheme) -> None:
     tokens = tiny_tokens(1, LENGTH)[0]
     quantized, dense = pair(tiny_model(family), scheme)
     assert formats(quantized.weights.layers[0]) == {scheme.format}
@@ -84,7 +84,9 @@ def test_quantized_weights_decode_as_the_floats_they_stand_for(family: str, sche
 
 @schemes
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
-def test_sparse_decoding_drops_the_same_with_quantized_weights(family: str, scheme: Scheme) -> None:
+def test_sparse_decoding_drops_the_same_channels_with_quantized_weights(
+    family: str, scheme: Scheme
+) -> None:
     tokens = tiny_tokens(1, LENGTH)[0]
     quantized, dense = pair(tiny_model(family), scheme)
     before = decoded(quantized, tokens)
@@ -97,7 +99,7 @@ def test_sparse_decoding_drops_the_same_with_quantized_weights(family: str, sche
 
 
 @schemes
-def test_weights_rounded_from_a_folder_are_those_rounded_from_its_model(
+def test_weights_rounded_from_a_folder_equal_those_rounded_from_its_model(
     scheme: Scheme, tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
@@ -106,7 +108,7 @@ def test_weights_rounded_from_a_folder_are_those_rounded_from_its_model(
     assert_same_weights(dequantized(read), dequantized(from_model(model, scheme)))
 
 
-def test_a_model_in_memory_keeps_its_floats() -> None:
+def test_model_in_memory_keeps_its_floats() -> None:
     model = tiny_model("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     from_model(model, SCHEMES["int8"])
@@ -122,7 +124,7 @@ def test_quantized_head_gives_the_logits_of_its_values() -> None:
     assert_close(decoded(Decoder(architecture, weights), tokens), expected)
 
 
-def test_memory_of_quantized_weights_is_counted() -> None:
+def test_bytes_needed_count_quantized_weights() -> None:
     architecture = architecture_of(tiny_model("llama", hidden_size=256).config)
     dense, int8, int4 = (
         bytes_needed(architecture, torch.bfloat16, scheme)
@@ -147,9 +149,7 @@ def test_quantized_checkpoints_decode_as_the_model_of_their_values(
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_a_head_that_a_checkpoint_quantizes_is_multiplied_as_it_is(
-    kind: str, tmp_path: Path
-) -> None:
+def test_head_quantized_by_the_checkpoint_is_used_as_it_is(kind: str, tmp_path: Path) -> None:
     model, tokens = write_checkpoint(tmp_path, kind, has_head=True), tiny_tokens(1, LENGTH)[0] % 96
     architecture = architecture_of(model.config)
     weights = from_folder(tmp_path, torch.float32, CPU)
@@ -161,14 +161,14 @@ def test_a_head_that_a_checkpoint_quantizes_is_multiplied_as_it_is(
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_quantized_head_is_read_though_the_configuration_ties_it(tmp_path: Path) -> None:
+def test_quantized_head_is_read_even_if_the_configuration_ties_it(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "awq", has_head=True)
     content = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(content | {"tie_word_embeddings": True}))
     assert isinstance(from_folder(tmp_path, torch.float32, CPU).head, QuantizedWeight)
 
 
-def test_a_quantized_embedding_is_refused(tmp_path: Path) -> None:
+def test_quantized_embedding_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "gptq", has_head=True)
     tensors = load_file(tmp_path / "model.safetensors")
     head = {name: tensor for name, tensor in tensors.items() if name.startswith("lm_head.")}
@@ -204,7 +204,7 @@ def test_bias_of_zeros_that_gptq_adds_is_ignored(tmp_path: Path) -> None:
     ],
     ids=["bias", "half quantized", "no scales"],
 )
-def test_checkpoint_that_is_no_model_of_the_engine_is_refused(
+def test_unsupported_quantized_checkpoint_is_refused(
     changes: dict[str, Tensor | None], message: str, tmp_path: Path
 ) -> None:
     write_checkpoint(tmp_path, "gptq", **changes)
@@ -212,13 +212,13 @@ def test_checkpoint_that_is_no_model_of_the_engine_is_refused(
         from_folder(tmp_path, torch.float32, CPU)
 
 
-def test_a_quantized_checkpoint_is_not_quantized_again(tmp_path: Path) -> None:
+def test_quantized_checkpoint_is_not_quantized_again(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "awq")
     with pytest.raises(UserError, match=r"quantized already\. Open it without"):
         from_folder(tmp_path, None, CPU, SCHEMES["int8"])
 
 
-def test_codes_of_fp8_that_are_no_number_are_refused(tmp_path: Path) -> None:
+def test_nan_in_fp8_weights_is_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     tensors = dict(model.state_dict())
     for name in projections_of(model):
@@ -238,7 +238,7 @@ def test_codes_of_fp8_that_are_no_number_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4", "fp8"])
-def test_engine_generates_as_the_model_of_the_quantized_values(quantize: str) -> None:
+def test_engine_generates_as_a_model_of_the_quantized_values(quantize: str) -> None:
     opened = open_model(MODEL, dtype="float32", quantize=quantize, quantize_head=True)
     floats = replace(opened, weights=dequantized(opened.weights))
     prompt = load_tokenizer(str(MODEL))("def read_json(path):")["input_ids"]
@@ -248,7 +248,7 @@ def test_engine_generates_as_the_model_of_the_quantized_values(quantize: str) ->
     assert quantized == dense
 
 
-def test_engine_tells_of_a_plan_for_weights_of_another_format(
+def test_engine_warns_of_a_plan_for_another_weight_format(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny_model("llama")
@@ -263,14 +263,14 @@ def test_engine_tells_of_a_plan_for_weights_of_another_format(
     assert ["float weights, the model has int8" in line for line in caplog.messages] == [True] * 2
 
 
-def test_a_model_in_memory_is_not_quantized_again() -> None:
+def test_quantized_model_in_memory_is_not_quantized_again() -> None:
     model = tiny_model("llama")
     quantize_model(model, SCHEMES["int8"])
     with pytest.raises(UserError, match=r"quantized already\. Open it without"):
         open_model(model, quantize="int4")
 
 
-def test_engine_rounds_to_nearest_only_what_projections_hold() -> None:
+def test_engine_quantizes_projections_only() -> None:
     quantized = Engine(MODEL, quantize="int8").decoder().weights
     assert formats(quantized.layers[0]) == {"int8"}
     assert isinstance(quantized.head, Tensor)

@@ -8,7 +8,7 @@ import torch
 from teal.benchmark.model import BenchmarkModel
 from teal.benchmark.timing import time_graph
 from teal.engine.decoder import Decoder
-from teal.engine.fused_step import FusedStep, obstacle
+from teal.engine.fused_step import FusedStep, fused_step_obstacle
 from teal.engine.kv_cache import KeyValueCache
 from teal.foundation.errors import UserError
 from teal.foundation.progress import Progress, silent
@@ -66,7 +66,7 @@ def _cache_of(decoder: Decoder, subject: BenchmarkModel) -> KeyValueCache:
     """Return a cache that holds the prompt: after an empty one, other channels are kept."""
     weights = decoder.weights
     cache = KeyValueCache(decoder.architecture, 1, subject.capacity, weights.dtype, weights.device)
-    reason = obstacle(decoder, cache)
+    reason = fused_step_obstacle(decoder, cache)
     if reason:
         raise UserError(
             f"There are no configs to search: {reason}. Run --tune on a GPU with a model that "

@@ -1,1 +1,1 @@
-"""Decoder weights, fused and channel-major: where they come from and how they are held."""
+"""Decoder weights, fused and channel-major: their sources and their layout."""

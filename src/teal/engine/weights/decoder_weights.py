@@ -1,4 +1,4 @@
-"""The weights of a decoder, fused and channel-major, wherever they come from."""
+"""The weights of a decoder, fused and channel-major, from any source."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -12,33 +12,34 @@ from teal.foundation.errors import UserError
 from teal.foundation.progress import Progress, silent
 from teal.models.architectures import Architecture, ProjectionInput
 
-# Old checkpoints hold what every model computes for itself.
+# Old checkpoints store these tensors, which every model computes itself.
 _COMPUTED = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerWeights:
-    """What one decoder layer multiplies with and adds.
+    """Weights of one decoder layer.
 
-    Matrices are channel-major, (in_features, out_features), contiguous, of floats or quantized.
-    Gains of norms hold the norm's offset; they are float32, on the CPU in the dtype of the others
-    where that is exact. They and the biases are `None` where the layer has none.
+    Matrices are channel-major, (in_features, out_features), contiguous, float or quantized. Norm
+    weights include the offset of the norm; they are float32, or on the CPU in the dtype of the
+    matrices if that is exact. Norm weights and biases that the layer lacks are `None`.
 
     Attributes:
-        qkv: q, k and v beside each other, (hidden_size, (heads + 2 · kv_heads) · head_dim).
-        qkv_bias: Their biases, (out_features,).
+        qkv: Projections to queries, keys and values side by side,
+            (hidden_size, (heads + 2 · kv_heads) · head_dim).
+        qkv_bias: Biases of `qkv`, ((heads + 2 · kv_heads) · head_dim,).
         o: Output projection of attention, (heads · head_dim, hidden_size).
-        o_bias: Its bias, (hidden_size,).
-        gate_up: Gate and up beside each other, (hidden_size, 2 · intermediate_size).
-        gate_up_bias: Their biases, (2 · intermediate_size,).
-        down: (intermediate_size, hidden_size).
-        down_bias: Its bias, (hidden_size,).
-        attention_norm: Gain of the norm before attention, (hidden_size,).
-        mlp_norm: Gain of the norm before the MLP, (hidden_size,).
-        attention_post_norm: Gain of the norm after attention, (hidden_size,).
-        mlp_post_norm: Gain of the norm after the MLP, (hidden_size,).
-        q_norm: Gain of the norm of q, (head_dim,) or (heads · head_dim,).
-        k_norm: Gain of the norm of k, (head_dim,) or (kv_heads · head_dim,).
+        o_bias: Bias of `o`, (hidden_size,).
+        gate_up: Gate and up projection side by side, (hidden_size, 2 · intermediate_size).
+        gate_up_bias: Biases of `gate_up`, (2 · intermediate_size,).
+        down: Output projection of the MLP, (intermediate_size, hidden_size).
+        down_bias: Bias of `down`, (hidden_size,).
+        attention_norm: Weight of the norm before attention, (hidden_size,).
+        mlp_norm: Weight of the norm before the MLP, (hidden_size,).
+        attention_post_norm: Weight of the norm after attention, (hidden_size,).
+        mlp_post_norm: Weight of the norm after the MLP, (hidden_size,).
+        q_norm: Weight of the norm of queries, (head_dim,) or (heads · head_dim,).
+        k_norm: Weight of the norm of keys, (head_dim,) or (kv_heads · head_dim,).
     """
 
     qkv: Matrix
@@ -67,12 +68,12 @@ class DecoderWeights:
     """All weights of a decoder.
 
     Attributes:
-        embedding: A row per token id, (vocab_size, hidden_size).
+        embedding: One row per token id, (vocab_size, hidden_size).
         layers: One entry per decoder layer.
-        final_norm: Gain of the norm before the logits, (hidden_size,).
-        head: A row per token id, (vocab_size, hidden_size): logits are `F.linear(h, head)`. The
-            embedding itself where the model ties them. Where it is quantized, it is channel-major
-            as the other matrices are, (hidden_size, vocab_size).
+        final_norm: Weight of the norm before the LM head, (hidden_size,).
+        head: Weight of the LM head, (vocab_size, hidden_size): logits are `F.linear(h, head)`. The
+            embedding itself if the model ties them. A quantized head is channel-major like the
+            other matrices, (hidden_size, vocab_size).
     """
 
     embedding: Tensor
@@ -87,18 +88,18 @@ class DecoderWeights:
 
     @property
     def format(self) -> str:
-        """Of the projections: "float", "int8", "int4" or "fp8"; "fp8+int4" where they differ."""
+        """Format of the projections: "float", "int8", "int4" or "fp8"; "fp8+int4" if mixed."""
         formats = {format_of(matrix) for layer in self.layers for matrix in layer.matrices}
         return "+".join(sorted(formats))
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """Device of all weights."""
         return self.embedding.device
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all weights, those of a tied head once."""
+        """Size of all weights in bytes, counting a tied head once."""
         tensors = {tensor.data_ptr(): tensor.nbytes for tensor in self._tensors()}
         return sum(tensors.values())
 
@@ -110,14 +111,14 @@ class DecoderWeights:
 
 
 class Source(Protocol):
-    """Where weights come from: a model, a folder, or nowhere."""
+    """Supplies weights: from a model, from a folder, or drawn at random."""
 
     def matrix(self, output_sizes: Mapping[str, int], in_features: int) -> Matrix:
-        """Return projections beside each other, channel-major.
+        """Return projections side by side, channel-major.
 
         Args:
             output_sizes: out_features by full parameter name.
-            in_features: Of all of them.
+            in_features: Size of their common input.
 
         Returns:
             (in_features, sum of the output sizes), contiguous.
@@ -125,7 +126,7 @@ class Source(Protocol):
         ...
 
     def vector(self, output_sizes: Mapping[str, int]) -> Tensor:
-        """Return vectors one after the other, (sum of the output sizes,).
+        """Return concatenated vectors, (sum of the output sizes,).
 
         Args:
             output_sizes: Length by full parameter name.
@@ -133,20 +134,20 @@ class Source(Protocol):
         ...
 
     def rows(self, name: str, shape: tuple[int, int]) -> Matrix:
-        """Return a matrix as it is, in the shape `shape`; channel-major where it is quantized."""
+        """Return a matrix in its own layout and shape; channel-major if it is quantized."""
         ...
 
 
 def assemble(
     architecture: Architecture, source: Source, *, tied_head: bool, progress: Progress = silent
 ) -> DecoderWeights:
-    """Collect the weights of `architecture` from a source, one after the other.
+    """Collect the weights of a decoder from a source, one after the other.
 
     Args:
-        architecture: What weights there are.
-        source: Where they come from.
+        architecture: Architecture of the model.
+        source: Supplies the weights.
         tied_head: Whether the head is the embedding.
-        progress: Shows the layers going by.
+        progress: Shows progress over the layers.
 
     Raises:
         UserError: The embedding is quantized.
@@ -157,7 +158,7 @@ def assemble(
     if not isinstance(embedding, Tensor):
         raise UserError(
             "The embedding is quantized, and the engine looks up floats. Use a checkpoint that "
-            "leaves its embedding as it was."
+            "leaves its embedding unquantized."
         )
     layers = progress(range(architecture.num_layers), "Weights")
     return DecoderWeights(
@@ -169,10 +170,10 @@ def assemble(
 
 
 def transposed_parts(fused: Tensor, output_sizes: Mapping[str, int]) -> list[Tensor]:
-    """Return the columns of each projection as `nn.Linear` has them.
+    """Return the columns of each projection in the layout of `nn.Linear`.
 
     Args:
-        fused: Projections beside each other, (in_features, sum of the output sizes).
+        fused: Projections side by side, (in_features, sum of the output sizes).
         output_sizes: out_features by full parameter name.
 
     Returns:
@@ -182,10 +183,10 @@ def transposed_parts(fused: Tensor, output_sizes: Mapping[str, int]) -> list[Ten
 
 
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Check that a parameter is as large as the architecture says.
+    """Check that a parameter has the shape that the architecture requires.
 
     Raises:
-        UserError: It is not.
+        UserError: It has another shape.
     """
     if tuple(tensor.shape) != shape:
         raise UserError(
@@ -197,16 +198,16 @@ def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 def require_all_read(
     architecture: Architecture, names: set[str], read: set[str], what: str
 ) -> None:
-    """Check that no layer has a parameter that nobody asked for.
+    """Check that every parameter of the layers has been read.
 
     Args:
-        architecture: Whose layers.
-        names: All parameters that there are.
-        read: Those that `assemble` read.
-        what: What holds them, for the message.
+        architecture: Architecture of the model.
+        names: Names of all parameters.
+        read: Names of the parameters that `assemble` read.
+        what: Model or folder that holds them, for the message.
 
     Raises:
-        UserError: A layer has one, so it computes something else than the engine.
+        UserError: A layer has an unread parameter, so it computes something else than the engine.
     """
     layers = tuple(f"{architecture.layer_name(i)}." for i in range(architecture.num_layers))
     unread = [
@@ -268,8 +269,7 @@ def _bias(source: Source, entry: ProjectionInput, present: bool) -> Tensor | Non
 def _norm_weight(architecture: Architecture, source: Source, name: str, size: int) -> Tensor:
     norm_weight = source.vector({f"{name}.weight": size})
     if norm_weight.device.type == "cpu" and architecture.form.norm_offset == 0:
-        # A product on the CPU applies a norm itself whose norm weight has the dtype of the
-        # activations.
+        # Products on the CPU fuse a norm only if its weight has the dtype of the activations.
         return norm_weight
     return norm_weight.float() + architecture.form.norm_offset
 

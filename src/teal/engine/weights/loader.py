@@ -1,4 +1,4 @@
-"""What the engine needs of a model, from an object in memory, a folder or the hub."""
+"""Opens a model for the engine, from memory, a folder or the Hugging Face hub."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,13 +25,13 @@ from teal.quantization import FLOAT, Scheme
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OpenedModel:
-    """A model as the engine runs it.
+    """A model ready to be run by the engine.
 
     Attributes:
-        architecture: What it computes.
-        weights: Its weights.
-        weight_format: Whose values those of the projections are: "float", "int8", "int4" or "fp8".
-        tokenizer: What its token ids mean, or `None` where nobody needs to know.
+        architecture: Architecture of the model.
+        weights: Weights of the model.
+        weight_format: Format whose values the projections have: "float", "int8", "int4" or "fp8".
+        tokenizer: Tokenizer of the model, or `None`.
         end_tokens: Token ids that end a text.
     """
 
@@ -56,16 +56,16 @@ def open_model(
     Args:
         model: A Hugging Face model, whose parameters become views of fused weights in place; or a
             model folder; or a name on the Hugging Face hub.
-        tokenizer: The model's; by default the one in the folder, if there is one.
+        tokenizer: Tokenizer of the model; by default the one in the folder, if there is one.
         device: "auto", "cpu" or "cuda"; a model in memory stays where it is.
-        dtype: "auto", "float32", "bfloat16" or "float16"; a model in memory stays as it is.
-        quantize: "int8", "int4" or "fp8", or a scheme: into what projections are rounded to the
-            nearest values, one after the other. A quantized checkpoint is opened as it is.
-        quantize_head: Round the head to int8 too.
+        dtype: "auto", "float32", "bfloat16" or "float16"; a model in memory keeps its dtype.
+        quantize: "int8", "int4" or "fp8", or a scheme: format to which projections are rounded to
+            nearest, one after the other. A quantized checkpoint is opened as it is.
+        quantize_head: Round the LM head to int8 too.
 
     Raises:
-        UserError: There is no such model, the engine does not run it, it does not fit into memory,
-            a device or dtype was given for a model in memory, or it is quantized already.
+        UserError: The model does not exist, is not supported, does not fit into memory or is
+            quantized already, or a device or dtype was given for a model in memory.
     """
     scheme = Scheme(format=quantize) if isinstance(quantize, str) else quantize
     if isinstance(model, nn.Module):

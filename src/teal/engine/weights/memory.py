@@ -1,4 +1,4 @@
-"""Whether something fits into the memory of a device, asked before it is put there."""
+"""Checks that tensors will fit into the memory of a device."""
 
 from pathlib import Path
 
@@ -14,12 +14,12 @@ def require_memory(needed: int, device: torch.device, what: str) -> None:
     """Check that `needed` bytes are free on a device.
 
     Args:
-        needed: Bytes.
-        device: The device.
-        what: What needs them, such as "The weights", for the message.
+        needed: Size in bytes.
+        device: Device to check.
+        what: Subject of the message, such as "The weights".
 
     Raises:
-        UserError: Fewer are free; the message says how many are needed and there.
+        UserError: Fewer bytes are free; the message gives both sizes.
     """
     free = free_memory(device)
     if free is not None and needed > free:
@@ -30,10 +30,10 @@ def require_memory(needed: int, device: torch.device, what: str) -> None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the free bytes of a device, or `None` where nobody tells."""
+    """Return the free memory of a device in bytes, or `None` if it is unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # Blocks that torch keeps for itself are as good as free.
+        # Blocks in the cache of torch can be reused.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + kept
     if device.type == "cpu" and _MEMINFO.is_file():

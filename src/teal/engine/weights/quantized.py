@@ -1,4 +1,4 @@
-"""Weights of few bits for the engine: rounded while it opens a model, or read from a checkpoint."""
+"""Quantized weights for the engine: rounded while a model is opened, or read from a checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,17 +18,17 @@ from teal.quantization import (
     side_by_side,
 )
 
-# With scales of 16 bits in groups of 32, the smallest; int8 and fp8 have few scales.
+# Bytes per weight. int4 includes 16-bit scales of the smallest groups, 32; others have few scales.
 _BYTES = {"fp8": 1.0, "int4": 0.5 + 2 / 32, "int8": 1.0}
-_NO_NUMBER = 0x7F
+_FP8_NAN = 0x7F
 
 
 class RoundedSource:
-    """Another source whose matrices are rounded to the nearest values as they pass.
+    """Rounds the matrices of another source to nearest.
 
     Args:
-        source: Where dense weights come from.
-        scheme: Into what they are quantized.
+        source: Supplies the float weights.
+        scheme: Format to which matrices are quantized.
     """
 
     def __init__(self, source: Source, scheme: Scheme) -> None:
@@ -38,21 +38,21 @@ class RoundedSource:
         self.rows = source.rows
 
     def matrix(self, output_sizes: Mapping[str, int], in_features: int) -> Matrix:
-        """Return projections beside each other; see `Source`."""
+        """Return projections side by side; see `Source`."""
         dense = self._source.matrix(output_sizes, in_features)
         assert isinstance(dense, Tensor)
         return round_to_nearest(dense, self._scheme)
 
 
 class CheckpointSource:
-    """A folder with quantized projections.
+    """Supplies the weights of a folder with quantized projections.
 
     Args:
-        dense: What reads everything else in it, and projections that are not quantized.
-        checkpoint: What reads those that are.
-        device: Where to put them.
-        names: All tensors of the folder.
-        read: Those that were read; added to.
+        dense: Reads all tensors that are not quantized.
+        checkpoint: Reads quantized projections.
+        device: Device of the weights.
+        names: Names of all tensors in the folder.
+        read: Names of the tensors read so far; updated in place.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class CheckpointSource:
         self.vector = dense.vector
 
     def matrix(self, output_sizes: Mapping[str, int], in_features: int) -> Matrix:
-        """Return projections beside each other; see `Source`.
+        """Return projections side by side; see `Source`.
 
         Raises:
-            UserError: Only some of them are quantized, or in different ways; or they are damaged.
+            UserError: Only some of them are quantized, their schemes differ, or they are damaged.
         """
         quantized = {name.removesuffix(".weight"): width for name, width in output_sizes.items()}
         found = [name for name in quantized if name in self._checkpoint.names]
@@ -100,7 +100,7 @@ class CheckpointSource:
         require_shape(name, weight.codes.new_empty(weight.shape, device="meta"), shape)
         if weight.format == "fp8":
             octets = weight.codes.view(torch.uint8)
-            if bool(((octets & _NO_NUMBER) == _NO_NUMBER).any()):
+            if bool(((octets & _FP8_NAN) == _FP8_NAN).any()):
                 raise UserError(f"{name} holds NaN. Use an undamaged checkpoint.")
         self._mark_read(name, weight.out_features)
         return weight.to(self._device)
@@ -108,15 +108,15 @@ class CheckpointSource:
     def _mark_read(self, name: str, out_features: int) -> None:
         prefix, bias = f"{name}.", f"{name}.bias"
         self._read.update(tensor for tensor in self._names if tensor.startswith(prefix))
-        # GPTQ writes a bias where a model has none, which then has to be zero.
+        # GPTQ writes a bias even if the model has none; it has to be zero then.
         if bias in self._names and bool(self._dense.vector({bias: out_features}).any()):
             self._read.discard(bias)
 
 
 def quantized_head(weights: DecoderWeights) -> DecoderWeights:
-    """Return the same weights with the head in int8; a tied embedding stays as it is.
+    """Return the same weights with the LM head in int8; a tied embedding keeps its floats.
 
-    A head that a checkpoint quantizes already stays as it is.
+    A head that is quantized already is left alone.
     """
     if not isinstance(weights.head, Tensor):
         return weights
@@ -125,12 +125,12 @@ def quantized_head(weights: DecoderWeights) -> DecoderWeights:
 
 
 def bytes_needed(architecture: Architecture, dtype: torch.dtype, scheme: Scheme | None) -> int:
-    """Return about how many bytes the weights of a decoder take.
+    """Return the approximate size of the weights of a decoder in bytes.
 
     Args:
-        architecture: What weights there are.
-        dtype: Of those that are floats.
-        scheme: Into what the projections are quantized.
+        architecture: Architecture of the model.
+        dtype: Dtype of weights that are not quantized.
+        scheme: Format of the projections; `None` for floats.
     """
     if scheme is None:
         return architecture.num_weights * dtype.itemsize

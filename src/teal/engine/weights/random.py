@@ -1,4 +1,4 @@
-"""The weights of a decoder drawn at random, for measuring speed."""
+"""Draws the weights of a decoder at random, for measuring speed."""
 
 from collections.abc import Mapping
 
@@ -22,17 +22,17 @@ def random_weights(
     scheme: Scheme | None = None,
     progress: Progress = silent,
 ) -> DecoderWeights:
-    """Draw weights that keep the scale of the hidden states, for measuring speed.
+    """Draw weights that preserve the scale of the hidden states.
 
-    They are drawn in place: nothing but the weights takes memory.
+    They are drawn in place, so peak memory is that of the weights.
 
     Args:
-        architecture: What weights there are.
+        architecture: Architecture of the model.
         dtype: Dtype of the weights.
-        device: Where to put them.
-        seed: The same seed gives the same weights on the same kind of device.
-        scheme: Into what the projections are quantized, one after the other.
-        progress: Shows the layers going by.
+        device: Device of the weights.
+        seed: Equal seeds give equal weights on the same kind of device.
+        scheme: Format to which projections are quantized, one after the other.
+        progress: Shows progress over the layers.
 
     Raises:
         UserError: The weights are too large for the device.

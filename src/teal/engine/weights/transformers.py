@@ -1,4 +1,4 @@
-"""The weights of a decoder out of a Hugging Face model, which goes on sharing them."""
+"""Takes the weights of a decoder from a Hugging Face model, which keeps sharing them."""
 
 from collections.abc import Mapping
 from itertools import accumulate
@@ -27,23 +27,22 @@ def from_model(
 ) -> DecoderWeights:
     """Fuse the weights of a Hugging Face model in place and share them with it.
 
-    The projections' parameters become views of the fused matrices, so there is no second copy and
-    `model` goes on working. At its peak this takes the memory of the largest fused matrix. Moving
-    or casting the model afterwards ends the sharing. To save it afterwards, give `save_pretrained`
-    a `state_dict` of contiguous tensors.
+    Parameters of projections become views of the fused matrices, so there is no second copy and
+    `model` keeps working. Peak extra memory is that of the largest fused matrix. Moving or casting
+    the model afterwards ends the sharing. To save it afterwards, give `save_pretrained` a
+    `state_dict` of contiguous tensors.
 
     Args:
         model: A supported causal language model, sparse or dense, changed in place.
-        scheme: Into what the projections are quantized; the model keeps its floats then, and what
-            is quantized comes on top of them.
-        progress: Shows the layers going by.
+        scheme: Format to which projections are quantized; the model then keeps its floats, and the
+            quantized weights come on top.
+        progress: Shows progress over the layers.
 
     Returns:
         The weights, in the dtype and on the device of the model.
 
     Raises:
-        UserError: The engine does not run such a model, it is quantized, or not all in one dtype
-            and place.
+        UserError: The model is not supported, is quantized already, or mixes dtypes or devices.
     """
     if weight_format_of(model) != FLOAT and scheme is not None:
         raise UserError(
@@ -57,7 +56,7 @@ def from_model(
     weights = assemble(architecture, rounded, tied_head=tied, progress=progress)
     require_all_read(architecture, source.names, source.read, type(model).__name__)
     if weights.device.type == "cuda":
-        # Blocks of the old sizes, which nothing will fit again.
+        # Free cached blocks of the old sizes, which will not be reused.
         torch.cuda.empty_cache()
     return weights
 
@@ -82,7 +81,7 @@ class _ModelSource:
                 parameters, transposed_parts(fused, output_sizes), strict=True
             ):
                 part.copy_(parameter)
-                # Here the parameter's own memory is freed.
+                # Frees the memory that the parameter had.
                 parameter.data = part
         return fused
 
@@ -108,7 +107,7 @@ class _ModelSource:
 
 
 def _fused_already(parameters: list[nn.Parameter]) -> Tensor | None:
-    """Return the matrix that the parameters are neighbouring views of, if they are."""
+    """Return the fused matrix if the parameters are adjacent views of one."""
     first = parameters[0]
     output_sizes = [len(parameter) for parameter in parameters]
     starts = accumulate(output_sizes[:-1], initial=first.storage_offset())
