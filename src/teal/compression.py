@@ -13,6 +13,7 @@ from teal.checkpoints.compressed_tensors import compressed_config, compressed_te
 from teal.data import TokenWindows
 from teal.foundation.artifact import read_json, replace_folder
 from teal.foundation.errors import UserError
+from teal.foundation.ownership import write_record
 from teal.foundation.progress import Progress, silent
 from teal.foundation.version import __version__
 from teal.linear import SparseLinear
@@ -31,7 +32,8 @@ from teal.quantization import (
 
 SCHEMA_VERSION = 1
 
-_KIND = "quantization"
+# Kind of the folders that `save_quantized` writes.
+QUANTIZATION = "quantization"
 
 
 @torch.no_grad()
@@ -123,20 +125,19 @@ def save_quantized(
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     config = compressed_config(scheme, [name for name in linears if name not in weights])
     record = {
-        "kind": _KIND,
         "schema_version": SCHEMA_VERSION,
         "method": "rtn" if tokens is None else "gptq",
         "text": None if tokens is None else tokens.provenance.to_dict(),
         "library_version": __version__,
     }
-    with replace_folder(folder, force=force) as temporary:
+    with replace_folder(folder, QUANTIZATION, force=force) as temporary:
         tokenizer.save_pretrained(temporary)
         saved: Any = model
         saved.save_pretrained(temporary, state_dict=_state(model, weights, scheme))
         _share(temporary)
         content = read_json(temporary / "config.json") | {"quantization_config": config}
         _write_json(temporary / "config.json", content)
-        _write_json(temporary / f"{_KIND}.json", record)
+        write_record(temporary, QUANTIZATION, record)
 
 
 class _SeenEnough(Exception):  # noqa: N818  (no error)

@@ -15,7 +15,7 @@ PROMPT = [5, 6, 7, 8]
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is compiled, which would take longer than all of these tests."""
+    """Skip compilation, which would take longer than all of these tests."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
@@ -41,7 +41,7 @@ def test_compiled_generate_is_given_a_static_cache(monkeypatch: pytest.MonkeyPat
     assert given["max_new_tokens"] == given["min_new_tokens"] == 3
 
 
-def test_the_loop_around_a_compiled_step_decodes_as_transformers(
+def test_compiled_step_decodes_the_tokens_of_transformers(
     eager: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama")
@@ -63,7 +63,7 @@ def test_the_loop_around_a_compiled_step_decodes_as_transformers(
 
 
 class Llama:
-    """Has the form of llama_cpp.Llama."""
+    """Has the interface of llama_cpp.Llama."""
 
     def __init__(self, **options: Any) -> None:
         self.fed: list[int] = []
@@ -88,12 +88,12 @@ def test_llama_cpp_is_fed_its_own_tokens(tmp_path: Path, monkeypatch: pytest.Mon
     assert baseline._model.fed == [*PROMPT, 4, 5, 6]
 
 
-def test_peers_are_made_by_name(eager: None) -> None:
+def test_baselines_are_made_by_name(eager: None) -> None:
     names = ["transformers", "transformers-compiled", "torch-compile"]
     assert [baseline.name for baseline in make_baselines(names, tiny_model("llama"), None)] == names
 
 
-def test_what_a_peer_lacks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_what_a_baseline_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="Unknown baseline 'gpt-fast'"):
         make_baselines(["gpt-fast"], None, None)
     with pytest.raises(UserError, match="Give --gguf FILE"):

@@ -8,7 +8,7 @@ from teal.models.architectures import architecture_of
 from teal.quantization import Scheme, round_to_nearest
 from tests.helpers import tiny_model
 
-WIDTHS = {"gate": 96, "up": 32}
+OUTPUT_SIZES = {"gate": 96, "up": 32}
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ WIDTHS = {"gate": 96, "up": 32}
     ],
     ids=["float", "head", "int8", "int4"],
 )
-def test_weights_say_of_what_they_are(
+def test_formats_of_weights_are_named(
     scheme: Scheme | None, head: bool, expected: WeightsRead, shown: str
 ) -> None:
     architecture = architecture_of(
@@ -48,11 +48,11 @@ def test_weights_say_of_what_they_are(
     ],
     ids=["float", "int8", "int4", "int4 with zeros"],
 )
-def test_strips_are_skipped_and_scales_are_not(
+def test_weight_rows_are_skipped_and_scales_are_not(
     scheme: Scheme | None, skippable: int, always: int
 ) -> None:
     dense = torch.randn(64, 128, dtype=torch.bfloat16)
     matrix = round_to_nearest(dense, scheme) if scheme else dense
-    assert bytes_kept(matrix, WIDTHS, {}) == skippable + always
-    halved = bytes_kept(matrix, WIDTHS, {"gate": 0.5})
+    assert bytes_kept(matrix, OUTPUT_SIZES, {}) == skippable + always
+    halved = bytes_kept(matrix, OUTPUT_SIZES, {"gate": 0.5})
     assert halved == skippable * (1 - 0.5 * 96 / 128) + always

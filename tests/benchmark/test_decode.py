@@ -10,7 +10,7 @@ from tests.helpers import tiny_model
 
 
 class Slow:
-    """A baseline that takes half a second for every token."""
+    """A baseline that takes half a second per token."""
 
     name = "slow"
 
@@ -25,12 +25,12 @@ class Slow:
 @pytest.fixture
 def results(device: torch.device) -> tuple[list[DecodeResult], Slow]:
     workload = Workload(prompt_tokens=8, new_tokens=12, repeats=2)
-    subject = BenchmarkModel("tiny", open_model(tiny_model("llama").to(device)), workload)
+    model = BenchmarkModel("tiny", open_model(tiny_model("llama").to(device)), workload)
     baseline = Slow()
-    return measure(subject, [0.5], [baseline], bandwidth=1e9), baseline
+    return measure(model, [0.5], [baseline], bandwidth=1e9), baseline
 
 
-def test_dense_sparse_and_peers_are_measured(results: tuple[list[DecodeResult], Slow]) -> None:
+def test_dense_sparse_and_baselines_are_timed(results: tuple[list[DecodeResult], Slow]) -> None:
     dense, sparse, slow = results[0]
     assert [row.runner for row in results[0]] == ["teal", "teal", "slow"]
     assert [row.sparsity for row in results[0]] == [0.0, 0.5, 0.0]
@@ -38,7 +38,7 @@ def test_dense_sparse_and_peers_are_measured(results: tuple[list[DecodeResult], 
     assert 0.3 < sparse.effective_sparsity < 0.7
 
 
-def test_records_say_of_what_the_weights_are() -> None:
+def test_records_name_the_formats_of_weights() -> None:
     workload = Workload(prompt_tokens=8, new_tokens=4, repeats=1)
     opened = open_model(tiny_model("llama"), quantize="int8", quantize_head=True)
     ours, baseline = measure(BenchmarkModel("tiny", opened, workload), [], [Slow()], bandwidth=1e9)
@@ -48,7 +48,7 @@ def test_records_say_of_what_the_weights_are() -> None:
     assert baseline.read > 3 * ours.read
 
 
-def test_the_first_round_is_not_counted(results: tuple[list[DecodeResult], Slow]) -> None:
+def test_first_round_is_not_counted(results: tuple[list[DecodeResult], Slow]) -> None:
     assert results[1].calls == [(8, 12)] * 3
 
 

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 from teal.benchmark import gemv
 from teal.benchmark.gemv import measure
 from teal.benchmark.gemv_quantized import QuantizedProduct
-from teal.benchmark.shapes import Shape
+from teal.benchmark.model_configs import Shape
 from teal.foundation.errors import UserError
 from teal.kernels import ops
 from teal.quantization import Scheme
@@ -31,7 +32,7 @@ def _small_rotation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.form)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.format)
-def test_the_limit_counts_kept_codes_and_all_scales_and_zeros(
+def test_limit_counts_kept_codes_and_all_scales_and_zeros(
     shape: Shape, scheme: Scheme, device: torch.device
 ) -> None:
     product = QuantizedProduct(shape, torch.bfloat16, device, 1, scheme)
@@ -47,9 +48,13 @@ def test_the_limit_counts_kept_codes_and_all_scales_and_zeros(
     assert product.copies > 2
 
 
-def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.quantized_linear
-    monkeypatch.setattr(ops, "quantized_linear", lambda *given: 1.01 * right(*given))
+
+    def wrong(*arguments: Any, **options: Any) -> torch.Tensor:
+        return 1.01 * right(*arguments, **options)
+
+    monkeypatch.setattr(ops, "quantized_linear", wrong)
     product = QuantizedProduct(SHAPES[0], torch.float32, torch.device("cpu"), 1, SCHEMES[0])
     with pytest.raises(UserError, match="wrong product"):
         next(measure(product, [0.5], bandwidth=1e9))

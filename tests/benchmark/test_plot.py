@@ -6,12 +6,12 @@ import pytest
 from teal.benchmark.bytes_read import WeightsRead
 from teal.benchmark.decode import DecodeResult, Start
 from teal.benchmark.gemv import GemvResult
+from teal.benchmark.model_configs import Shape
 from teal.benchmark.plot import save_decode_plot, save_plot
-from teal.benchmark.shapes import Shape
 from teal.benchmark.timing import Timing
 
 
-def test_every_product_has_a_panel(tmp_path: Path) -> None:
+def test_each_product_has_a_panel(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     timing = Timing(median=2.0, low=1.0, high=3.0)
     first = GemvResult(
@@ -33,7 +33,7 @@ def test_every_product_has_a_panel(tmp_path: Path) -> None:
     assert drawing.count('id="axes_') == 2
 
 
-def test_every_model_has_a_panel_with_its_formats_and_peers(tmp_path: Path) -> None:
+def test_each_model_has_a_panel_with_its_formats_and_baselines(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     ours = DecodeResult(
         model="first",

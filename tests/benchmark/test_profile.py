@@ -6,7 +6,7 @@ from teal.engine.weights.loader import open_model
 from tests.helpers import tiny_model
 
 
-def test_the_kernels_of_a_step_are_counted_and_sorted(device: torch.device) -> None:
+def test_kernels_of_a_step_are_counted_and_sorted(device: torch.device) -> None:
     opened = open_model(tiny_model("llama").to(device))
     decoder = Decoder(opened.architecture, opened.weights)
     kernels = profile_step(decoder, [3, 4, 5], capacity=16)

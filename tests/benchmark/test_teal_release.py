@@ -5,8 +5,8 @@ import torch
 
 from teal.benchmark import gemv
 from teal.benchmark.gemv import Product
-from teal.benchmark.shapes import Shape
-from teal.benchmark.teal_release import Baseline
+from teal.benchmark.model_configs import Shape
+from teal.benchmark.teal_release import TealKernels
 from teal.foundation.errors import UserError
 
 KERNELS = """
@@ -29,15 +29,15 @@ def checkout(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype, is_timed", [(torch.float16, True), (torch.bfloat16, False)])
-def test_a_peer_is_timed_in_the_dtype_that_it_knows(
+def test_teal_kernels_are_timed_in_float16_only(
     checkout: Path, dtype: torch.dtype, is_timed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gemv, "_ROTATION_BYTES", {"cpu": 1 << 16})
     shape = Shape(form="plain", in_features=64, output_sizes=(48,))
     product = Product(shape, dtype, torch.device("cpu"), 1)
-    assert (Baseline(checkout).time(product, 0.6, 0.5) is not None) == is_timed
+    assert (TealKernels(checkout).time(product, 0.6, 0.5) is not None) == is_timed
 
 
-def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
+def test_folder_that_is_not_a_checkout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Give a checkout of FasterDecoding/TEAL"):
-        Baseline(tmp_path)
+        TealKernels(tmp_path)

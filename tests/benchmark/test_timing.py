@@ -3,15 +3,15 @@ import time
 import pytest
 import torch
 
-from teal.benchmark.timing import time_call
+from teal.benchmark.timing import read_bandwidth, time_call
 
 
-def test_the_time_of_a_call_is_in_microseconds() -> None:
+def test_times_are_in_microseconds() -> None:
     timing = time_call(lambda i: time.sleep(0.002), torch.device("cpu"), least_calls=2)
     assert 2000 <= timing.low <= timing.median <= timing.high < 20_000
 
 
-def test_every_input_has_its_turn(device: torch.device) -> None:
+def test_every_input_is_used(device: torch.device) -> None:
     seen: set[int] = set()
     x = torch.zeros(1, device=device)
 
@@ -32,3 +32,8 @@ def test_a_larger_product_takes_longer() -> None:
         time_call(lambda i, a=array: a.sum(), device, least_calls=1) for array in arrays
     )
     assert large.median > 3 * small.median
+
+
+@pytest.mark.slow
+def test_memory_bandwidth_is_plausible(device: torch.device) -> None:
+    assert 1e9 < read_bandwidth(device) < 2e13

@@ -10,7 +10,7 @@ QUICK = ("--prompt-tokens", 4, "--new-tokens", 4, "--repeats", 1, "--device", "c
 
 @pytest.fixture(autouse=True)
 def _bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("teal.benchmark.roofline.read_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr("teal.benchmark.timing.read_bandwidth", lambda device: 1e10)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_head_alone_can_be_rounded(decode: Teal) -> None:
         ),
         pytest.param([], ["no model to measure"], id="no model"),
         pytest.param(["--config", "llama-9"], ["Unknown configuration"], id="configuration"),
-        pytest.param([MODEL, "--sparsity", "half"], ["no list of fractions"], id="sparsity"),
+        pytest.param([MODEL, "--sparsity", "half"], ["not a list of fractions"], id="sparsity"),
         pytest.param(
             [MODEL, "--baseline", "gpt-fast"], ["Unknown baseline 'gpt-fast'"], id="baseline"
         ),

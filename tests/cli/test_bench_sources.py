@@ -14,9 +14,9 @@ WORKLOAD = Workload(prompt_tokens=4, new_tokens=4, repeats=1)
 def test_the_memory_of_a_model_is_free_before_the_next_takes_any() -> None:
     sources = Sources([MODEL], [SIZES], FORMATS, device="cpu", dtype="bfloat16")
     gone = []
-    for subject in sources.subjects(WORKLOAD):
+    for model in sources.benchmark_models(WORKLOAD):
         assert all(reference() is None for reference in gone)
-        measure(subject, [0.5], [], bandwidth=1e9)
-        gone.append(weakref.ref(subject._weights.embedding))
-        del subject
+        measure(model, [0.5], [], bandwidth=1e9)
+        gone.append(weakref.ref(model._weights.embedding))
+        del model
     assert len(gone) == 4

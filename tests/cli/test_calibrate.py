@@ -102,7 +102,7 @@ def test_force_does_not_delete_what_teal_did_not_write(
     outcome = teal(
         "allocate", workspace / "stats", "--sparsity", "0.5", "--out", tmp_path, "--force"
     )
-    assert outcome.is_error("did not write")
+    assert outcome.is_error("thesis.txt")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 

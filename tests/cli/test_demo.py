@@ -12,12 +12,13 @@ from tests.cli.conftest import MODEL, Teal
 def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo on a fraction of its text."""
     monkeypatch.setattr(demo, "CALIBRATION_TOKENS", 1024)
-    monkeypatch.setattr(demo, "EVALUATION_TOKENS", 2048)
+    monkeypatch.setattr(demo, "EVALUATION_TOKENS", 1024)
     monkeypatch.setattr(demo, "GREEDY_TOKENS", 64)
     monkeypatch.setattr(demo, "GREEDY", GreedySettings(step=0.025, until=0.05))
     monkeypatch.setattr(demo, "SPARSITIES", (0.05,))
     monkeypatch.setattr(demo, "SHOWN_SPARSITY", 0.05)
     monkeypatch.setattr(demo, "NEW_TOKENS", 4)
+    monkeypatch.setattr(demo, "ROUNDS", 1)
 
 
 def test_demo_prints_the_table_and_leaves_a_report_with_plots(

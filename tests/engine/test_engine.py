@@ -221,8 +221,14 @@ def test_bad_input_is_refused_before_any_work(
 
 
 def test_tuning_reaches_the_decoders(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "triton_tile_configs.json").touch()
     assert Engine(model, tuning=tmp_path).decoder().tuning == str(tmp_path)
     assert Engine(model).decoder().tuning == ""
+
+
+def test_a_tuning_folder_without_a_table_is_refused(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no table"):
+        Engine(model, tuning=tmp_path)
 
 
 def test_plan_of_another_model_is_refused(model: Any) -> None:

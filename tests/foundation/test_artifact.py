@@ -100,7 +100,7 @@ def test_missing_parents_are_made(tmp_path: Path) -> None:
 
 def test_destination_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
-    for action in (check_destination, save):
+    for action in (partial(check_destination, kind="plan"), save):
         with pytest.raises(UserError, match=r"file' is not a writable folder\. Choose another"):
             action(tmp_path / "file/sub/plan")
 
@@ -111,7 +111,7 @@ def test_destination_in_a_locked_folder_is_refused(tmp_path: Path) -> None:
     locked.mkdir()
     locked.chmod(0o500)
     with pytest.raises(UserError, match=r"locked' is not a writable folder\. Choose another"):
-        check_destination(locked / "plan")
+        check_destination(locked / "plan", "plan")
 
 
 def test_name_too_long_for_the_disk_is_refused(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_interrupted_write_leaves_the_old_artifact_and_no_litter(
     error: type[BaseException], tmp_path: Path
 ) -> None:
     save(tmp_path / "plan", "old")
-    with pytest.raises(error), replace_folder(tmp_path / "plan", force=True) as temporary:
+    with pytest.raises(error), replace_folder(tmp_path / "plan", "plan", force=True) as temporary:
         (temporary / "plan.json").write_text("half of")
         raise error
     assert load(tmp_path / "plan") == "old"

@@ -1,19 +1,22 @@
 import base64
 import re
+import sys
 from collections.abc import Mapping
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 
+from teal.foundation.errors import MissingExtraError
 from teal.report import DenseRow, Sample, SparseRow, write_report
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 VOID_TAGS = {"meta", "img"}
-HOSTILE = "<script>alert('a & b')</script>\"$title"
-ESCAPED = "&lt;script&gt;alert(&#x27;a &amp; b&#x27;)&lt;/script&gt;&quot;$title"
+HOSTILE = "<script>alert('a & b')</script>\"{{ title }}"
+ESCAPED = "&lt;script&gt;alert(&#39;a &amp; b&#39;)&lt;/script&gt;&#34;{{ title }}"
 
 
 class Nesting(HTMLParser):
@@ -79,10 +82,11 @@ def parsed(page: str) -> Nesting:
 
 
 def cells(page: str) -> list[list[str]]:
-    return [re.findall(r"<td>(.*?)</td>", line) for line in page.splitlines() if "<td>" in line]
+    lines = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    return [re.findall(r"<td>(.*?)</td>", line) for line in lines if "<td>" in line]
 
 
-def test_page_needs_no_other_file_no_network_and_no_script(tmp_path: Path) -> None:
+def test_page_is_one_file_without_network_or_scripts(tmp_path: Path) -> None:
     page = report(tmp_path)
     nesting = parsed(page)
     assert nesting.references
@@ -91,11 +95,20 @@ def test_page_needs_no_other_file_no_network_and_no_script(tmp_path: Path) -> No
     assert not re.search(r"https?://|url\(|@import", page)
 
 
+def test_report_without_jinja2_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(sys.modules):
+        if name.startswith(("teal.report", "jinja2")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingExtraError, match=r"^The report needs .*'jinja2'.*'teal\[report\]'$"):
+        import_module("teal.report")
+
+
 def test_every_element_is_closed(tmp_path: Path) -> None:
     assert parsed(report(tmp_path)).open == []
 
 
-def test_figures_are_png_files_and_the_same_bytes_are_in_the_page(tmp_path: Path) -> None:
+def test_figures_are_png_files_and_embedded_unchanged(tmp_path: Path) -> None:
     page = report(tmp_path, figures={"first-plot": drawing(), "second-plot": drawing()})
     inside = [base64.b64decode(source.split(",")[1]) for source in parsed(page).references]
     files = [(tmp_path / f"{name}-plot.png").read_bytes() for name in ("first", "second")]
@@ -108,7 +121,7 @@ def test_png_files_do_not_name_the_drawing_library(tmp_path: Path) -> None:
     assert b"matplotlib" not in (tmp_path / "first-plot.png").read_bytes()
 
 
-def test_name_of_a_figure_is_its_heading_and_its_description(tmp_path: Path) -> None:
+def test_figure_name_becomes_heading_and_alt_text(tmp_path: Path) -> None:
     page = report(tmp_path)
     assert "<h2>First plot</h2>" in page
     assert 'alt="First plot"' in page
@@ -134,13 +147,13 @@ def test_table_shows_every_number_of_every_row(tmp_path: Path) -> None:
     ],
     ids=["title", "label", "value", "sample title", "prompt", "continuation"],
 )
-def test_text_is_shown_as_text(tmp_path: Path, changes: Mapping[str, Any]) -> None:
+def test_markup_in_text_is_escaped(tmp_path: Path, changes: Mapping[str, Any]) -> None:
     page = report(tmp_path, **changes)
     assert ESCAPED in page
     assert "script" not in parsed(page).seen
 
 
-def test_strategy_is_shown_as_text(tmp_path: Path) -> None:
+def test_markup_in_a_strategy_is_escaped(tmp_path: Path) -> None:
     row = SparseRow(
         strategy=HOSTILE,
         target_sparsity=0.5,
@@ -152,12 +165,12 @@ def test_strategy_is_shown_as_text(tmp_path: Path) -> None:
     assert cells(report(tmp_path, rows=[row]))[1][0] == ESCAPED
 
 
-def test_sample_keeps_its_line_breaks_and_tells_prompt_from_continuation(tmp_path: Path) -> None:
+def test_sample_keeps_line_breaks_and_highlights_the_continuation(tmp_path: Path) -> None:
     sample = Sample(title="greedy", prompt="a\n  b", continuation="\n\nc")
     assert "<pre>a\n  b<b>\n\nc</b></pre>" in report(tmp_path, samples=[sample])
 
 
-def test_speed_of_a_sample_is_shown_only_where_it_was_measured(tmp_path: Path) -> None:
+def test_speed_of_a_sample_is_shown_only_if_measured(tmp_path: Path) -> None:
     fast = Sample(title="greedy", prompt="a", continuation="b", tokens_per_second=81.26)
     slow = Sample(title="dense", prompt="a", continuation="b")
     page = report(tmp_path, samples=[fast, slow])
@@ -165,10 +178,10 @@ def test_speed_of_a_sample_is_shown_only_where_it_was_measured(tmp_path: Path) -
     assert page.count("tokens/s") == 1
 
 
-def test_report_without_samples_has_no_heading_for_them(tmp_path: Path) -> None:
+def test_report_without_samples_has_no_samples_heading(tmp_path: Path) -> None:
     assert "Samples" not in report(tmp_path, samples=[])
 
 
-def test_same_report_is_the_same_bytes_and_replaces_the_old_one(tmp_path: Path) -> None:
+def test_report_is_reproducible_and_replaces_the_old_one(tmp_path: Path) -> None:
     assert report(tmp_path) == report(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first-plot.png", "report.html"]

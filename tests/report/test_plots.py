@@ -92,7 +92,7 @@ def area_of(corners: np.ndarray) -> float:
     return 0.5 * abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))))
 
 
-def test_each_strategy_is_one_line_from_the_dense_model_in_order_of_sparsity() -> None:
+def test_each_strategy_is_one_line_starting_at_dense_in_order_of_sparsity() -> None:
     rows = [row("uniform", 0.6, 11.0), row("uniform", 0.4, 9.0), row("greedy", 0.5, 8.5)]
     axes = perplexity_figure(DENSE, rows).axes[0]
     lines = {container.get_label(): container[0].get_xydata() for container in axes.containers}
@@ -101,7 +101,7 @@ def test_each_strategy_is_one_line_from_the_dense_model_in_order_of_sparsity() -
     np.testing.assert_array_equal(lines["greedy"], [(0.0, 8.0), (0.5, 8.5)])
 
 
-def test_error_bars_reach_one_standard_error_to_either_side_where_it_is_known() -> None:
+def test_error_bars_show_one_standard_error_where_it_is_known() -> None:
     rows = [row("uniform", 0.4, 9.0), row("uniform", 0.6, 11.0, 0.25)]
     (container,) = perplexity_figure(DENSE, rows).axes[0].containers
     ends = [segment[:, 1] for segment in container[2][0].get_segments() if len(segment)]
@@ -116,7 +116,7 @@ def test_dense_is_a_horizontal_line() -> None:
 
 
 @pytest.mark.parametrize(("worst", "scale"), [(79.0, "linear"), (81.0, "log")])
-def test_perplexity_is_logarithmic_beyond_ten_times_dense(worst: float, scale: str) -> None:
+def test_perplexity_axis_is_logarithmic_beyond_ten_times_dense(worst: float, scale: str) -> None:
     assert perplexity_figure(DENSE, [row("uniform", 0.9, worst)]).axes[0].get_yscale() == scale
 
 
@@ -129,18 +129,18 @@ def test_heat_map_has_a_row_per_kind_and_a_column_per_layer() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()][5] == "up_proj"
 
 
-def test_heat_map_says_every_sparsity_in_per_cent() -> None:
+def test_heat_map_shows_each_sparsity_as_a_percentage() -> None:
     plan = changed(plan_at(0.5), {"model.layers.1.mlp.up_proj": planned(0.25)})
     assert sorted(cell_texts(sparsity_figure(plan))) == ["25", *13 * ["50"]]
 
 
-def test_heat_map_of_a_fused_family_has_its_four_projections() -> None:
+def test_heat_map_of_a_fused_family_has_four_rows() -> None:
     axes = sparsity_figure(plan_at(0.5, inputs=FUSED_PROJECTIONS)).axes[0]
     kinds = [label.get_text() for label in axes.get_yticklabels()]
     assert kinds == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
-def test_heat_map_of_eighty_layers_has_columns_in_numerical_order_and_no_numbers() -> None:
+def test_heat_map_of_eighty_layers_is_in_numerical_order_without_numbers() -> None:
     plan = changed(plan_at(0.5, layers=80), {"model.layers.10.self_attn.q_proj": planned(0.25)})
     figure = sparsity_figure(plan)
     grid = figure.axes[0].images[0].get_array()
@@ -150,7 +150,7 @@ def test_heat_map_of_eighty_layers_has_columns_in_numerical_order_and_no_numbers
     assert cell_texts(figure) == []
 
 
-def test_heat_map_leaves_out_what_the_plan_leaves_out() -> None:
+def test_heat_map_leaves_unplanned_projections_blank() -> None:
     whole = plan_at(0.5)
     name = "model.layers.0.self_attn.o_proj"
     plan = plan_of(whole.model, {n: p for n, p in whole.projections.items() if n != name})
@@ -159,7 +159,7 @@ def test_heat_map_leaves_out_what_the_plan_leaves_out() -> None:
     assert np.argwhere(np.ma.getmaskarray(grid)).tolist() == [[3, 0]]
 
 
-def test_projections_with_one_threshold_share_a_line_at_its_place() -> None:
+def test_projections_with_the_same_threshold_share_a_line() -> None:
     plan = plan_at(0.5)
     figure = histogram_figure(stats_of(plan), plan, ["model.layers.1.attention_input"])
     assert thresholds_drawn(figure.axes[0]) == {"q, k, v 50 %": 0.5}
@@ -172,13 +172,13 @@ def test_each_distinct_threshold_has_a_line_in_the_colour_of_its_first_projectio
     assert [to_hex(line.get_color()) for line in axes.lines] == ["#d55e00", "#009e73"]
 
 
-def test_dense_projections_and_rules_that_weight_channels_have_no_line() -> None:
+def test_dense_projections_and_rules_with_a_score_scale_have_no_line() -> None:
     dense = PlannedProjection(target_sparsity=0.0, rule=None)
     plan = changed(
         plan_at(0.5),
         {
             "model.layers.0.mlp.gate_proj": dense,
-            "model.layers.0.mlp.up_proj": planned(0.5, scale=torch.ones(CHANNELS)),
+            "model.layers.0.mlp.up_proj": planned(0.5, score_scale=torch.ones(CHANNELS)),
         },
     )
     (axes,) = histogram_figure(stats_of(plan), plan, ["model.layers.0.mlp_input"]).axes
@@ -186,7 +186,7 @@ def test_dense_projections_and_rules_that_weight_channels_have_no_line() -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_area_left_of_a_threshold_is_the_share_that_it_drops(dtype: torch.dtype) -> None:
+def test_area_left_of_a_threshold_is_the_fraction_dropped(dtype: torch.dtype) -> None:
     plan = plan_at(0.4)
     figure = histogram_figure(stats_of(plan, dtype=dtype), plan, ["model.layers.0.o_input"])
     (dropped, _) = figure.axes[0].collections
@@ -196,7 +196,7 @@ def test_area_left_of_a_threshold_is_the_share_that_it_drops(dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_evenly_spread_activations_look_flat(dtype: torch.dtype) -> None:
+def test_uniform_activations_look_flat(dtype: torch.dtype) -> None:
     plan = plan_at(0.4)
     figure = histogram_figure(stats_of(plan, dtype=dtype), plan, ["model.layers.0.o_input"])
     heights = figure.axes[0].collections[1].get_paths()[0].vertices[:, 1]
@@ -204,13 +204,13 @@ def test_evenly_spread_activations_look_flat(dtype: torch.dtype) -> None:
     assert heights.max() == pytest.approx(1.0, abs=0.15)
 
 
-def test_axis_reaches_a_threshold_beyond_the_shown_quantile() -> None:
+def test_axis_extends_to_a_threshold_beyond_the_shown_quantile() -> None:
     plan = plan_at(0.99)
     (axes,) = histogram_figure(stats_of(plan), plan, ["model.layers.0.o_input"]).axes
     assert axes.get_xlim()[1] > 0.99
 
 
-def test_inputs_that_are_all_zero_can_be_drawn() -> None:
+def test_all_zero_inputs_can_be_drawn() -> None:
     plan = plan_at(0.0)
     stats = stats_of(plan)
     name = "model.layers.0.down_input"
@@ -222,7 +222,7 @@ def test_inputs_that_are_all_zero_can_be_drawn() -> None:
     assert axes.get_xlim() == (0.0, 1.0)
 
 
-def test_figures_show_the_inputs_of_first_middle_and_last_layer() -> None:
+def test_figures_show_inputs_of_first_middle_and_last_layer() -> None:
     plan = plan_at(0.5, layers=5)
     drawn = figures(DENSE, [row("uniform", 0.5, 9.0)], stats_of(plan), plan)
     titles = [axes.get_title(loc="left") for axes in drawn["activations-and-thresholds"].axes]

@@ -1,1 +1,1 @@
-"""Measures speed, always beside dense, in one process, and only of what was found correct."""
+"""Measures speed, beside dense in the same process, and only of results that were checked."""

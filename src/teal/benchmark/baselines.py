@@ -20,7 +20,7 @@ BASELINES = (_TRANSFORMERS, _TRANSFORMERS_COMPILED, _TORCH_COMPILE, LLAMA_CPP)
 
 
 class Baseline(Protocol):
-    """An engine that can be timed; all decode greedily and dense."""
+    """An engine to time; it decodes dense and greedily."""
 
     name: str
 
@@ -34,7 +34,7 @@ class Generate:
 
     Args:
         model: A Hugging Face model.
-        is_compiled: With a static cache and a compiled step, instead of as it comes.
+        is_compiled: Use a static cache and a compiled step instead of the defaults.
     """
 
     def __init__(self, model: Any, *, is_compiled: bool) -> None:
@@ -43,7 +43,7 @@ class Generate:
         self._options: dict[str, Any] = {}
         if is_compiled:
             config = CompileConfig(mode=_compile_mode(model))
-            # By default transformers compiles on accelerators only.
+            # By default, transformers compiles on accelerators only.
             config._compile_all_devices = True
             self._options = {"cache_implementation": "static", "compile_config": config}
 
@@ -64,7 +64,7 @@ class Generate:
 
 
 class CompiledStep:
-    """A loop of our own around a compiled forward pass of transformers, as gpt-fast does it.
+    """A loop of our own around a compiled forward pass of transformers, as in gpt-fast.
 
     Args:
         model: A Hugging Face model.
@@ -111,7 +111,7 @@ class LlamaCpp:
         file: A GGUF file of the model.
 
     Raises:
-        UserError: The package is not installed, or the file cannot be read.
+        UserError: The package or the file is missing.
     """
 
     name = LLAMA_CPP
@@ -152,18 +152,18 @@ class LlamaCpp:
 
 
 def make_baselines(names: Sequence[str], model: Any, gguf: Path | None) -> list[Baseline]:
-    """Make baselines of one model.
+    """Make baselines that run one model.
 
     Args:
         names: Some of `BASELINES`.
-        model: A Hugging Face model, or `None` where no named baseline needs it.
-        gguf: The model for llama.cpp.
+        model: A Hugging Face model; `None` if no named baseline needs it.
+        gguf: The model as a GGUF file, for llama.cpp.
 
     Raises:
-        UserError: A name is unknown, or what the baseline needs is missing.
+        UserError: A name is unknown, or a package or file that the baseline needs is missing.
     """
     check_baselines(names)
-    return [_make_peer(name, model, gguf) for name in names]
+    return [_make_baseline(name, model, gguf) for name in names]
 
 
 def check_baselines(names: Sequence[str]) -> None:
@@ -177,7 +177,7 @@ def check_baselines(names: Sequence[str]) -> None:
             raise unknown_name("baseline", name, BASELINES)
 
 
-def _make_peer(name: str, model: Any, gguf: Path | None) -> Baseline:
+def _make_baseline(name: str, model: Any, gguf: Path | None) -> Baseline:
     if name == LLAMA_CPP:
         return LlamaCpp(gguf)
     if name == _TORCH_COMPILE:
@@ -186,18 +186,18 @@ def _make_peer(name: str, model: Any, gguf: Path | None) -> Baseline:
 
 
 class _Stopwatch:
-    """Notes when tokens come; has the form of a streamer of transformers."""
+    """Records when tokens arrive; has the interface of a streamer of transformers."""
 
     def __init__(self) -> None:
         self._moments: list[float] = []
 
     def put(self, value: object) -> None:
-        """Take the prompt first, then every token."""
+        """Accept the prompt, then each token."""
         del value
         self._moments.append(time.perf_counter())
 
     def end(self) -> None:
-        """Take the end of a text."""
+        """Accept the end of the text."""
 
     @property
     def microseconds_per_token(self) -> float:

@@ -1,4 +1,4 @@
-"""Times the decoding of one stream, dense and sparse, beside the byte limit and other engines."""
+"""Times the decoding of one sequence, dense and sparse, beside the byte limit and other engines."""
 
 import statistics
 import time
@@ -9,7 +9,7 @@ from typing import Any
 
 from teal.benchmark.baselines import Baseline
 from teal.benchmark.bytes_read import WeightsRead
-from teal.benchmark.memory import MemoryTaken
+from teal.benchmark.environment import PeakMemory
 from teal.benchmark.model import BenchmarkModel
 from teal.benchmark.timing import Timing, summary_of
 from teal.engine.engine import Engine
@@ -17,18 +17,18 @@ from teal.foundation.progress import Progress, silent
 
 OURS = "teal"
 
-# Name of the runner and target sparsity.
+# Name and target sparsity.
 _Runner = tuple[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What it takes until a runner decodes, its weights being in memory.
+    """Cost of a runner's first call, with its weights in memory.
 
     Attributes:
-        seconds: By which the first call took longer: kernels compiled or loaded, graphs captured.
-        bytes: Memory that our first call took at most, beyond weights and the cache of keys and
-            values; `None` for a baseline, and where the device does not count it.
+        seconds: Time beyond that of later calls: kernels compiled or loaded, graphs captured.
+        bytes: Peak memory of our first call beyond weights and KV cache; `None` for a baseline, and
+            on a CPU.
     """
 
     seconds: float
@@ -42,17 +42,17 @@ class DecodeResult:
     Attributes:
         model: Name of the model.
         runner: "teal", or the name of a baseline.
-        dtype: Of activations, and of weights that are floats.
-        weights: What the weights are made of; floats for a baseline.
+        dtype: Dtype of activations and of float weights.
+        weights: Formats of the weights; floats for a baseline.
         prompt_tokens: Tokens in the prompt.
         new_tokens: Tokens decoded.
-        sparsity: Target; 0 is dense.
-        effective_sparsity: Measured over decode steps, weighted by weight size.
+        sparsity: Target sparsity; 0 is dense.
+        effective_sparsity: Mean over decode steps, weighted by weight size.
         token: Time per token after the first, over repeats, in microseconds.
         read: Bytes that a token has to read: kept weights, scales, head, keys and values.
         bandwidth: Bytes per second that memory can deliver.
-        speed_up: Time of our dense decoding with the same weights over this one.
-        start: What the first call took beside a later one.
+        speed_up: Time of our dense decoding with the same weights ÷ this time.
+        start: Cost of the first call.
     """
 
     model: str
@@ -76,12 +76,12 @@ class DecodeResult:
 
     @property
     def limit(self) -> float:
-        """Microseconds to read at full bandwidth what a token has to read."""
+        """Microseconds to read `read` bytes at full bandwidth."""
         return self.read / self.bandwidth * 1e6
 
     @property
     def share_of_limit(self) -> float:
-        """Limit over time."""
+        """Limit ÷ time."""
         return self.limit / self.token.median
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,109 +95,104 @@ class DecodeResult:
 
 
 def measure(
-    subject: BenchmarkModel,
+    model: BenchmarkModel,
     sparsities: Sequence[float],
     baselines: Sequence[Baseline],
     bandwidth: float,
     progress: Progress = silent,
 ) -> list[DecodeResult]:
-    """Measure our engine, dense first, and baselines, all in turn within each repetition.
+    """Time our engine, dense and sparse, and baselines; repeats take turns.
 
     Args:
-        subject: The model.
+        model: The model.
         sparsities: Targets in [0, 1).
         baselines: Other engines with a model of the same shapes.
         bandwidth: Bytes per second that memory can deliver.
-        progress: Shows the repetitions going by.
+        progress: Shows progress over the repeats.
 
     Returns:
-        A result per sparsity, then one per baseline.
+        Dense first, then a result per sparsity and one per baseline.
 
     Raises:
         UserError: A decode step is wrong.
     """
-    subject.check()
-    engines = subject.engines(tuple(dict.fromkeys((0.0, *sparsities))))
+    model.check()
+    engines = model.engines(tuple(dict.fromkeys((0.0, *sparsities))))
     calls: dict[_Runner, Callable[[], float]] = {
-        (OURS, sparsity): partial(_decode, subject, engine) for sparsity, engine in engines.items()
+        (OURS, sparsity): partial(_decode, model, engine) for sparsity, engine in engines.items()
     }
     for baseline in baselines:
-        calls[baseline.name, 0.0] = partial(
-            baseline.time, subject.prompt, subject.workload.new_tokens
-        )
-    times, starts = _interleaved(subject, calls, progress)
-    effective = {
-        sparsity: subject.effective_sparsity(engine) for sparsity, engine in engines.items()
-    }
+        calls[baseline.name, 0.0] = partial(baseline.time, model.prompt, model.workload.new_tokens)
+    times, starts = _interleaved(model, calls, progress)
+    effective = {sparsity: model.effective_sparsity(engine) for sparsity, engine in engines.items()}
     dense = times[OURS, 0.0].median
     return [
         _result(
-            subject,
+            model,
             runner,
-            sparsity,
             timing,
-            effective[sparsity],
-            bandwidth,
-            dense,
-            starts[runner, sparsity],
+            starts[runner],
+            effective=effective[runner[1]],
+            bandwidth=bandwidth,
+            dense=dense,
         )
-        for (runner, sparsity), timing in times.items()
+        for runner, timing in times.items()
     ]
 
 
 def _interleaved(
-    subject: BenchmarkModel,
+    model: BenchmarkModel,
     calls: Mapping[_Runner, Callable[[], float]],
     progress: Progress,
 ) -> tuple[dict[_Runner, Timing], dict[_Runner, Start]]:
     # The first round compiles and captures, at the size of all others.
-    rounds = [key for _ in range(subject.workload.repeats + 1) for key in calls]
-    times: dict[_Runner, list[float]] = {key: [] for key in calls}
-    seconds: dict[_Runner, list[float]] = {key: [] for key in calls}
+    rounds = [runner for _ in range(model.workload.repeats + 1) for runner in calls]
+    times: dict[_Runner, list[float]] = {runner: [] for runner in calls}
+    seconds: dict[_Runner, list[float]] = {runner: [] for runner in calls}
     memory: dict[_Runner, int | None] = {}
-    for key in progress(rounds, f"Decoding {subject.name}"):
-        runner, _ = key
-        taken = MemoryTaken(subject.device)
+    for runner in progress(rounds, f"Decoding {model.name}"):
+        peak = PeakMemory(model.device)
         begun = time.perf_counter()
-        times[key].append(calls[key]())
-        seconds[key].append(time.perf_counter() - begun)
-        beyond = taken.beyond(subject.bytes_of_cache()) if runner == OURS else None
-        memory.setdefault(key, beyond)
+        times[runner].append(calls[runner]())
+        seconds[runner].append(time.perf_counter() - begun)
+        name, _ = runner
+        memory.setdefault(runner, peak.beyond(model.bytes_of_cache()) if name == OURS else None)
     starts = {
-        key: Start(seconds=first - statistics.median(later), bytes=memory[key])
-        for key, (first, *later) in seconds.items()
+        runner: Start(seconds=first - statistics.median(later), bytes=memory[runner])
+        for runner, (first, *later) in seconds.items()
     }
-    return {key: summary_of(values[1:]) for key, values in times.items()}, starts
+    return {runner: summary_of(values[1:]) for runner, values in times.items()}, starts
 
 
-def _decode(subject: BenchmarkModel, engine: Engine) -> float:
-    number = subject.workload.new_tokens
-    result = engine.generate(subject.prompt, max_new_tokens=number, stop_tokens=())
+def _decode(model: BenchmarkModel, engine: Engine) -> float:
+    number = model.workload.new_tokens
+    result = engine.generate(model.prompt, max_new_tokens=number, stop_tokens=())
     return 1e6 / result.tokens_per_second
 
 
 def _result(
-    subject: BenchmarkModel,
-    runner: str,
-    sparsity: float,
+    model: BenchmarkModel,
+    runner: _Runner,
     timing: Timing,
+    start: Start,
+    *,
     effective: Mapping[str, float],
     bandwidth: float,
     dense: float,
-    start: Start,
 ) -> DecodeResult:
-    is_ours = runner == OURS
+    name, sparsity = runner
+    is_ours = name == OURS
     return DecodeResult(
-        model=subject.name,
-        runner=runner,
-        dtype=subject.dtype,
-        weights=subject.weights if is_ours else WeightsRead(),
-        prompt_tokens=subject.workload.prompt_tokens,
-        new_tokens=subject.workload.new_tokens,
+        model=model.name,
+        runner=name,
+        dtype=model.dtype,
+        weights=model.weights if is_ours else WeightsRead(),
+        prompt_tokens=model.workload.prompt_tokens,
+        new_tokens=model.workload.new_tokens,
         sparsity=sparsity,
-        effective_sparsity=subject.mean_sparsity(effective),
+        effective_sparsity=model.mean_sparsity(effective),
         token=timing,
-        read=subject.bytes_read(effective) if is_ours else subject.bytes_of_floats(),
+        read=model.bytes_read(effective) if is_ours else model.bytes_of_floats(),
         bandwidth=bandwidth,
         speed_up=dense / timing.median,
         start=start,

@@ -1,4 +1,4 @@
-"""What a measurement was made with: device, driver, versions, commit."""
+"""What a measurement ran on: device, driver, versions, commit; and how much memory it took."""
 
 import platform
 import subprocess
@@ -12,15 +12,15 @@ _PACKAGES = ("teal", "torch", "transformers", "triton", "numba")
 
 
 def describe_machine(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Return the provenance that every record of a measurement carries, as JSON.
+    """Return the provenance that every record carries, in a JSON form.
 
     Args:
-        device: What was measured.
-        commit: Commit of the code; by default asked of git.
+        device: Device that was measured.
+        commit: Commit of the code; by default git is asked.
     """
     cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "device": device_name(device),
         "driver": _driver() if cuda else None,
         "cuda": torch.version.cuda,
         "threads": None if cuda else torch.get_num_threads(),
@@ -28,6 +28,32 @@ def describe_machine(device: torch.device, commit: str | None = None) -> dict[st
         "versions": {name: _version(name) for name in _PACKAGES},
         "commit": commit or _output("git", "rev-parse", "HEAD"),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+
+
+class PeakMemory:
+    """Tracks the most memory that is allocated on a GPU from now on.
+
+    Args:
+        device: Device to track.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+
+    def beyond(self, expected: int) -> int | None:
+        """Return the peak in bytes less `expected` bytes; `None` on a CPU."""
+        if self._device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self._device) - self._before - expected
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""A model to be timed: engines with thresholds set on the spot, and the bytes they have to read."""
+"""A model to be timed: engines with thresholds set on the spot, and the bytes they read."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,13 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teal.benchmark.bytes_read import WeightsRead, bytes_kept
+from teal.benchmark.bytes_read import (
+    WeightsRead,
+    bytes_of_cache_read,
+    bytes_of_float_weights,
+    bytes_of_weights_kept,
+)
 from teal.engine.decoder import Decoder
 from teal.engine.engine import Engine
 from teal.engine.kv_cache import KeyValueCache
 from teal.engine.layers import Observer
 from teal.engine.weights.loader import OpenedModel
-from teal.engine.weights.matrix import bytes_of
 from teal.foundation.errors import UserError
 from teal.foundation.provenance import TextProvenance
 from teal.foundation.version import __version__
@@ -23,8 +27,8 @@ from teal.plan import PlannedProjection, SparsityPlan
 
 _CALIBRATION_TOKENS = 128
 _OBSERVED_STEPS = 16
-# A step and a prefill of one more token sum in different orders, through all layers; logits of a
-# wrong product are off by more than they vary.
+# Relative to the standard deviation of the logits. A step and a prefill add in different orders in
+# every layer; a wrong product moves the logits by more than they vary.
 _LARGEST_ERROR = 0.2
 
 
@@ -35,10 +39,10 @@ class Workload:
     Attributes:
         prompt_tokens: Random tokens in the prompt.
         new_tokens: Tokens to decode.
-        repeats: Interleaved repetitions.
+        repeats: Interleaved repeats.
 
     Raises:
-        UserError: That gives no time to measure.
+        UserError: A number is too small to measure anything.
     """
 
     prompt_tokens: int
@@ -54,16 +58,17 @@ class Workload:
 
 
 class BenchmarkModel:
-    """A model, whose weights all of its engines share.
+    """A model and its engines, which share its weights.
 
     Args:
-        name: For tables.
+        name: Name in tables.
         opened: The model.
         workload: What is decoded.
+        tuning: Folder of tuning tables, or "" for those of the package.
 
     Attributes:
-        name: As given.
-        workload: As given.
+        name: Name in tables.
+        workload: What is decoded.
         prompt: Random token ids.
         capacity: Tokens that a cache has to hold.
 
@@ -71,9 +76,12 @@ class BenchmarkModel:
         UserError: The workload exceeds the model's context.
     """
 
-    def __init__(self, name: str, opened: OpenedModel, workload: Workload) -> None:
+    def __init__(
+        self, name: str, opened: OpenedModel, workload: Workload, *, tuning: str = ""
+    ) -> None:
         self.name = name
         self.workload = workload
+        self._tuning = tuning
         self._opened = opened
         self._weights = opened.weights
         self._architecture = opened.architecture
@@ -100,16 +108,16 @@ class BenchmarkModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device that holds the weights."""
         return self._weights.device
 
     @property
     def weights(self) -> WeightsRead:
-        """What the projections and the head are made of."""
+        """Formats of the projections and the head."""
         return WeightsRead.of(self._weights)
 
     def check(self) -> None:
-        """Compare a step with a prefill of the same tokens.
+        """Compare the logits of a step with those of a prefill of the same tokens.
 
         Raises:
             UserError: They differ by more than rounding explains.
@@ -131,7 +139,7 @@ class BenchmarkModel:
     def engines(self, sparsities: Sequence[float]) -> dict[float, Engine]:
         """Make an engine per sparsity; 0 is dense.
 
-        The thresholds are the quantiles of what a dense pass over random tokens has at each input.
+        Thresholds are quantiles of the inputs of a dense pass over random tokens.
 
         Args:
             sparsities: Targets in [0, 1).
@@ -142,13 +150,17 @@ class BenchmarkModel:
                 self._opened,
                 self._plan(sparsity, thresholds[sparsity]) if sparsity else None,
                 capacity=self.capacity,
+                tuning=self._tuning or None,
             )
             for sparsity in sparsities
         }
 
     def effective_sparsity(self, engine: Engine) -> dict[str, float]:
-        """Measure what fraction of its input each projection drops in decode steps."""
-        decoder, cache = engine.decoder(), self._cache()
+        """Measure the fraction of its input that each projection drops in decode steps."""
+        decoder = engine.decoder()
+        if not decoder.rules:
+            return {}
+        cache = self._cache()
         dropped: dict[str, list[Tensor]] = {}
 
         def observe(name: str, x: Tensor) -> None:
@@ -165,31 +177,24 @@ class BenchmarkModel:
         return {name: float(torch.stack(values).mean()) for name, values in dropped.items()}
 
     def bytes_read(self, sparsities: Mapping[str, float]) -> int:
-        """Return what a token half way through the decoding has to read.
+        """Return the bytes that a token reads half-way through decoding.
 
         Args:
-            sparsities: Effective sparsity by projection; what is not named is dense.
+            sparsities: Effective sparsity by projection; projections that are not named are dense.
 
         Returns:
-            Bytes of kept weights, of codes with all their scales and zeros, of head, keys and
-            values.
+            Bytes of kept weights, all scales and zeros, the head, keys and values.
         """
-        kept = sum(
-            bytes_kept(matrix, entry.output_sizes, sparsities)
-            for index, layer in enumerate(self._weights.layers)
-            for matrix, entry in zip(layer.matrices, self._architecture.inputs(index), strict=True)
-        )
-        return round(kept + bytes_of(self._weights.head) + self._bytes_cached())
+        kept = bytes_of_weights_kept(self._architecture, self._weights, sparsities)
+        return round(kept + self._bytes_cached())
 
     def bytes_of_floats(self) -> int:
-        """Return what a token has to read where no weight is of few bits and none is skipped."""
-        a = self._architecture
-        weights = sum(map(a.identity.weight_size, a.identity.shapes))
-        floats = weights + a.vocab_size * a.hidden_size
-        return floats * self._weights.dtype.itemsize + self._bytes_cached()
+        """Return the bytes that a token reads if no weight is quantized and none is skipped."""
+        floats = bytes_of_float_weights(self._architecture, self._weights.dtype)
+        return floats + self._bytes_cached()
 
     def bytes_of_cache(self) -> int:
-        """Return what the keys and values of a stream take."""
+        """Return the bytes of a sequence's keys and values."""
         a = self._architecture
         return 2 * a.num_layers * a.kv_size * self.capacity * self._weights.dtype.itemsize
 
@@ -199,10 +204,8 @@ class BenchmarkModel:
         return self._architecture.identity.mean_sparsity(dense | dict(sparsities))
 
     def _bytes_cached(self) -> int:
-        a, workload = self._architecture, self.workload
-        length = workload.prompt_tokens + workload.new_tokens // 2
-        tokens = sum(min(length, window or length) for window in a.windows)
-        return 2 * a.kv_size * tokens * self._weights.dtype.itemsize
+        length = self.workload.prompt_tokens + self.workload.new_tokens // 2
+        return bytes_of_cache_read(self._architecture, length, self._weights.dtype)
 
     def _thresholds(self, sparsities: Sequence[float]) -> dict[float, dict[str, float]]:
         found: dict[float, dict[str, float]] = {sparsity: {} for sparsity in sparsities}

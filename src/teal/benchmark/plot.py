@@ -1,4 +1,4 @@
-"""Draws time and speed against sparsity, with the limit line of memory."""
+"""Plots time and speed against sparsity, with the limit that memory bandwidth sets."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +15,11 @@ _WIDTH, _HEIGHT = 4.2, 3.4
 
 
 def save_plot(results: Sequence[GemvResult], path: Path) -> None:
-    """Draw one panel per product: dense, sparse and the limit.
+    """Plot one panel per product: dense, sparse and the limit.
 
     Args:
-        results: Of one or more products.
-        path: Image file; its suffix is the format.
+        results: Results of one or more products.
+        path: Image file; its suffix gives the format.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -37,11 +37,11 @@ def save_plot(results: Sequence[GemvResult], path: Path) -> None:
 
 
 def save_decode_plot(results: Sequence[DecodeResult], path: Path) -> None:
-    """Draw one panel per model: our tokens/s and the limit per format, and a line per baseline.
+    """Plot one panel per model: our tokens/s and the limit per format, and a line per baseline.
 
     Args:
-        results: Of one or more models.
-        path: Image file; its suffix is the format.
+        results: Results of one or more models.
+        path: Image file; its suffix gives the format.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -50,13 +50,13 @@ def save_decode_plot(results: Sequence[DecodeResult], path: Path) -> None:
     panels = _Panels(len(models))
     for axes, model in zip(panels.axes, models, strict=True):
         here = [row for row in results if row.model == model]
-        mine = [row for row in here if row.runner == OURS]
-        kinds = list(dict.fromkeys(row.weights for row in mine))
-        for index, kind in enumerate(kinds):
-            rows = [row for row in mine if row.weights == kind]
+        ours = [row for row in here if row.runner == OURS]
+        formats = list(dict.fromkeys(row.weights for row in ours))
+        for index, weights in enumerate(formats):
+            rows = [row for row in ours if row.weights == weights]
             _draw_lines(axes, rows, f"C{index}", has_label=index == 0)
         for index, baseline in enumerate(row for row in here if row.runner != OURS):
-            color = f"C{index + len(kinds)}"
+            color = f"C{index + len(formats)}"
             axes.axhline(
                 baseline.tokens_per_second, linestyle="--", color=color, label=baseline.runner
             )
@@ -65,7 +65,7 @@ def save_decode_plot(results: Sequence[DecodeResult], path: Path) -> None:
 
 
 def _draw_lines(axes: "Axes", rows: Sequence[DecodeResult], color: str, *, has_label: bool) -> None:
-    """Draw one kind of weights: our tokens/s, and the limit in the same colour."""
+    """Plot one weight format: our tokens/s, and the limit in the same colour."""
     rows = sorted(rows, key=lambda row: row.effective_sparsity)
     sparsity = [100 * row.effective_sparsity for row in rows]
     speeds, limits = [row.tokens_per_second for row in rows], [1e6 / row.limit for row in rows]
@@ -74,7 +74,7 @@ def _draw_lines(axes: "Axes", rows: Sequence[DecodeResult], color: str, *, has_l
 
 
 class _Panels:
-    """Axes beside each other, of which the first shows the legend of all.
+    """Axes side by side; the first shows the common legend.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -82,7 +82,7 @@ class _Panels:
 
     def __init__(self, number: int) -> None:
         try:
-            # Not pyplot, which would change the process's display.
+            # Not pyplot, which would keep global state.
             from matplotlib.figure import Figure  # noqa: PLC0415
         except ImportError:
             raise MissingExtraError("A plot", "matplotlib", "report") from None

@@ -1,4 +1,4 @@
-"""Where the time of one decode step goes, kernel by kernel."""
+"""Breaks the time of one decode step down by kernel."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ _STEPS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class KernelTime:
-    """What one kernel takes of a decode step.
+    """Share of one kernel in a decode step.
 
     Attributes:
         name: Kernel on a GPU, operation on a CPU.
-        calls: How often a step calls it.
+        calls: Calls per step.
         microseconds: Time of all calls of a step.
     """
 
@@ -31,15 +31,15 @@ class KernelTime:
 
 @torch.inference_mode()
 def profile_step(decoder: Decoder, prompt: Sequence[int], capacity: int) -> list[KernelTime]:
-    """Run a few decode steps under the profiler, without a CUDA graph and one launch at a time.
+    """Profile a few decode steps, without a CUDA graph and without overlapping launches.
 
     Args:
-        decoder: Dense or sparse.
-        prompt: Token ids that the steps follow on.
+        decoder: A dense or sparse decoder.
+        prompt: Token ids of the prompt.
         capacity: Tokens that the cache holds.
 
     Returns:
-        Kernels, the slowest first.
+        Kernels, slowest first.
     """
     device = decoder.weights.device
     is_cuda = device.type == "cuda"

@@ -1,4 +1,4 @@
-"""TEAL's own kernels, from a user's checkout of FasterDecoding/TEAL."""
+"""TEAL's own kernels, from a checkout of FasterDecoding/TEAL."""
 
 import importlib.util
 import sys
@@ -17,14 +17,14 @@ _FILE = "kernels/sparse_gemv.py"
 _WRAPPER = "compile_wrapper"
 
 
-class Baseline:
-    """TEAL's kernels for one row in float16, autotuned by themselves.
+class TealKernels:
+    """TEAL's kernels for one row in float16, with their own autotuning.
 
     Args:
         checkout: Folder of FasterDecoding/TEAL.
 
     Raises:
-        UserError: It is not that.
+        UserError: The folder is something else.
     """
 
     def __init__(self, checkout: Path) -> None:
@@ -36,7 +36,7 @@ class Baseline:
         self._kernels = _load(path)
 
     def time(self, product: Product, threshold: float, sparsity: float) -> Timing | None:
-        """Measure the same product, without an activation; `None` where there is no kernel."""
+        """Time the same product, without the activation; `None` if there is no kernel for it."""
         if len(product.x) != 1 or product.x.dtype != torch.float16:
             return None
         number = len(product.weights)
@@ -64,7 +64,7 @@ def _load(path: Path) -> Any:
     before = list(sys.path)
     sys.modules[_WRAPPER] = stub
     try:
-        spec = importlib.util.spec_from_file_location("teal_peer_kernels", path)
+        spec = importlib.util.spec_from_file_location("teal_release_kernels", path)
         if spec is None or spec.loader is None:
             raise UserError(f"Cannot import {str(path)!r}. Give a checkout of FasterDecoding/TEAL.")
         module = importlib.util.module_from_spec(spec)

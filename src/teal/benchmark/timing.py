@@ -1,4 +1,4 @@
-"""How long a call takes: on the GPU inside a CUDA graph, on the CPU by the clock."""
+"""Times calls, in a CUDA graph on a GPU and by the clock on a CPU, and memory bandwidth."""
 
 import statistics
 import time
@@ -6,14 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 Call = Callable[[int], object]
 
-# A CPU runs other programs too, so that it takes more of them.
+# A CPU also runs other programs, so its times vary more.
 _REPEATS = {"cuda": 15, "cpu": 25}
 _REPLAY_SECONDS = 2e-3
 _MOST_CALLS = 200
 _WARM_UP = 3
+# Read to measure bandwidth: more than any cache holds.
+_BANDWIDTH_BYTES = {"cuda": 1 << 31, "cpu": 1 << 28}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +24,9 @@ class Timing:
     """Time of one call over repeats, in microseconds.
 
     Attributes:
-        median: Half of the repeats were faster.
-        low: One in ten was faster.
-        high: One in ten was slower.
+        median: Median of the repeats.
+        low: 10 % quantile.
+        high: 90 % quantile.
     """
 
     median: float
@@ -32,15 +35,15 @@ class Timing:
 
 
 def time_call(call: Call, device: torch.device, *, least_calls: int) -> Timing:
-    """Measure `call(i)` for i = 0, 1, 2, …, one after the other.
+    """Time `call(i)` for i = 0, 1, 2, …, one after the other.
 
     Args:
-        call: Enqueues the work on inputs number i, modulo as many as there are.
-        device: Where it runs.
-        least_calls: A repeat makes at least this many calls, so that it uses all inputs.
+        call: Enqueues the work on input number i, modulo the number of inputs.
+        device: Device that it runs on.
+        least_calls: Calls per repeat at least, so that every input is used.
 
     Returns:
-        Time per call over repeats of many calls each.
+        Time per call; each repeat is the mean of many calls.
     """
     for i in range(_WARM_UP):
         call(i)
@@ -59,15 +62,15 @@ def time_call(call: Call, device: torch.device, *, least_calls: int) -> Timing:
 
 
 def time_graph(work: Callable[[], object], replays: int, repeats: int) -> float:
-    """Capture `work` in a CUDA graph and measure its replays.
+    """Capture `work` in a CUDA graph and time its replays.
 
     Args:
-        work: Enqueues the work, which has run before.
-        replays: One after the other, of a repeat.
-        repeats: The fastest of which counts.
+        work: Enqueues the work; it has run before.
+        replays: Replays per repeat.
+        repeats: Repeats, of which the fastest counts.
 
     Returns:
-        Microseconds.
+        Microseconds per replay.
     """
     graph = _captured(work)
 
@@ -82,11 +85,29 @@ def time_graph(work: Callable[[], object], replays: int, repeats: int) -> float:
     return min(times)
 
 
+def read_bandwidth(device: torch.device) -> float:
+    """Measure how fast a plain sum over a large array reads memory: the limit of one-row products.
+
+    Args:
+        device: Device whose memory is read.
+
+    Returns:
+        Bytes per second.
+    """
+    halves = torch.ones(2, _BANDWIDTH_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+
+    def read(i: int) -> Tensor:
+        return halves[i % 2].sum()
+
+    timing = time_call(read, device, least_calls=2)
+    return halves[0].nbytes / (timing.median * 1e-6)
+
+
 def summary_of(times: list[float]) -> Timing:
     """Summarise repeats of one call.
 
     Args:
-        times: Microseconds of every repeat.
+        times: Microseconds, one entry per repeat.
     """
     if len(times) == 1:
         return Timing(median=times[0], low=times[0], high=times[0])

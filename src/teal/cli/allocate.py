@@ -1,4 +1,4 @@
-"""`teal allocate`: from statistics to a plan."""
+"""`teal allocate`: makes a plan from statistics."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,9 +52,6 @@ teal allocate stats --sparsity 0.5 --out plan
 
 teal allocate stats --sparsity 0.5 --strategy greedy --model models/py-16m --text code.txt
 --out plan
-
-teal allocate stats --max-perplexity-increase 0.02 --model models/py-16m --text other.txt
---out plan
 """
 
 
@@ -69,8 +66,8 @@ def command(
         float | None,
         typer.Option(
             "--max-perplexity-increase",
-            help="Instead of --sparsity: find the highest that raises perplexity on --text by at "
-            "most this fraction.",
+            help="Instead of --sparsity: find the highest sparsity that raises perplexity on "
+            "--text by at most this fraction.",
         ),
     ] = None,
     strategy: Annotated[
@@ -81,19 +78,22 @@ def command(
         str | None,
         typer.Option(
             "--target-modules",
-            help="Projections to plan, by comma: endings such as down_proj, or regular "
-            "expressions. By default all.",
+            help="Projections to plan, separated by commas: suffixes such as down_proj, or regular "
+            "expressions. All by default.",
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="Model folder or hub name, where it has to run.")
+        str | None,
+        typer.Option("--model", help="Model folder or hub name, if the model has to run."),
     ] = None,
     text: OptionalTextOption = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of --text at most.")] = 20480,
+    tokens: Annotated[
+        int, typer.Option("--tokens", help="Use at most this many tokens of --text.")
+    ] = 20480,
     sequence_length: SequenceLengthOption = None,
     greedy_step: Annotated[
         float,
-        typer.Option("--greedy-step", help="Sparsity a block norm_weights in a greedy round."),
+        typer.Option("--greedy-step", help="Sparsity that a block gains per greedy round."),
     ] = DEFAULTS.step,
     greedy_until: Annotated[
         float, typer.Option("--greedy-until", help="Sparsity at which the greedy path ends.")
@@ -102,7 +102,7 @@ def command(
         float | None,
         typer.Option(
             "--greedy-propagate",
-            help="Feed each block with what the ones before give at this sparsity.",
+            help="Feed each block with the outputs of the blocks before it at this sparsity.",
         ),
     ] = DEFAULTS.propagate,
     quantize: QuantizeOption = None,
@@ -113,12 +113,12 @@ def command(
 ) -> None:
     """Spread a sparsity budget over the projections and write a plan.
 
-    The greedy strategy runs the model once and keeps its path in STATS, so that one run serves
-    every sparsity. Statistics of quantized weights need --model with the same --quantize.
+    The greedy strategy runs the model and stores its path in STATS, so one run serves every
+    sparsity. For statistics of quantized weights, --model needs the same --quantize.
     """
     if (sparsity is None) == (max_perplexity_increase is None):
         raise UserError("Give exactly one of --sparsity and --max-perplexity-increase.")
-    check_destination(out, force=force)
+    check_destination(out, "plan", force=force, inputs=(stats, model, text))
     strategy_named(strategy)
     method_named(method)
     loaded_stats = CalibrationStats.load(stats)
@@ -135,7 +135,7 @@ def command(
         dtype=dtype,
     )
     if strategy == "greedy" and run is not None:
-        # Here rather than inside allocate, for the sake of the progress bar.
+        # Here rather than inside allocate, to show a progress bar.
         loaded_stats.paths["greedy"] = greedy_path(
             run.model,
             loaded_stats,

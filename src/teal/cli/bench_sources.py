@@ -1,4 +1,4 @@
-"""The models that `teal bench decode` measures: folders and random weights, in several formats."""
+"""The models that `teal bench decode` measures: from folders or with random weights."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from teal.benchmark.baselines import LLAMA_CPP
 from teal.benchmark.model import BenchmarkModel, Workload
 from teal.benchmark.model_configs import config_of
+from teal.cli.bench_options import bench_dtype
 from teal.cli.console import progress_bar
 from teal.engine.weights.loader import OpenedModel, open_model
 from teal.engine.weights.quantized import quantized_head
@@ -16,26 +17,27 @@ from teal.engine.weights.random import random_weights
 from teal.foundation.errors import UserError
 from teal.models.architectures import architecture_of
 from teal.models.loading import load_model
-from teal.models.placement import resolve_device, resolve_dtype
+from teal.models.placement import resolve_device
 from teal.quantization import Scheme
 
-# Into what projections are rounded, and whether the head is too.
+# How projections are quantized, if at all, and whether the head is.
 Format = tuple[Scheme | None, bool]
 
 
 class Sources:
-    """The models of a call, opened one after the other.
+    """The models to measure, opened one after the other.
 
     Args:
-        models: Folders, or names on the hub.
-        configs: Sizes of models with random weights, as `config_of` reads them.
-        formats: How to open each of them.
+        models: Folders, or names on the Hugging Face hub.
+        configs: Sizes of models with random weights, in the notation of `config_of`.
+        formats: Weight formats to open each model in.
         device: "auto", "cpu" or "cuda".
-        dtype: Of activations, and of weights that are floats.
-        most_layers: Of a configuration; `None` for all that it has.
+        dtype: Dtype of activations and of float weights.
+        most_layers: Keep at most this many layers of each configuration; `None` keeps all.
+        tuning: Folder of tuning tables, or "" for those of the package.
 
     Raises:
-        UserError: There is no model, or no such configuration, dtype or device.
+        UserError: There is no model, or the configuration, dtype or device is unknown.
     """
 
     def __init__(
@@ -47,12 +49,11 @@ class Sources:
         device: str,
         dtype: str,
         most_layers: int | None = None,
+        tuning: str = "",
     ) -> None:
         if not models and not configs:
             raise UserError("There is no model to measure. Give a MODEL or a --config.")
-        if dtype == "auto":
-            raise UserError("Give a --dtype to compare in: bfloat16, float16 or float32.")
-        resolve_dtype(dtype)
+        self._number = bench_dtype(dtype)
         self._models = models
         self._configs = {name: config_of(name) for name in configs}
         for config in self._configs.values():
@@ -61,23 +62,28 @@ class Sources:
         self._formats = formats
         self._device = device
         self._dtype = dtype
+        self._tuning = tuning
 
-    def subjects(self, workload: Workload) -> Iterator[BenchmarkModel]:
-        """Open the models in every format."""
+    def benchmark_models(self, workload: Workload) -> Iterator[BenchmarkModel]:
+        """Open every model in every format."""
         for name in (*self._models, *self._configs):
             for scheme, quantize_head in self._formats:
-                yield BenchmarkModel(name, self._opened(name, scheme, quantize_head), workload)
+                # No variable here, which would keep the weights while the next model loads.
+                yield BenchmarkModel(
+                    name,
+                    self._opened(name, scheme, quantize_head),
+                    workload,
+                    tuning=self._tuning,
+                )
 
     def baseline_model(self, name: str, baselines: Sequence[str]) -> Any:
-        """Return the Hugging Face model that baselines run, or `None` where none needs it."""
+        """Return the Hugging Face model for the baselines, or `None` if none of them needs it."""
         if not set(baselines) - {LLAMA_CPP}:
             return None
         if name not in self._configs:
             return load_model(name, device=self._device, dtype=self._dtype)
         with torch.device(resolve_device(self._device)):
-            return AutoModelForCausalLM.from_config(
-                self._configs[name], dtype=resolve_dtype(self._dtype)
-            ).eval()
+            return AutoModelForCausalLM.from_config(self._configs[name], dtype=self._number).eval()
 
     def _opened(self, name: str, scheme: Scheme | None, quantize_head: bool) -> OpenedModel:
         if name not in self._configs:
@@ -91,7 +97,7 @@ class Sources:
         architecture = architecture_of(self._configs[name])
         weights = random_weights(
             architecture,
-            getattr(torch, self._dtype),
+            self._number,
             resolve_device(self._device),
             scheme=scheme,
             progress=progress_bar,

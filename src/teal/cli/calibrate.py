@@ -1,4 +1,4 @@
-"""`teal calibrate`: measure a model's activations on a text."""
+"""`teal calibrate`: measures a model's activations on a text."""
 
 from pathlib import Path
 from typing import Annotated
@@ -27,8 +27,6 @@ teal calibrate models/py-16m --text code.txt --out stats
 
 teal calibrate meta-llama/Llama-3.1-8B --text hf:HuggingFaceFW/fineweb-edu:sample-10BT:train
 --out stats --device cuda
-
-teal calibrate models/py-16m --text code.txt --quantize int8 --out stats-int8
 """
 
 
@@ -48,8 +46,8 @@ def command(
 ) -> None:
     """Measure the activations of every projection on a text.
 
-    The model runs block by block: only one block at a time is on the device. What is measured with
-    --quantize, and every plan made of it, is for weights of that format.
+    The model runs block by block: only one block at a time is on the device. Statistics measured
+    with --quantize, and plans made from them, are for weights of that format.
     """
     from teal.calibration import calibrate
     from teal.compression import quantize_model
@@ -60,7 +58,7 @@ def command(
 
     quiet_libraries()
     scheme = scheme_of(quantize, group_size)
-    check_destination(out, force=force)
+    check_destination(out, "stats", force=force, inputs=(model, text))
     target = resolve_device(device)
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype=dtype, device="cpu")

@@ -1,4 +1,4 @@
-"""What the verbs share for talking to a person: tables, bars and quiet libraries."""
+"""What the verbs share for output: tables, JSON, progress bars, and quiet libraries."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 _REPORT_AFTER = 2.0
-# Columns of a table that goes to a file or another program.
+# Width of a table, in characters, where stdout is not a terminal.
 _FILE_WIDTH = 120
 
 
@@ -28,7 +28,7 @@ def print_json(content: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, its first column to the left and the others to the right."""
+    """Print a table with the first column left-aligned and the others right-aligned."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold")
@@ -38,12 +38,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def say(message: str) -> None:
-    """Print one line for a person."""
+    """Print a line as it is, without markup or wrapping."""
     Console(highlight=False, soft_wrap=True, emoji=False).print(message, markup=False)
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars and advice of Hugging Face libraries off the terminal."""
+    """Silence the progress bars and warnings of Hugging Face libraries."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers

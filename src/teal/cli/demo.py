@@ -1,4 +1,4 @@
-"""`teal demo`: the whole pipeline on a small model, with a report."""
+"""`teal demo`: runs the whole pipeline on a small model and writes a report."""
 
 import json
 import time
@@ -20,8 +20,9 @@ from teal.data import Text, check_no_overlap, token_windows
 from teal.engine.engine import Engine
 from teal.engine.request import Generation
 from teal.evaluation import Evaluation, compare
-from teal.foundation.artifact import check_destination, write_text
+from teal.foundation.artifact import check_destination, replace_folder, write_text
 from teal.foundation.formatting import percent, with_error
+from teal.foundation.ownership import write_record
 from teal.foundation.version import __version__
 from teal.models.loading import context_length, load_model, load_tokenizer
 from teal.plan import SparsityPlan
@@ -36,16 +37,18 @@ teal demo
 teal demo models/py-16m --out demo-out --force
 """
 
+# Kind of the folder that the demo writes.
+REPORT = "report"
 SPARSITIES = (0.25, 0.4, 0.5, 0.65)
 SHOWN_SPARSITY = 0.5
 SPARSE_FROM = 0.5
 PROMPT = "import os\n\ndef read_json(path):"
 NEW_TOKENS = 60
-# In turn; the fastest of each is shown.
+# Runs take turns; the fastest of each is shown.
 ROUNDS = 4
 
-# Coarser than the defaults of `teal calibrate` and `teal allocate`, to be done in three minutes
-# on two cores.
+# Coarser than the defaults of `teal calibrate` and `teal allocate`, to finish in three minutes on
+# two cores.
 CALIBRATION_TOKENS = 20480
 EVALUATION_TOKENS = 20480
 GREEDY_TOKENS = 1024
@@ -53,8 +56,8 @@ GREEDY = GreedySettings(step=0.0125, until=0.65)
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """The model under test and how its text is cut."""
+class _DemoModel:
+    """The model, and how its text becomes windows."""
 
     model: Any
     tokenizer: Any
@@ -75,54 +78,56 @@ def command(
 ) -> None:
     """Run the whole pipeline on a small model and write a report.
 
-    Calibrates on the source of Python's standard library, plans uniformly and greedily, evaluates
-    on packages that models/py-16m has never seen, and continues a prompt dense, sparse and with
-    weights of int8.
+    Calibrates on the source of Python's standard library, makes uniform and greedy plans, evaluates
+    on packages that models/py-16m was not trained on, and continues a prompt dense, sparse and with
+    int8 weights.
     """
     started = time.perf_counter()
     quiet_libraries()
-    check_destination(out, force=force)
+    check_destination(out, REPORT, force=force, inputs=(model,))
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, dtype=dtype, device=device)
     length = resolve_sequence_length(None, context_length(loaded.config))
-    subject = _Subject(loaded, tokenizer, length)
+    demo_model = _DemoModel(loaded, tokenizer, length)
     calibration, held_out = calibration_text(), held_out_text()
-    stats = _calibrate(subject, calibration)
-    plans = _allocate(subject, stats, calibration)
-    result = _evaluate(subject, plans, held_out)
-    samples = _continue(subject, plans)
+    stats = _calibrate(demo_model, calibration)
+    plans = _allocate(demo_model, stats, calibration)
+    result = _evaluate(demo_model, plans, held_out)
+    samples = _continue(demo_model, plans)
     dense, rows = _rows(result, plans)
     _print(dense, rows, samples, result)
     summary = _summary(stats, result, held_out)
-    page = write_report(
-        out,
-        title=f"Activation sparsity on {Path(model).name}",
-        summary=summary,
-        dense=dense,
-        rows=rows,
-        figures=figures(dense, rows, stats, _shown(plans, "greedy")),
-        samples=samples,
-    )
     results = _results(result, plans, summary) | {"samples": [asdict(row) for row in samples]}
-    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
-    say(f"Report: {page}  ({time.perf_counter() - started:.0f} s)")
+    with replace_folder(out, REPORT, force=force) as folder:
+        page = write_report(
+            folder,
+            title=f"Activation sparsity on {Path(model).name}",
+            summary=summary,
+            dense=dense,
+            rows=rows,
+            figures=figures(dense, rows, stats, _shown(plans, "greedy")),
+            samples=samples,
+        )
+        write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        write_record(folder, REPORT, {"schema_version": 1, "library_version": __version__})
+    say(f"Report: {out / page.name}  ({time.perf_counter() - started:.0f} s)")
 
 
-def _calibrate(subject: _Subject, text: Text) -> CalibrationStats:
+def _calibrate(demo: _DemoModel, text: Text) -> CalibrationStats:
     windows = token_windows(
         text,
-        subject.tokenizer,
-        sequence_length=subject.sequence_length,
+        demo.tokenizer,
+        sequence_length=demo.sequence_length,
         num_tokens=CALIBRATION_TOKENS,
     )
-    return calibrate(subject.model, windows, progress=progress_bar)
+    return calibrate(demo.model, windows, progress=progress_bar)
 
 
-def _allocate(subject: _Subject, stats: CalibrationStats, text: Text) -> list[SparsityPlan]:
+def _allocate(demo: _DemoModel, stats: CalibrationStats, text: Text) -> list[SparsityPlan]:
     windows = token_windows(
         text,
-        subject.tokenizer,
-        sequence_length=min(subject.sequence_length, GREEDY_TOKENS),
+        demo.tokenizer,
+        sequence_length=min(demo.sequence_length, GREEDY_TOKENS),
         num_tokens=GREEDY_TOKENS,
         offset=CALIBRATION_TOKENS,
     )
@@ -131,7 +136,7 @@ def _allocate(subject: _Subject, stats: CalibrationStats, text: Text) -> list[Sp
         f"(teal allocate: {GreedySettings().step:g} by default)."
     )
     stats.paths["greedy"] = greedy_path(
-        subject.model, stats, windows, settings=GREEDY, progress=progress_bar
+        demo.model, stats, windows, settings=GREEDY, progress=progress_bar
     )
     return [
         allocate(stats, sparsity=sparsity, strategy=strategy)
@@ -140,23 +145,21 @@ def _allocate(subject: _Subject, stats: CalibrationStats, text: Text) -> list[Sp
     ]
 
 
-def _evaluate(subject: _Subject, plans: Sequence[SparsityPlan], text: Text) -> Evaluation:
+def _evaluate(demo: _DemoModel, plans: Sequence[SparsityPlan], text: Text) -> Evaluation:
     windows = token_windows(
         text,
-        subject.tokenizer,
-        sequence_length=subject.sequence_length,
+        demo.tokenizer,
+        sequence_length=demo.sequence_length,
         max_tokens=EVALUATION_TOKENS,
     )
     check_no_overlap(windows, plans[0].calibration)
-    return compare(subject.model, windows, plans, sparse_from=SPARSE_FROM, progress=progress_bar)
+    return compare(demo.model, windows, plans, sparse_from=SPARSE_FROM, progress=progress_bar)
 
 
-def _continue(subject: _Subject, plans: Sequence[SparsityPlan]) -> list[Sample]:
-    prompt = encode_prompt(PROMPT, subject.tokenizer)
-    engine = Engine(subject.model, _shown(plans, "greedy"), tokenizer=subject.tokenizer)
-    rounded = Engine(
-        subject.model, tokenizer=subject.tokenizer, quantize="int8", quantize_head=True
-    )
+def _continue(demo: _DemoModel, plans: Sequence[SparsityPlan]) -> list[Sample]:
+    prompt = encode_prompt(PROMPT, demo.tokenizer)
+    engine = Engine(demo.model, _shown(plans, "greedy"), tokenizer=demo.tokenizer)
+    rounded = Engine(demo.model, tokenizer=demo.tokenizer, quantize="int8", quantize_head=True)
 
     runs: dict[str, tuple[Engine, float | None]] = {
         "dense": (engine, 0.0),
@@ -176,7 +179,7 @@ def _continue(subject: _Subject, plans: Sequence[SparsityPlan]) -> list[Sample]:
             title=title,
             prompt=PROMPT,
             continuation=several[0].texts[0],
-            # The first loads compiled kernels, and other programs slow some down.
+            # The first run loads compiled kernels, and other programs slow some runs down.
             tokens_per_second=max(result.tokens_per_second for result in several),
         )
         for title, several in results.items()

@@ -1,4 +1,4 @@
-"""`teal evaluate`: score a model on a text, dense and sparse, with floats and with few bits."""
+"""`teal evaluate`: scores a model on a text, dense and sparse, with float or quantized weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +18,7 @@ from teal.cli.options import (
     SequenceLengthOption,
     TextOption,
     formats_of,
+    fractions_of,
     resolve_sequence_length,
 )
 from teal.foundation.formatting import format_name, percent, with_error
@@ -35,8 +36,6 @@ EXAMPLES = """Examples:
 
 teal evaluate models/py-16m --text heldout.txt --plan plan
 
-teal evaluate models/py-16m --text heldout.txt --plan plan --sparse-from 0 --json
-
 teal evaluate models/py-16m --text heldout.txt --plan plan --plan plan-int8 --sparsity 0.25,0.5
 --quantize none --quantize int8
 """
@@ -51,11 +50,13 @@ def command(
     text: TextOption,
     plan: Annotated[
         list[Path] | None,
-        typer.Option("--plan", help="Plan folder; several, such as one per format, make a table."),
+        typer.Option("--plan", help="Plan folder. May be repeated, for example once per format."),
     ] = None,
     sparsity: Annotated[
         str | None,
-        typer.Option("--sparsity", help="Other sparsities of the plans, separated by commas."),
+        typer.Option(
+            "--sparsity", help="Evaluate the plans at these sparsities, separated by commas."
+        ),
     ] = None,
     quantize: QuantizeSeveralOption = None,
     group_size: GroupSizeOption = None,
@@ -70,19 +71,20 @@ def command(
     ] = None,
     sequence_length: SequenceLengthOption = None,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="Use at most this much of the text.")
+        int | None, typer.Option("--max-tokens", help="Use at most this many tokens of the text.")
     ] = None,
     allow_overlap: Annotated[
-        bool, typer.Option("--allow-overlap", help="Accept text that calibrated the plan.")
+        bool,
+        typer.Option("--allow-overlap", help="Accept the text that the plan was calibrated on."),
     ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     json: JsonOption = False,
 ) -> None:
-    """Score a model on a text: perplexity, and the distance to the dense model of floats.
+    """Score a model on a text: perplexity, and distance from the dense float model.
 
-    With --quantize it is a table of sparsities and formats. Each format takes the plans that were
-    calibrated with it, or else those that were calibrated with floats.
+    With --quantize, the result is a table of sparsities and formats. Each format is scored with the
+    plans calibrated for it, or else with those calibrated for floats.
     """
     from teal.data import token_windows
     from teal.evaluation import WeightFormat, compare_formats, evaluate
@@ -116,12 +118,11 @@ def command(
 
 
 def load_plans(folders: Sequence[Path], sparsities: str | None) -> "list[SparsityPlan]":
-    """Read plans, each at all of the sparsities if some are given.
+    """Load plans, each at every sparsity that is given.
 
     Raises:
-        UserError: A plan cannot be read or has no such sparsity, or there is none.
+        UserError: A plan cannot be read or does not reach a sparsity, or there is no plan.
     """
-    from teal.cli.bench import fractions_of
     from teal.foundation.errors import UserError
     from teal.plan import SparsityPlan
 
@@ -136,10 +137,10 @@ def load_plans(folders: Sequence[Path], sparsities: str | None) -> "list[Sparsit
 def check_plans(
     plans: "Sequence[SparsityPlan]", model: Any, windows: "TokenWindows | None"
 ) -> None:
-    """Check that plans are those of a model and, where windows are given, of another text.
+    """Check that plans belong to a model and, if windows are given, that their text differs.
 
     Raises:
-        UserError: One is not.
+        UserError: A plan is for another model, or was calibrated on this text.
     """
     from teal.data import check_no_overlap
     from teal.models.families import identity_of

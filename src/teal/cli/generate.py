@@ -18,7 +18,6 @@ from teal.cli.options import (
     TablesOption,
     scheme_of,
 )
-from teal.kernels.tuning import tuning_folder
 
 if TYPE_CHECKING:
     from teal.engine.engine import Engine
@@ -92,8 +91,6 @@ def command(
 
     quiet_libraries()
     scheme = scheme_of(quantize, group_size)
-    if tables:
-        tuning_folder(tables)
     loaded_plan = SparsityPlan.load(plan) if plan else None
     tokenizer = load_tokenizer(model)
     prompts = [encode_prompt(text, tokenizer, is_chat=chat) for text in prompt]

@@ -1,4 +1,4 @@
-"""`teal import`: statistics from the histograms that TEAL published."""
+"""`teal import`: makes statistics from the histograms that TEAL published."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,13 +21,15 @@ teal import TEAL/models/Mistral-7B --config Mistral-7B/config.json --out stats -
 @app.command(epilog=EXAMPLES)
 def command(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Folder that holds histograms/layer-N/….")
+        Path, typer.Argument(metavar="FOLDER", help="Folder that contains histograms/layer-N/….")
     ],
     config: Annotated[Path, typer.Option("--config", help="The model's config.json.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the statistics.")],
     allow_missing: Annotated[
         bool,
-        typer.Option("--allow-missing", help="Import the layers that are there, if not all are."),
+        typer.Option(
+            "--allow-missing", help="Import the layers that are present if some are missing."
+        ),
     ] = False,
     force: ForceOption = False,
 ) -> None:
@@ -35,7 +37,7 @@ def command(
     from teal.calibration import import_teal
     from teal.foundation.artifact import check_destination
 
-    check_destination(out, force=force)
+    check_destination(out, "stats", force=force, inputs=(folder, config))
     stats = import_teal(folder, config, allow_missing=allow_missing)
     stats.save(out, force=force)
     say(f"Imported {len(stats.inputs)} inputs of {len(stats.model.shapes)} projections: {out}")

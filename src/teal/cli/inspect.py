@@ -1,4 +1,4 @@
-"""`teal inspect`: show what statistics or a plan hold."""
+"""`teal inspect`: shows the content of statistics or of a plan."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +34,7 @@ def command(
     ],
     json: JsonOption = False,
 ) -> None:
-    """Show what statistics or a plan hold."""
+    """Show the content of statistics or of a plan."""
     if (artifact / "plan.json").exists():
         _show_plan(SparsityPlan.load(artifact), json)
     elif (artifact / "stats.json").exists():

@@ -1,4 +1,4 @@
-"""Entry point: finds the verb, runs it and turns errors into one line."""
+"""Entry point: imports the verb, runs it and turns errors into one line."""
 
 import sys
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ VERBS = {
     "calibrate": ("teal.cli.calibrate", "Measure a model's activations on a text."),
     "import": ("teal.cli.import_statistics", "Import activation histograms published by TEAL."),
     "allocate": ("teal.cli.allocate", "Spread a sparsity budget over the projections: a plan."),
-    "inspect": ("teal.cli.inspect", "Show what statistics or a plan hold."),
+    "inspect": ("teal.cli.inspect", "Show the content of statistics or of a plan."),
     "quantize": ("teal.cli.quantize", "Write a model with weights of 8 or 4 bits."),
     "evaluate": ("teal.cli.evaluate", "Score a model, dense and sparse, on a text."),
     "generate": ("teal.cli.generate", "Continue a prompt, dense or sparse."),
@@ -72,10 +72,10 @@ def teal(
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 when all went well, 2 after a user's error.
+    """Run the command line and exit: with 0 after success, 2 after a user's error.
 
     Args:
-        arguments: What follows `teal`; `None` takes them from the process.
+        arguments: Arguments after `teal`; `None` takes those of the process.
     """
     try:
         code = app(args=arguments, prog_name="teal", standalone_mode=False)
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(f"{error.filename or 'The system'}: {error.strerror or error}.")
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
-    # Some versions of typer turn an interrupt into this code themselves.
+    # Some versions of typer return this code for an interrupt.
     if code == _INTERRUPTED:
         _fail("Interrupted; nothing half-written is left.", _INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)

@@ -46,49 +46,67 @@ TablesOption = Annotated[
     typer.Option(
         "--tables",
         metavar="FOLDER",
-        help="TileConfig products on the GPU as tables there say, which teal bench … --tune wrote.",
+        help="Use the tile configurations that teal bench … --tune wrote to this folder.",
     ),
 ]
 QuantizeOption = Annotated[
     str | None,
-    typer.Option("--quantize", help="Round projections to int8, int4 or fp8 while reading."),
+    typer.Option("--quantize", help="Quantize projections to int8, int4 or fp8 while loading."),
 ]
 QuantizeSeveralOption = Annotated[
     list[str] | None,
     typer.Option(
         "--quantize",
-        help="Round projections to int8, int4 or fp8 while reading; none leaves the model as it "
+        help="Quantize projections to int8, int4 or fp8 while loading; none leaves the model as it "
         "is. May be repeated.",
     ),
 ]
 GroupSizeOption = Annotated[
     int | None,
     typer.Option(
-        "--group-size", help="Inputs that share a scale, int4 only: 128 (default), 64 or 32."
+        "--group-size", help="Input channels per scale, int4 only: 128 (default), 64 or 32."
     ),
 ]
 QuantizeHeadOption = Annotated[
-    bool, typer.Option("--quantize-head", help="Round the output head to int8.")
+    bool, typer.Option("--quantize-head", help="Quantize the output head to int8.")
 ]
 QuantizeHeadToo = Annotated[
     bool,
     typer.Option(
-        "--quantize-head", help="Round the output head to int8, but not for --quantize none."
+        "--quantize-head",
+        help="Quantize the output head to int8, except with --quantize none.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 
 LONGEST_WINDOW = 2048
-# Among several formats, the model as it is.
+# The value of --quantize that leaves the model as it is.
 AS_IT_IS = "none"
+
+
+def fractions_of(text: str) -> list[float]:
+    """Read sparsities that are separated by commas.
+
+    Raises:
+        UserError: `text` is something else, or a sparsity is outside [0, 1).
+    """
+    from teal.foundation.errors import UserError, check_sparsity
+
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"Sparsity {text!r} is not a list of fractions. Give, for example, 0.4,0.5."
+        ) from None
+    return [check_sparsity(number) for number in numbers]
 
 
 def scheme_of(quantize: str | None, group_size: int | None) -> "Scheme | None":
     """Return what `--quantize` and `--group-size` ask for, or `None` for the model as it is.
 
     Raises:
-        UserError: There is no such format or group size, or there are groups of nothing.
+        UserError: The format or group size is unknown, or a group size was given without int4.
     """
     from teal.quantization import Scheme
 
@@ -101,16 +119,16 @@ def scheme_of(quantize: str | None, group_size: int | None) -> "Scheme | None":
 def formats_of(
     quantize: Sequence[str], group_size: int | None, quantize_head: bool
 ) -> "list[tuple[Scheme | None, bool]]":
-    """Return a scheme and whether to round the head for each `--quantize`.
+    """Return a scheme, and whether to quantize the head, for each `--quantize`.
 
     Args:
-        quantize: Formats, or `AS_IT_IS`, of which nothing is rounded; none at all is the model
-            with its head rounded if that was asked for.
-        group_size: Inputs that share a scale; goes to int4 alone.
-        quantize_head: Round the heads.
+        quantize: Formats, or `AS_IT_IS`, with which nothing is quantized. If empty, the result is
+            the float model alone, its head quantized if `quantize_head` is set.
+        group_size: Input channels per scale; applies to int4 only.
+        quantize_head: Quantize the head as well.
 
     Raises:
-        UserError: As `scheme_of`.
+        UserError: A format or the group size is unknown, or a group size was given without int4.
     """
     from teal.quantization import Scheme
 
@@ -129,25 +147,25 @@ def formats_of(
 
 
 def require_groups(quantize: Sequence[str], group_size: int | None) -> None:
-    """Check that a group size has something to be for.
+    """Check that a group size comes with a format that has groups.
 
     Raises:
-        UserError: No format has groups.
+        UserError: It does not.
     """
     from teal.foundation.errors import UserError
 
     if group_size is not None and "int4" not in quantize:
         raise UserError(
-            f"A group size of {group_size} was given, and only int4 has groups. Give --quantize "
+            f"A group size of {group_size} was given, but only int4 has groups. Give --quantize "
             "int4 too, or leave --group-size out."
         )
 
 
 def resolve_sequence_length(asked: int | None, context: int) -> int:
-    """Return the window length: what was asked for, or the default for this context.
+    """Return the window length: the one asked for, or the default for this context.
 
     Raises:
-        UserError: More was asked for than the model's context holds.
+        UserError: The length exceeds the model's context.
     """
     from teal.foundation.errors import UserError
 

@@ -1,4 +1,4 @@
-"""`teal quantize`: write a model with weights of few bits."""
+"""`teal quantize`: writes a model with weights of 8 or 4 bits."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,26 +45,28 @@ def command(
         bool,
         typer.Option(
             "--asymmetric",
-            help="Give each int4 group a zero of its own: closer to the weights, but "
-            "transformers opens the folder only with dequantize=True.",
+            help="Give each int4 group its own zero point: closer to the weights, but transformers "
+            "opens the folder only with dequantize=True.",
         ),
     ] = False,
     method: Annotated[
-        str, typer.Option("--method", help="rtn rounds to the nearest value; gptq needs a text.")
+        str, typer.Option("--method", help="rtn rounds to the nearest value; gptq needs --text.")
     ] = "rtn",
     text: OptionalTextOption = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of the text for gptq.")] = 131072,
+    tokens: Annotated[
+        int, typer.Option("--tokens", help="Tokens of --text that gptq uses.")
+    ] = 131072,
     sequence_length: SequenceLengthOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     json: JsonOption = False,
     force: ForceOption = False,
 ) -> None:
-    """Quantize the projections of a model into a folder that transformers opens too.
+    """Quantize the projections of a model and write a folder that transformers can open too.
 
-    It is in the compressed-tensors layout.
+    The folder has the compressed-tensors layout.
     """
-    from teal.compression import quantize_model, save_quantized
+    from teal.compression import QUANTIZATION, quantize_model, save_quantized
     from teal.data import token_windows
     from teal.foundation.artifact import check_destination
     from teal.models.loading import context_length, load_model, load_tokenizer
@@ -74,7 +76,7 @@ def command(
     quiet_libraries()
     scheme = Scheme(format=weight_format, group_size=group_size, symmetric=not asymmetric)
     check_method(method, text)
-    check_destination(out, force=force)
+    check_destination(out, QUANTIZATION, force=force, inputs=(model, text))
     target = resolve_device(device)
     require_dense_checkpoint(model)
     tokenizer = load_tokenizer(model)
@@ -94,10 +96,10 @@ def command(
 
 
 def check_method(method: str, text: str | None) -> None:
-    """Check that the method is known and has what it needs.
+    """Check that the method is known and that a text is given exactly when it needs one.
 
     Raises:
-        UserError: It has not.
+        UserError: One of these does not hold.
     """
     from teal.foundation.errors import UserError, unknown_name
 
@@ -105,16 +107,16 @@ def check_method(method: str, text: str | None) -> None:
         raise unknown_name("method", method, METHODS)
     if (method == "gptq") != (text is not None):
         raise UserError(
-            "The method gptq measures activations on a text, and rtn on none. "
-            "Give --text with --method gptq, and with that alone."
+            "The method gptq measures activations on a text, and rtn needs none. "
+            "Give --text with --method gptq, and only then."
         )
 
 
 def require_dense_checkpoint(source: str) -> None:
-    """Check that a model has not been quantized yet.
+    """Check that a model is not quantized.
 
     Raises:
-        UserError: Its configuration says that it has.
+        UserError: Its configuration says that it is.
     """
     from teal.checkpoints.location import load_config
     from teal.foundation.errors import UserError
@@ -126,7 +128,7 @@ def require_dense_checkpoint(source: str) -> None:
 
 
 def sizes_of(weights: "Mapping[str, QuantizedWeight]", dense_itemsize: int) -> dict[str, Any]:
-    """Count the bytes of all projections before and after, scales and zeros included."""
+    """Return the bytes of all projections before and after, scales and zeros included."""
     numbers = sum(weight.in_features * weight.out_features for weight in weights.values())
     quantized = sum(weight.bytes for weight in weights.values())
     return {
@@ -138,7 +140,7 @@ def sizes_of(weights: "Mapping[str, QuantizedWeight]", dense_itemsize: int) -> d
 
 
 def print_report(report: Mapping[str, Any], out: Path) -> None:
-    """Print one row on the projections and where they are."""
+    """Print one row with the sizes of the projections, under the name of the folder."""
     columns = ["", "method", "projections", "dense", "quantized", "bits per weight"]
     row = [
         report["format"],
@@ -152,5 +154,5 @@ def print_report(report: Mapping[str, Any], out: Path) -> None:
 
 
 def megabytes(count: int) -> str:
-    """Show bytes in millions."""
+    """Format bytes in millions."""
     return f"{count / 1e6:.1f} MB"

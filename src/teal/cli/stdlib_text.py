@@ -1,6 +1,7 @@
-"""Python source of the running interpreter's standard library, as text that is always there."""
+"""The running interpreter's standard library as text that is always available."""
 
 import hashlib
+import os
 import platform
 import sysconfig
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from teal.data import Text, text_of
 
-# Packages that models/py-16m was never trained on.
+# Packages that models/py-16m was not trained on.
 HELD_OUT = ("argparse", "asyncio", "email", "json", "statistics", "textwrap", "unittest")
 
 _SKIPPED = {
@@ -36,15 +37,23 @@ def _documents(*, held_out: bool) -> Iterator[str]:
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = [
         path
-        for path in root.rglob("*.py")
-        if not _SKIPPED.intersection(path.relative_to(root).parts)
-        and (path.relative_to(root).parts[0].removesuffix(".py") in HELD_OUT) == held_out
+        for path in _sources(root)
+        if (path.parts[0].removesuffix(".py") in HELD_OUT) == held_out
     ]
     # In an order that mixes packages and is the same everywhere.
-    for path in sorted(paths, key=lambda path: _shuffled(path.relative_to(root))):
-        source = path.read_text(encoding="utf-8", errors="ignore")
+    for path in sorted(paths, key=_shuffled):
+        source = (root / path).read_text(encoding="utf-8", errors="ignore")
         if len(source) >= _SHORTEST:
             yield source
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    """Yield the Python files below `root`, relative to it, without descending into `_SKIPPED`."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _SKIPPED]
+        for name in names:
+            if name.endswith(".py"):
+                yield Path(folder, name).relative_to(root)
 
 
 def _shuffled(path: Path) -> str:

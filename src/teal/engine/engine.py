@@ -24,6 +24,7 @@ from teal.engine.runner import Runner
 from teal.engine.sequence import Sequence, Token
 from teal.engine.weights.loader import OpenedModel, open_model
 from teal.foundation.errors import UserError
+from teal.kernels.tuning import tuning_folder
 from teal.linear import DECODE_ROWS
 from teal.models.weight_format import warn_of_format
 from teal.plan import SparsityPlan
@@ -62,7 +63,7 @@ class Engine:
 
     Raises:
         UserError: The model cannot be opened or is not supported, the plan belongs to another
-            model, or the capacity exceeds the model's context.
+            model, the capacity exceeds the model's context, or the tuning folder holds no table.
     """
 
     def __init__(  # noqa: PLR0913
@@ -90,7 +91,7 @@ class Engine:
         self._architecture = model.architecture
         self._weights = model.weights
         self._plan = plan
-        self._tuning = "" if tuning is None else str(tuning)
+        self._tuning = tuning_folder(tuning)
         self._capacity = self._checked(capacity)
         if plan is not None:
             plan.model.require(model.architecture.identity, "plan")

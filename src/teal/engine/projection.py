@@ -8,8 +8,7 @@ from torch import Tensor
 
 from teal.engine.weights.matrix import KEEP_ALL, Matrix, fold_shift, quant_operands, weight_rows
 from teal.foundation.errors import UserError
-from teal.kernels.ops import sparse_glu, sparse_linear
-from teal.kernels.ops_quantized import quantized_glu, quantized_linear
+from teal.kernels.ops import quantized_glu, quantized_linear, sparse_glu, sparse_linear
 from teal.kernels.reference.matmul import keeps_everything
 from teal.methods import MaskRule
 
@@ -97,9 +96,9 @@ class ProjectionCall:
         )
 
 
-def _trailing_operands(call: ProjectionCall) -> tuple[Tensor | None, float]:
-    """Return the operands that every operation takes last; `call.tuning` belongs behind them."""
-    return call.norm_weight, call.eps
+def _trailing_operands(call: ProjectionCall) -> tuple[Tensor | None, float, str]:
+    """Return the operands that every operation takes last."""
+    return call.norm_weight, call.eps, call.tuning
 
 
 # The closures below capture operands and never the call, whose reference to them would be a cycle.

@@ -1,4 +1,4 @@
-"""Is the sparse model still good? Perplexity, KL divergence and agreement with the dense model."""
+"""Measures quality: perplexity, KL divergence and top-1 agreement with the dense model."""
 
 from teal.evaluation.comparison import Evaluation, compare, evaluate
 from teal.evaluation.formats import FormatEvaluation, WeightFormat, compare_formats

@@ -1,4 +1,4 @@
-"""Dense and sparse models side by side on the same tokens."""
+"""Scores dense and sparse models side by side on the same tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -60,10 +60,10 @@ def evaluate(
     Args:
         model: A Hugging Face causal language model; it is dense afterwards.
         tokens: Token windows, or token ids, (windows, sequence_length), int64.
-        plan: What to drop.
+        plan: The plan to score; without one, only the dense model is scored.
         sparse_from: The tokens at positions ≥ `sparse_from` · sequence length of each window are
             sparse, and exactly the tokens predicted from these positions are scored.
-        progress: Shows how far it is.
+        progress: Shows progress over the windows.
 
     Raises:
         UserError: No token would be scored, the plan is for another model, or logits are NaN.
@@ -82,17 +82,18 @@ def compare(
     sparse_from: float = 0.5,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Score a model with each of several plans beside a dense one; the dense pass is shared.
-
-    Args and errors are those of `evaluate`, besides these.
+    """Score a model with several plans beside a dense one, which runs once.
 
     Args:
-        model: As in `evaluate`.
-        tokens: As in `evaluate`.
-        plans: What to drop; `None` is nothing.
-        reference: The dense model that distances are measured to; by default `model` itself.
-        sparse_from: As in `evaluate`.
-        progress: As in `evaluate`.
+        model: A Hugging Face causal language model; it is dense afterwards.
+        tokens: Token windows, or token ids, (windows, sequence_length), int64.
+        plans: Plans to score; `None` drops nothing.
+        reference: Dense model that KL and agreement are measured against; by default `model`.
+        sparse_from: Fraction of each window after which tokens are sparse and scored.
+        progress: Shows progress over the windows.
+
+    Raises:
+        UserError: No token would be scored, a plan is for another model, or logits are NaN.
     """
     reference = model if reference is None else reference
     windows = tokens.tokens if isinstance(tokens, TokenWindows) else tokens
@@ -123,7 +124,7 @@ def compare(
 
 @dataclass
 class _Contender:
-    """One plan, or none, and what has been gathered about it."""
+    """Running sums of one plan, or of the model without one."""
 
     plan: SparsityPlan | None
     nll: NllSums = field(default_factory=NllSums)

@@ -1,4 +1,4 @@
-"""Sparsity and weights of few bits together: every plan with every format, on the same tokens."""
+"""Scores sparsity and quantization together: every plan with every format, on the same tokens."""
 
 import copy
 import logging
@@ -23,11 +23,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFormat:
-    """Of what weights are made.
+    """How the weights of a model are quantized for a comparison.
 
     Attributes:
-        scheme: Into what projections are rounded, or `None` for the model as it is.
-        quantize_head: Whether the output head is rounded to int8.
+        scheme: How projections are quantized; `None` leaves them as they are.
+        quantize_head: Whether the output head is quantized to int8.
     """
 
     scheme: Scheme | None = None
@@ -35,20 +35,20 @@ class WeightFormat:
 
     @property
     def is_as_it_is(self) -> bool:
-        """Whether nothing is rounded."""
+        """Whether nothing is quantized."""
         return self.scheme is None and not self.quantize_head
 
 
 @dataclass(frozen=True, kw_only=True)
 class FormatScore:
-    """The score of one plan with weights of one format.
+    """Score of one plan with one weight format.
 
     Attributes:
-        weight_format: Of the projections: "float", "int8", "int4" or "fp8".
-        group_size: Inputs that share a scale, for int4.
-        head_format: "int8" where the head was rounded, else "float".
-        plan: What was dropped; `None` is nothing.
-        score: Distances are those to the dense model as it is.
+        weight_format: Format of the projections: "float", "int8", "int4" or "fp8".
+        group_size: Input channels per scale, for int4.
+        head_format: "int8" if the head is quantized, else "float".
+        plan: The plan; `None` drops nothing.
+        score: Score; KL and agreement are relative to the dense model as it is.
     """
 
     weight_format: str
@@ -76,9 +76,9 @@ class FormatEvaluation:
     """Scores of formats and plans on the same tokens.
 
     Attributes:
-        weight_format: Of the model as it is.
+        weight_format: Format of the model as it is.
         dense: Score of the model as it is.
-        rows: Format by format; one that is not that of the model itself begins without a plan.
+        rows: Grouped by format; each format but the model's own begins with a row without a plan.
         tokens: Tokens scored.
         sparse_from: Fraction of each window after which tokens are sparse and scored.
         sequence_length: Tokens per window.
@@ -114,28 +114,28 @@ def compare_formats(
 ) -> FormatEvaluation:
     """Score every plan with every format beside the dense model as it is.
 
-    A format takes the plans that were calibrated with it; where there are none, those that were
-    calibrated with floats, or else all of them. The log names plans that no format takes. At any
-    time one rounded copy of the model is in memory.
+    Each format is scored with the plans calibrated for it; if there are none, with those calibrated
+    for floats, or else with all of them. Plans that no format uses are logged. At most one
+    quantized copy of the model is in memory at a time.
 
     Args:
         model: A dense Hugging Face causal language model.
         tokens: Token windows, or token ids, (windows, sequence_length), int64.
-        formats: At least one.
-        plans: What to drop.
-        sparse_from: As in `evaluate`.
-        progress: Shows how far it is.
+        formats: Formats to score, at least one.
+        plans: Plans to score.
+        sparse_from: Fraction of each window after which tokens are sparse and scored.
+        progress: Shows progress over the windows.
 
     Raises:
-        UserError: As `evaluate`; or there is no format, the model is quantized already, or does not
-            fit the groups.
+        UserError: `evaluate` raises it; or there is no format, the model is quantized already, or
+            the group size does not divide its projections.
     """
     if not formats:
         raise UserError("There is no format to compare. Give at least one WeightFormat.")
     rows: list[FormatScore] = []
     unused = list(plans)
     for weight_format in formats:
-        candidate = _rounded(model, weight_format, progress)
+        candidate = _quantized(model, weight_format, progress)
         chosen: list[SparsityPlan | None] = [*plans_for(weight_format_of(candidate), plans)]
         unused = [plan for plan in unused if plan not in chosen]
         if candidate is not model:
@@ -149,7 +149,7 @@ def compare_formats(
             progress=progress,
         )
         rows += _format_scores(candidate, weight_format, chosen, result)
-        # Its memory is free before the next copy takes any.
+        # Free its memory before the next copy is made.
         del candidate
     for plan in unused:
         _log.warning(
@@ -169,7 +169,7 @@ def compare_formats(
 
 
 def plans_for(weight_format: str, plans: Sequence[SparsityPlan]) -> list[SparsityPlan]:
-    """Return the plans calibrated with a format, or with floats if there are none, or all."""
+    """Return the plans calibrated for a format; if there are none, those for floats, or all."""
     for wanted in (weight_format, FLOAT):
         found = [plan for plan in plans if plan.weight_format == wanted]
         if found:
@@ -195,7 +195,7 @@ def _format_scores(
     ]
 
 
-def _rounded(model: Any, weight_format: WeightFormat, progress: Progress) -> Any:
+def _quantized(model: Any, weight_format: WeightFormat, progress: Progress) -> Any:
     if weight_format.is_as_it_is:
         return model
     candidate = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""Per-token scores of a model on a text, summed window by window."""
+"""Per-token scores of a model on a text, accumulated window by window."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How well a model predicts a text.
+    """Quality of a model's predictions on a text.
 
     Attributes:
         nll: Mean negative log-likelihood, nats per token.
@@ -43,13 +43,13 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseScore(Score):
-    """How well a sparse or quantized model predicts a text, and how far it is from a dense one.
+    """Quality of a sparse or quantized model's predictions, and its distance from a dense model.
 
     Attributes:
-        effective_sparsity: Dropped share of the planned projections' inputs at sparse tokens,
+        effective_sparsity: Fraction of the planned projections' inputs dropped at sparse tokens,
             weighted by weight size.
-        kl: Mean KL divergence of the dense from the sparse distribution, nats per token.
-        top1_agreement: Share of tokens for which both rank the same token first.
+        kl: Mean KL divergence KL(dense ‖ sparse), nats per token.
+        top1_agreement: Fraction of tokens for which both rank the same token first.
     """
 
     effective_sparsity: float
@@ -64,7 +64,7 @@ class SparseScore(Score):
 
 @dataclass
 class NllSums:
-    """Negative log-likelihood gathered window by window."""
+    """Negative log-likelihood, accumulated window by window."""
 
     windows: list[tuple[float, int]] = field(default_factory=list)
 
@@ -73,7 +73,7 @@ class NllSums:
 
         Args:
             log_probabilities: (tokens, vocabulary), float32.
-            targets: The tokens that came, (tokens,), int64.
+            targets: The actual next tokens, (tokens,), int64.
         """
         nll = F.nll_loss(log_probabilities, targets, reduction="sum").double().item()
         self.windows.append((nll, len(targets)))
@@ -100,7 +100,7 @@ class NllSums:
 
 @dataclass
 class AgreementSums:
-    """KL divergence and top-1 agreement gathered window by window."""
+    """KL divergence and top-1 agreement, accumulated window by window."""
 
     kl: float = 0.0
     agreed: int = 0

@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,32 +15,36 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from teal.foundation.errors import UserError
-
-# A folder with one of these files is output of this library and may be replaced.
-_MARKS = ("plan.json", "quantization.json", "report.html", "stats.json")
+from teal.foundation.ownership import record_of, require_no_input, require_replaceable
 
 
-def check_destination(folder: Path, *, force: bool = False) -> None:
+def check_destination(
+    folder: Path,
+    kind: str,
+    *,
+    force: bool = False,
+    inputs: Iterable[str | Path | None] = (),
+) -> None:
     """Check before a long job that `folder` can be written at its end.
 
     Args:
         folder: Destination.
+        kind: Kind of the output, such as "plan"; only an earlier one of the same kind is replaced.
         force: Whether an existing folder may be replaced.
+        inputs: Files and folders that the job reads, which the output must not hold.
 
     Raises:
-        UserError: The folder exists and `force` is not set or it is not an output of this library,
-            or its parent is not writable.
+        UserError: The folder exists and `force` is not set, it holds anything but an earlier output
+            of the kind, an input lies in it, or its parent is not writable.
     """
     _recover(folder)
+    require_no_input(folder, inputs)
     if os.path.lexists(folder) and not force:
         raise UserError(
             f"Output {str(folder)!r} already exists. Choose another, or replace it with --force."
         )
-    if os.path.lexists(folder) and not _is_output(folder):
-        raise UserError(
-            f"{str(folder)!r} holds something that teal did not write, which --force would delete. "
-            "Choose another output."
-        )
+    if os.path.lexists(folder):
+        require_replaceable(folder, kind)
     parent = folder.parent
     # Not Path.exists, which raises for unsearchable folders and names that are too long.
     while not os.path.exists(parent):
@@ -53,7 +57,7 @@ def check_destination(folder: Path, *, force: bool = False) -> None:
 
 
 @contextmanager
-def replace_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
+def replace_folder(folder: Path, kind: str, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `folder` if the with statement ends without an error.
 
     A process killed at any moment leaves the old content whole: either in place, or in a backup
@@ -61,6 +65,7 @@ def replace_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
 
     Args:
         folder: Destination.
+        kind: Kind of the output; its record, `{kind}.json`, is the caller's to write.
         force: Whether an existing folder may be replaced.
 
     Yields:
@@ -69,13 +74,16 @@ def replace_folder(folder: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         UserError: The destination cannot be written; see `check_destination`.
     """
-    check_destination(folder, force=force)
+    check_destination(folder, kind, force=force)
     # If it is a symbolic link, its target is replaced.
     folder = folder.resolve()
     temporary = _temporary(folder)
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        # The job may have taken hours: nothing that came meanwhile is deleted either.
+        if folder.exists():
+            require_replaceable(folder, kind)
         _exchange(folder, temporary)
     except OSError as error:
         raise UserError(
@@ -121,14 +129,14 @@ def save_artifact(
     Raises:
         UserError: The destination cannot be written.
     """
-    with replace_folder(folder, force=force) as temporary:
+    with replace_folder(folder, kind, force=force) as temporary:
         content = {"kind": kind, **payload}
         if tensors:
             # Not save_file, which makes the file private whatever the umask.
             data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
             (temporary / f"{kind}.safetensors").write_bytes(data)
             content["tensors_sha256"] = hashlib.sha256(data).hexdigest()
-        (temporary / f"{kind}.json").write_text(json.dumps(content, indent=2) + "\n")
+        (temporary / record_of(kind)).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def load_artifact(
@@ -198,14 +206,6 @@ def well_formed(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{str(folder)!r} is damaged ({type(error).__name__}: {error}). Make it anew."
         ) from error
-
-
-def _is_output(folder: Path) -> bool:
-    """Return whether `folder` is empty or holds an artifact or a report."""
-    if not folder.is_dir():
-        return False
-    names = {entry.name for entry in folder.iterdir()}
-    return not names or bool(names & set(_MARKS))
 
 
 def _load_tensors(path: Path, sha256: str | None) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What the operands of an operation must be, in sentences with a cure."""
+"""Checks that the operands of an operation fit together, in sentences with a cure."""
 
 from collections.abc import Sequence
 
@@ -65,11 +65,14 @@ def check_quantized(operands: Operands, quant: QuantParams) -> None:
 
 
 def _check_beside(operands: Operands, shape: Sequence[int]) -> None:
-    """Check what goes with a weight of a shape."""
-    x, in_features, out_features = operands.x, *shape
+    """Check the operands that go with a weight of `shape`, (in_features, out_features)."""
+    x, (in_features, out_features) = operands.x, shape
     _check_parts(operands, shape)
-    _check_shape("shift", operands.shift, (in_features,))
-    _check_shape("norm_weight", operands.norm_weight, (in_features,))
+    # Most vectors are absent, and a call costs more than asking for them here.
+    if operands.shift is not None:
+        _check_shape("shift", operands.shift, (in_features,))
+    if operands.norm_weight is not None:
+        _check_shape("norm_weight", operands.norm_weight, (in_features,))
     if operands.bias is not None:
         _check_shape("bias", operands.bias, (out_features,))
         _check_alike("bias", operands.bias, x)
@@ -79,29 +82,26 @@ def _check_beside(operands: Operands, shape: Sequence[int]) -> None:
 
 
 def _check_parts(operands: Operands, shape: Sequence[int]) -> None:
-    thresholds, output_sizes, score_scale = (
-        operands.thresholds,
-        operands.output_sizes,
-        operands.score_scale,
-    )
-    scales = len(output_sizes) if score_scale is None else len(score_scale)
-    if not output_sizes or not len(thresholds) == len(output_sizes) == scales:
+    thresholds, output_sizes = operands.thresholds, operands.output_sizes
+    score_scale, parts = operands.score_scale, len(output_sizes)
+    scales = parts if score_scale is None else len(score_scale)
+    if not parts or not len(thresholds) == parts == scales:
         raise UserError(
-            f"{len(output_sizes)} output_sizes, {len(thresholds)} thresholds, scales for {scales} "
-            "parts. Give one of each per part."
+            f"{parts} output_sizes, {len(thresholds)} thresholds, scales for {scales} parts. "
+            "Give one of each per part."
         )
     in_features, out_features = shape
-    if score_scale is not None:
+    if score_scale is not None and score_scale.shape[1:] != (in_features,):
         _check_shape("score_scale", score_scale[0], (in_features,))
     if sum(output_sizes) != out_features or (min(output_sizes) < 1 and out_features > 0):
         raise UserError(
-            f"Widths {list(output_sizes)} do not sum to the {out_features} columns of the weight. "
-            "Give the columns of every part."
+            f"output_sizes {list(output_sizes)} do not sum to the {out_features} columns of the "
+            "weight. Give the columns of every part."
         )
 
 
 def check_lm_head(x: Tensor, weight: Tensor) -> None:
-    """Check the operands of a dense product with a weight that lies as rows.
+    """Check the operands of `ops.lm_head_gemv`.
 
     Raises:
         UserError: Shapes, dtypes or devices do not fit together.
@@ -118,7 +118,7 @@ def glu_output_sizes(shape: Sequence[int], activation: str) -> list[int]:
     """Return the columns of gate and of up.
 
     Args:
-        shape: Of gate and up beside each other, (in_features, 2 · intermediate_size).
+        shape: Shape of gate and up beside each other, (in_features, 2 · intermediate_size).
         activation: Name in `reference.GATES`.
 
     Raises:
@@ -137,7 +137,7 @@ def glu_output_sizes(shape: Sequence[int], activation: str) -> list[int]:
 def check_attend(
     qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, cosines: Tensor, sines: Tensor
 ) -> None:
-    """Check the operands of `reference_attention.attend`, which explains them.
+    """Check the operands of `reference.attention.attend`, which explains them.
 
     Raises:
         UserError: Shapes, dtypes, devices or strides do not fit together.

@@ -77,8 +77,8 @@ class Backend(Protocol):
         """Compute a product that it can run, as `reference` defines it.
 
         Args:
-            operands: As in `can_run`.
-            quant: As in `can_run`.
+            operands: Operands for which `can_run` returns `None`.
+            quant: Decodes the weight; `None` for floats.
 
         Returns:
             (..., N), or (..., N / 2) with an activation, in the dtype of `x`.
@@ -286,7 +286,7 @@ def _sparse_gemv(
     )  # fmt: skip
 
 
-def _linear_operands(
+def _sparse_linear(
     x: Tensor,
     weight: Tensor,
     thresholds: Sequence[float],
@@ -298,11 +298,14 @@ def _linear_operands(
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     tuning: str = "",
-) -> Operands:
-    return Operands(
+    *,
+    quant: QuantParams | None = None,
+) -> Tensor:
+    operands = Operands(
         x, weight, thresholds, output_sizes, score_scale, shift, bias, residual, norm_weight, eps,
         None, tuning,
     )  # fmt: skip
+    return _computed(operands, quant)
 
 
 def _glu_operands(
@@ -325,10 +328,6 @@ def _glu_operands(
     )  # fmt: skip
 
 
-def _sparse_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return _computed(_linear_operands(x, weight, *rest))
-
-
 def _sparse_glu(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return _computed(_glu_operands(x, weight, weight.shape, *rest))
 
@@ -336,8 +335,7 @@ def _sparse_glu(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 def _quantized_linear(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, *rest: Any
 ) -> Tensor:
-    quant = QuantParams(scales, zeros, group_size)
-    return _computed(_linear_operands(x, codes, *rest), quant)
+    return _sparse_linear(x, codes, *rest, quant=QuantParams(scales, zeros, group_size))
 
 
 def _quantized_glu(

@@ -1,4 +1,4 @@
-"""What a run has shown, for people: plots, and one page that holds everything."""
+"""Shows the results of a run: plots, and one HTML page with everything."""
 
 from teal.report.page import write_report
 from teal.report.plots import figures, histogram_figure, perplexity_figure, sparsity_figure

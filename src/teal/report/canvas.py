@@ -11,12 +11,12 @@ try:
 except ImportError as error:
     raise MissingExtraError("The report", "matplotlib", "report") from error
 
-# Okabe and Ito's colours, which stay apart for every kind of colour blindness.
+# Okabe and Ito's colours, distinguishable with every kind of colour blindness.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
 INK, GREY, PALE = "#262626", "#737373", "#dcdcdc"
 
-# In inches; all figures are equally wide, so that a page shows their letters equally large.
+# In inches; all figures have the same width, so that their text has the same size on a page.
 _WIDTH = 9.0
 _DPI = 160
 
@@ -29,7 +29,7 @@ def new_figure(height: float) -> Figure:
 
 
 def quieten(axes: Axes, *hidden: str) -> None:
-    """Take away from `axes` what is not data: top, right and `hidden` spines, and tick marks."""
+    """Remove from `axes` what is not data: top, right and `hidden` spines, and tick marks."""
     axes.spines[["top", "right", *hidden]].set_visible(False)
     axes.spines[:].set_color(PALE)
     axes.tick_params(which="both", length=0, labelsize=9, labelcolor=INK)
@@ -38,5 +38,5 @@ def quieten(axes: Axes, *hidden: str) -> None:
 
 
 def show_percent(axis: Axis) -> None:
-    """Label an axis of fractions in per cent."""
+    """Label an axis of fractions with percentages."""
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))

@@ -1,4 +1,4 @@
-"""The plots of a report: how good the model is, and what its plan does where."""
+"""The plots of a report: quality against sparsity, and what a plan drops in each layer."""
 
 import math
 import re
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 # With more layers a cell of the heat map is narrower than two digits.
 _MOST_LAYERS_WITH_NUMBERS = 28
-# Above this sparsity a cell is so dark that white is easier to read on it than black.
+# Above this sparsity, white text is easier to read than black.
 _WHITE_ABOVE = 0.65
-# A perplexity this many times the dense one would squeeze all others to the ground.
+# Beyond this multiple of the dense perplexity, a linear axis would flatten all other points.
 _LOG_ABOVE = 10.0
-# A histogram ends at this quantile of |x|: outliers reach many times further.
+# A histogram ends at this quantile of |x|: outliers are many times larger.
 _SHOWN = 0.98
 _HISTOGRAM_BINS = 64
 _PANELS_PER_ROW = 4
@@ -50,7 +50,7 @@ def figures(
         dense: Result of the dense model.
         rows: Results of the plans.
         stats: Activations of the model; those of the first, middle and last layer are shown.
-        plan: The plan whose sparsities and thresholds are shown.
+        plan: Plan whose sparsities and thresholds are shown.
     """
     layers = sorted({_layer_and_kind(name)[0] for name in stats.inputs})
     shown = {layers[0], layers[len(layers) // 2], layers[-1]}
@@ -63,9 +63,9 @@ def figures(
 
 
 def perplexity_figure(dense: DenseRow, rows: Sequence[SparseRow]) -> "Figure":
-    """Draw perplexity against effective sparsity: one line per strategy, from the dense model on.
+    """Draw perplexity against effective sparsity, one line per strategy, starting at dense.
 
-    Bars, and the band around the dense model, are one standard error to either side.
+    Error bars, and the band around dense, show one standard error to either side.
 
     Args:
         dense: Result of the dense model, a horizontal line.
@@ -107,7 +107,7 @@ def perplexity_figure(dense: DenseRow, rows: Sequence[SparseRow]) -> "Figure":
 def sparsity_figure(plan: SparsityPlan) -> "Figure":
     """Draw the target sparsity of every projection: a column per layer, a row per kind.
 
-    The numbers are in per cent. Projections that the plan leaves out are grey.
+    Numbers are percentages. Projections that the plan leaves out are grey.
 
     Args:
         plan: A plan for any family and any number of layers.
@@ -141,16 +141,16 @@ def sparsity_figure(plan: SparsityPlan) -> "Figure":
 def histogram_figure(
     stats: CalibrationStats, plan: SparsityPlan, inputs: Sequence[str]
 ) -> "Figure":
-    """Draw how |x| is distributed, with the thresholds of the projections that read x.
+    """Draw the distribution of |x|, with the thresholds of the projections that read x.
 
-    The axis is linear and ends at the 98 % quantile, so that area is share of the activations:
-    the darker part, left of a line, is dropped. A rule that weights or shifts x has no place on
-    this axis and no line.
+    The axis is linear and ends at the 98 % quantile, so that areas are fractions of the
+    activations: the darker part, left of a line, is dropped. Rules with a score scale or a shift
+    have no line, because their thresholds are not values of |x|.
 
     Args:
         stats: Activations of the model.
         plan: A plan for the same model.
-        inputs: Names of inputs in `stats`, one panel each.
+        inputs: Names of inputs in `stats`; one panel each.
     """
     columns = min(_PANELS_PER_ROW, len(inputs))
     rows = math.ceil(len(inputs) / columns)
@@ -214,9 +214,9 @@ def _draw_panel(axes: "Axes", histogram: Histogram, thresholds: Sequence[_Thresh
 
 
 def _shares_below(histogram: Histogram, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the fraction of |x| below each value, linear between the bins that hold something.
+    """Return the fraction of |x| below each value, interpolated between bins that are not empty.
 
-    A dtype such as bfloat16 leaves most bins empty: to count whole bins would draw a comb.
+    A dtype such as bfloat16 leaves most bins empty; counting whole bins would draw a comb.
     """
     counts: NDArray[np.float64] = histogram.counts.numpy()
     held = counts > 0
@@ -238,7 +238,7 @@ def _describe(plan: SparsityPlan) -> str:
 
 
 def _layer_and_kind(name: str) -> tuple[int, str]:
-    """Take "model.layers.3.mlp.up_proj" apart into 3 and "mlp.up_proj"."""
+    """Split "model.layers.3.mlp.up_proj" into 3 and "mlp.up_proj"."""
     _, layer, kind = _LAYER.split(name, maxsplit=1)
     return int(layer), kind
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class DenseRow:
-    """How good the dense model is.
+    """Quality of the dense model.
 
     Attributes:
-        perplexity: On the evaluation text.
-        perplexity_error: Its standard error, or `None` if it is not known.
+        perplexity: Perplexity on the evaluation text.
+        perplexity_error: Its standard error; `None` if unknown.
     """
 
     perplexity: float
@@ -18,16 +18,16 @@ class DenseRow:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseRow:
-    """How good the model is with one plan, on the text of the dense row.
+    """Quality of the model with one plan, on the text of the dense row.
 
     Attributes:
-        strategy: How the plan spread its sparsity, such as "greedy".
+        strategy: Strategy that allocated the sparsity, such as "greedy".
         target_sparsity: Sparsity that was asked for.
-        effective_sparsity: Sparsity that was measured on the text.
-        perplexity: On the evaluation text.
-        perplexity_error: Its standard error, or `None` if it is not known.
+        effective_sparsity: Sparsity measured on the text.
+        perplexity: Perplexity on the evaluation text.
+        perplexity_error: Its standard error; `None` if unknown.
         kl: Mean KL divergence from the dense model's predictions, in nats per token.
-        top1_agreement: Fraction of tokens whose likeliest successor is that of the dense model.
+        top1_agreement: Fraction of tokens for which the dense model predicts the same next token.
     """
 
     strategy: str
@@ -41,13 +41,13 @@ class SparseRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A text that the model wrote.
+    """A text that the model generated.
 
     Attributes:
-        title: What wrote it, such as "dense".
-        prompt: What it was given.
-        continuation: What it made of that.
-        tokens_per_second: Speed of decoding, or `None` if it was not measured.
+        title: Variant of the model, such as "dense".
+        prompt: Text given to the model.
+        continuation: Text that the model generated.
+        tokens_per_second: Speed of decoding; `None` if it was not measured.
     """
 
     title: str

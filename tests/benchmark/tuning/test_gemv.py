@@ -4,7 +4,7 @@ import torch
 from teal.benchmark import gemv
 from teal.benchmark.gemv import Product
 from teal.benchmark.gemv_quantized import QuantizedProduct
-from teal.benchmark.shapes import Shape
+from teal.benchmark.model_configs import Shape
 from teal.benchmark.tuning.gemv import has_kernel, tune
 from teal.quantization import Scheme
 
@@ -19,14 +19,14 @@ def _small_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemv, "_ROTATION_BYTES", {"cpu": 1 << 16, "cuda": 1 << 20})
 
 
-def test_nothing_is_cut_for_a_cpu() -> None:
+def test_cpu_has_no_kernel_to_tune() -> None:
     assert not has_kernel(Product(SHAPES[0], torch.bfloat16, torch.device("cpu"), 1))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("format", [None, "int8", "int4"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.form)
-def test_the_cut_that_is_found_is_of_the_product(
+def test_search_returns_a_configuration_of_the_product(
     shape: Shape, format: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("teal.benchmark.tuning.search._DRAWN", 6)

@@ -22,14 +22,14 @@ def accept(config: TileConfig) -> Kernel:
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_what_is_tried_fits_into_a_multiprocessor(bits: int) -> None:
+def test_candidates_fit_into_a_multiprocessor(bits: int) -> None:
     random = Random(1)
     drawn = [space(bits).draw(random) for _ in range(200)]
     near = [space(bits).near(config, random) for config in drawn]
     for config in (*drawn, *near):
         assert space(bits).holds(config)
         assert config.threads <= 512 and config.threads * config.blocks <= 2048
-        # More would leave a thread no registers for its weight_rows.
+        # More would leave a thread no registers for its weight rows.
         registers = 65536 // (config.threads * config.blocks)
         under_way = config.unroll * config.depth * config.per_lane * bits // 32
         assert config.blocks <= 2 or registers >= under_way
@@ -37,7 +37,7 @@ def test_what_is_tried_fits_into_a_multiprocessor(bits: int) -> None:
     assert all(config != other for config, other in zip(drawn, near, strict=True))
 
 
-def test_the_search_comes_near_to_the_best() -> None:
+def test_search_comes_close_to_the_best() -> None:
     def time(config: TileConfig) -> float:
         return (
             abs(config.warps_k - 8)
@@ -52,7 +52,7 @@ def test_the_search_comes_near_to_the_best() -> None:
     )
 
 
-def test_cuts_that_do_not_compile_or_spill_or_run_are_left_out() -> None:
+def test_candidates_that_do_not_compile_or_launch_or_that_spill_are_left_out() -> None:
     def compile_config(config: TileConfig) -> Kernel:
         if config.unroll == 8:
             raise RuntimeError("does not compile")
@@ -68,7 +68,7 @@ def test_cuts_that_do_not_compile_or_spill_or_run_are_left_out() -> None:
     assert (found.config.unroll, found.config.depth) == (4, 1)
 
 
-def test_what_is_known_has_to_compute() -> None:
+def test_known_configuration_has_to_run() -> None:
     def time(config: TileConfig) -> float:
         raise RuntimeError(f"no {config}")
 
@@ -76,7 +76,7 @@ def test_what_is_known_has_to_compute() -> None:
         fastest(space(), KNOWN, accept, time)
 
 
-def test_the_luckiest_of_many_has_to_be_fast_again() -> None:
+def test_best_candidates_are_measured_twice() -> None:
     calls: dict[TileConfig, int] = {}
 
     def time(config: TileConfig) -> float:

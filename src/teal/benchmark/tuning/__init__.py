@@ -1,1 +1,1 @@
-"""Searches for the fastest tile configurations, and the tables that they are written to."""
+"""Searches for the fastest tile configurations, and writes the tables that hold them."""

@@ -10,15 +10,16 @@ from random import Random
 from teal.kernels.cuda.nvrtc import Kernel
 from teal.kernels.cuda.tile_config import TileConfig
 
+# Threads per block.
 _LEAST_THREADS = 64
-# Of a multiprocessor.
+# Per multiprocessor.
 _REGISTERS, _MOST_THREADS = 65536, 2048
-# Of a thread, beside what it holds of weight rows and sums.
+# Registers per thread besides those for weight rows and sums.
 _OTHER_REGISTERS = 36
-# Of weight rows that a thread has under way: fewer leave memory idle.
+# Bytes of weight rows in flight per thread: fewer leave memory idle.
 _LEAST_BYTES = 16
 
-# Of a warp, while it lists.
+# Channels per warp whose weight rows, if kept, are loaded while the block collects kept channels.
 _EARLY = (0, 1, 2, 4, 8, 16)
 
 _DRAWN, _NEIGHBOURS = 40, 24
@@ -28,27 +29,35 @@ _PARENTS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class _Choices:
-    """What a thread may have, and how many warps share the channels."""
+    """Candidate values for one row, or for several.
+
+    Attributes:
+        per_lane: Columns per thread.
+        warps_k: Warps that share the channels.
+        unrolls: Weight rows per round.
+        sums: Accumulators per column.
+        most_bytes: Bytes of weight rows in flight per thread; more take too many registers.
+    """
 
     per_lane: Sequence[int]
     warps_k: Sequence[int]
     unrolls: Sequence[int]
-    sums: int  # of a column
-    most_bytes: int  # of weight rows under way: more take too many registers
+    sums: int
+    most_bytes: int
 
 
 _ONE_ROW = {
     bits: _Choices(
         per_lane=per_lane,
         warps_k=(2, 4, 8, 8, 12, 16),
-        # Not powers of two only: as many as a warp keeps on average, and some more, are one round.
+        # Not only powers of two: the best covers what a warp keeps on average in one round.
         unrolls=(2, 4, 4, 6, 8, 8, 10, 12, 16, 20),
         sums=1,
         most_bytes=160,
     )
     for bits, per_lane in {16: (4, 8, 8), 8: (8, 16), 4: (8, 16, 32)}.items()
 }
-# They fill operands of tensor cores, whose sums are of eight rows.
+# Several rows run on tensor cores, whose accumulators hold eight rows.
 _SEVERAL_ROWS = _Choices(
     per_lane=(2, 4, 4, 8), warps_k=(2, 4, 4, 6, 8), unrolls=(16, 16, 32), sums=8, most_bytes=256
 )
@@ -56,15 +65,15 @@ _SEVERAL_ROWS = _Choices(
 
 @dataclass(frozen=True, kw_only=True)
 class TileConfigSpace:
-    """Cuts that are worth a try.
+    """Tile configurations that are worth a try.
 
     Attributes:
-        bits: Of a weight or code.
-        chunks: Channels of a block.
-        clusters: Blocks that work together.
-        warps_n: Warps beside each other.
-        most_threads: Of a block.
-        rows: Of activations, multiplied at once.
+        bits: Bits per weight or code.
+        chunks: Channels per block.
+        clusters: Blocks per cluster.
+        warps_n: Warps that share the columns.
+        most_threads: Threads per block at most.
+        rows: Token rows multiplied at once.
     """
 
     bits: int
@@ -75,7 +84,7 @@ class TileConfigSpace:
     rows: int = 1
 
     def draw(self, random: Random) -> TileConfig:
-        """Return one of them."""
+        """Draw a configuration at random."""
         choices = self._choices
         while True:
             config = TileConfig(
@@ -96,7 +105,7 @@ class TileConfigSpace:
                 return config
 
     def near(self, config: TileConfig, random: Random) -> TileConfig:
-        """Return one that differs from `config` in one or two respects."""
+        """Draw a configuration that differs from `config` in one or two fields."""
         names = [field.name for field in fields(TileConfig)]
         while True:
             other = self.draw(random)
@@ -106,12 +115,12 @@ class TileConfigSpace:
                 return near
 
     def holds(self, config: TileConfig) -> bool:
-        """Tell whether a config is one of them."""
+        """Tell whether a configuration is in the space."""
         return (
             _LEAST_THREADS <= config.threads <= self.most_threads
             and config.blocks <= max(1, self._most_blocks(config)) + 1
             and config.threads * config.blocks <= _MOST_THREADS
-            and _LEAST_BYTES <= self._bytes_under_way(config) <= self._choices.most_bytes
+            and _LEAST_BYTES <= self._bytes_in_flight(config) <= self._choices.most_bytes
         )
 
     @property
@@ -120,21 +129,21 @@ class TileConfigSpace:
 
     def _most_blocks(self, config: TileConfig) -> int:
         sums = config.per_lane * self._choices.sums
-        registers = _OTHER_REGISTERS + sums + self._bytes_under_way(config) // 4
+        registers = _OTHER_REGISTERS + sums + self._bytes_in_flight(config) // 4
         return min(_REGISTERS // registers, _MOST_THREADS) // config.threads
 
-    def _bytes_under_way(self, config: TileConfig) -> int:
+    def _bytes_in_flight(self, config: TileConfig) -> int:
         return config.unroll * config.depth * config.per_lane * self.bits // 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """The fastest config of a search.
+class SearchResult:
+    """Result of a search.
 
     Attributes:
-        config: It.
-        microseconds: What it takes, mean of two measurements.
-        known_microseconds: What the config takes that was known before.
+        config: The fastest configuration.
+        microseconds: Its time, mean of two measurements.
+        known_microseconds: Time of the configuration that the search began with.
     """
 
     config: TileConfig
@@ -151,18 +160,18 @@ def fastest(
     compile_config: Callable[[TileConfig], Kernel],
     time_config: Callable[[TileConfig], float],
     seed: int = 0,
-) -> Found:
-    """Search the fastest config.
+) -> SearchResult:
+    """Search for the fastest configuration.
 
-    A config that is not `known` may be one that does not compile, or that takes more of the GPU
-    than there is: it is left out where a call raises `RuntimeError`, or where registers spill.
+    Candidates other than `known` may fail to compile, or need more resources than the GPU has. They
+    are left out if a call raises `RuntimeError` or if registers spill.
 
     Args:
-        space: What is tried.
-        known: A config that computes, tried too.
-        compile_config: Returns a kernel; called for several configs side by side.
-        time_config: Returns microseconds; called for one config after the other.
-        seed: Of the draws.
+        space: Configurations to try.
+        known: A configuration that runs; it takes part.
+        compile_config: Returns a kernel; called from several threads.
+        time_config: Returns microseconds; called for one configuration after the other.
+        seed: Seed of the random draws.
     """
     random = Random(seed)
     times = {known: time_config(known)}
@@ -175,12 +184,12 @@ def fastest(
     for _ in range(_ROUNDS):
         parents = _best_of(times)
         measure(space.near(random.choice(parents), random) for _ in range(_NEIGHBOURS))
-    # The first of many is partly the luckiest: the best are measured again.
+    # The minimum of many noisy times is partly luck: the best are measured again.
     again = {
         config: (times[config] + time_config(config)) / 2 for config in {*_best_of(times), known}
     }
     best = min(again, key=lambda config: again[config])
-    return Found(config=best, microseconds=again[best], known_microseconds=again[known])
+    return SearchResult(config=best, microseconds=again[best], known_microseconds=again[known])
 
 
 def _best_of(times: Mapping[TileConfig, float]) -> list[TileConfig]:
@@ -192,15 +201,15 @@ def _times_of(
     compile_config: Callable[[TileConfig], Kernel],
     time_config: Callable[[TileConfig], float],
 ) -> dict[TileConfig, float]:
-    def holds(config: TileConfig) -> bool:
-        """Tell whether the kernel of a config compiles, and registers hold what threads have."""
+    def is_usable(config: TileConfig) -> bool:
+        """Tell whether the kernel of a configuration compiles and spills no registers."""
         try:
             return compile_config(config).local_bytes == 0
         except RuntimeError:
             return False
 
     with ThreadPoolExecutor() as pool:
-        usable = list(compress(configs, pool.map(holds, configs)))
+        usable = list(compress(configs, pool.map(is_usable, configs)))
     times = {}
     for config in usable:
         with suppress(RuntimeError):

@@ -1,4 +1,4 @@
-"""Writes what was found to be fastest into a table, beside what was measured before."""
+"""Writes the fastest configurations into a tuning table, beside those measured before."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,44 +19,35 @@ except ImportError:
 
 
 def write_triton_table(folder: Path, rows: Sequence[TunedConfig], measured_on: str) -> Path:
-    """Add rows to the table of tiles in a folder, or to the one in use where there is none.
+    """Add rows to the Triton table in a folder, which then also holds the shipped rows.
 
     Args:
-        folder: Where the table is written, under the name that the package's has.
-        rows: What was found.
+        folder: Destination.
+        rows: Rows to add; they replace those of the same sizes.
         measured_on: Name of the device.
 
     Returns:
         The file.
     """
     path = folder / triton_tile_config.TABLE.file
-    table = triton_tile_config.TABLE
-    known = (
-        table.read(path, TunedConfig.from_dict)
-        if path.exists()
-        else triton_tile_config.read_table(device=measured_on)
-    )
+    known = triton_tile_config.read_table(str(folder), measured_on)
     sizes = {(row.form, row.in_features, row.out_features): row for row in (*known, *rows)}
     write_text(path, triton_tile_config.table_text(list(sizes.values()), measured_on))
     return path
 
 
 def write_cuda_table(folder: Path, configs: "Mapping[Task, TileConfig]", measured_on: str) -> Path:
-    """Add configs to the table in a folder, or to the one in use where there is none.
+    """Add configurations to the CUDA table in a folder, which then also holds the shipped rows.
 
     Args:
-        folder: Where the table is written, under the name that the package's has.
-        configs: What was found.
+        folder: Destination.
+        configs: Configurations to add; they replace those of the same task.
         measured_on: Name of the device.
 
     Returns:
         The file.
     """
     path = folder / tuned_configs.TABLE.file
-    known = (
-        dict(tuned_configs.TABLE.read(path, tuned_configs.from_row))
-        if path.exists()
-        else tuned_configs.read_table(device=measured_on)
-    )
+    known = tuned_configs.read_table(str(folder), measured_on)
     write_text(path, tuned_configs.table_text(known | dict(configs), measured_on))
     return path

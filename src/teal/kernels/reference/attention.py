@@ -1,4 +1,4 @@
-"""The definition of attention in a decode step, in plain PyTorch; also the fallback."""
+"""The definition of decode attention, in plain PyTorch; also the fallback."""
 
 import torch
 from torch import Tensor
@@ -21,27 +21,27 @@ def attend(
     k_norm_weight: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """Append one token per stream to its cache, in place, and attend from it to the cache.
+    """Append one token per sequence to its cache, in place, and attend from it to the cache.
 
     Queries and keys are rounded to the dtype of `qkv` after the norm and after RoPE; scores,
-    softmax and the sum of values are float32. What the cache holds behind a position is not read.
+    softmax and the sum of values are float32. Cache entries behind a position are not read.
 
     Args:
-        qkv: Queries, keys and values of T streams beside each other,
+        qkv: Queries, keys and values of T sequences beside each other,
             (T, (heads + 2 · kv_heads) · head_dim).
         keys: Cache, (T, kv_heads, capacity, head_dim), in the dtype of `qkv`. Row t gets its new
             key at `positions[t]`.
-        values: Cache of the values, as `keys`.
-        positions: Index of the new token of each stream, (T,), int64. Attention covers 0 to there.
+        values: Cache of the values, in the shape of `keys`.
+        positions: Index of the new token of each sequence, (T,), int64; attention ends there.
         cosines: RoPE, (≥ capacity, rotary_dim / 2), float32. The first rotary_dim entries of a
             head are rotated in pairs (i, i + rotary_dim / 2).
-        sines: As `cosines`.
+        sines: RoPE, in the shape of `cosines`.
         scale: Factor of the scores.
         window: How many tokens attention covers at most, the new one included; 0 for all.
         softcap: Where positive, a score becomes `softcap · tanh(score / softcap)`.
         q_norm_weight: Weight of an RMSNorm per head before RoPE, (head_dim,).
-        k_norm_weight: The same for keys.
-        eps: Of these norms.
+        k_norm_weight: Weight of such a norm for keys, (head_dim,).
+        eps: Added to the mean square in these norms.
 
     Returns:
         (T, heads · head_dim), in the dtype of `qkv`.
@@ -51,9 +51,9 @@ def attend(
     cosine, sine = cosines[positions, None], sines[positions, None]
     q = placed(q, q_norm_weight, eps, cosine, sine)
     k = placed(k, k_norm_weight, eps, cosine, sine)
-    streams = torch.arange(rows, device=qkv.device)
-    keys[streams, :, positions] = k
-    values[streams, :, positions] = v
+    row = torch.arange(rows, device=qkv.device)
+    keys[row, :, positions] = k
+    values[row, :, positions] = v
 
     scores = q.view(rows, kv_heads, -1, head_dim).float() @ keys.float().mT * scale
     if softcap > 0:
@@ -67,14 +67,14 @@ def attend(
 def placed(
     heads: Tensor, norm_weight: Tensor | None, eps: float, cosine: Tensor, sine: Tensor
 ) -> Tensor:
-    """Norm heads, where there is a norm weight, and turn them to their positions.
+    """Apply the norm, if there is one, and RoPE to heads.
 
     Args:
         heads: Queries or keys, (..., head_dim).
         norm_weight: Weight of an RMSNorm per head, (head_dim,).
-        eps: Of that norm.
-        cosine: As `rotate`.
-        sine: As `rotate`.
+        eps: Added to the mean square in that norm.
+        cosine: RoPE, (..., rotary_dim / 2), float32.
+        sine: RoPE, in the shape of `cosine`.
 
     Returns:
         (..., head_dim), in the dtype of `heads`.
@@ -86,9 +86,9 @@ def covered(positions: Tensor, length: int, window: int) -> Tensor:
     """Return which of `length` tokens attention from each position covers.
 
     Args:
-        positions: Where attention comes from, (T,), int64.
+        positions: Positions of the queries, (T,), int64.
         length: Tokens in the cache.
-        window: How many it covers at most, the newest; 0 for all.
+        window: How many of the newest tokens attention covers at most; 0 for all.
 
     Returns:
         (T, length), bool.
@@ -101,9 +101,9 @@ def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Apply RoPE to the first entries of each head, in float32.
 
     Args:
-        heads: (..., head_dim).
-        cosine: (..., rotary_dim / 2), float32.
-        sine: As `cosine`.
+        heads: Queries or keys, (..., head_dim).
+        cosine: RoPE, (..., rotary_dim / 2), float32.
+        sine: RoPE, in the shape of `cosine`.
 
     Returns:
         (..., head_dim), in the dtype of `heads`.

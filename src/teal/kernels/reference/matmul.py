@@ -52,9 +52,9 @@ def sparse_activation(
 
     Args:
         x: Activations, (..., in_features).
-        threshold: As in `keep_mask`.
-        score_scale: As in `keep_mask`.
-        shift: As in `keep_mask`.
+        threshold: Cut-off in score units, rounded to float32 where it is a Python float.
+        score_scale: Score weight per channel, (in_features,). `None` means all ones.
+        shift: Centre per channel, (in_features,). `None` means zero.
 
     Returns:
         Activations with the dropped entries replaced, (..., in_features), in the dtype of `x`.
@@ -73,15 +73,15 @@ def sparse_gemv(
 ) -> Tensor:
     """Multiply the kept activations with `weight`: `Σ_{j kept} (x_j - shift_j) · W[j, :] + bias`.
 
-    With a `shift`, the constant part of the dropped entries, `shift @ weight`, is the caller's to
-    fold into `bias` once (`fold_shift`); no input changes it.
+    With a `shift`, every product also contains the constant `shift @ weight`. The caller folds it
+    into `bias` once (`fold_shift`).
 
     Args:
         x: Activations, (..., in_features), any float dtype.
         weight: Channel-major weight, (in_features, out_features), in the dtype of `x`.
-        threshold: As in `keep_mask`. Below zero everything is kept: the dense product.
-        score_scale: As in `keep_mask`; not negative.
-        shift: As in `keep_mask`.
+        threshold: Cut-off in score units; below zero everything is kept: the dense product.
+        score_scale: Score weight per channel, not negative, (in_features,).
+        shift: Centre per channel, (in_features,).
         bias: Added to the product, (out_features,).
 
     Returns:
@@ -141,15 +141,15 @@ def sparse_linear(
     shift: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Multiply `x` with weights that lie beside each other, each with a mask of its own.
+    """Multiply `x` with weights beside each other, each with a mask of its own.
 
     Args:
         x: Activations, (..., in_features).
         weight: Channel-major weights of all parts, (in_features, out_features).
         thresholds: One per part.
         output_sizes: Columns of each part, summing to out_features.
-        score_scale: As in `keep_mask`, a row per part, (parts, in_features).
-        shift: As in `keep_mask`, shared by the parts.
+        score_scale: Score weights, (parts, in_features).
+        shift: Centre per channel, shared by the parts, (in_features,).
         bias: Added to the product, (out_features,).
 
     Returns:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from teal.kernels.reference.matmul import keep_mask
 
-# What the dtype of the codes means.
+# The dtype of the codes tells the format; int4 is packed, two codes in a byte.
 INT4, INT8, FP8 = torch.uint8, torch.int8, torch.float8_e4m3fn
 
 # The zero of int4 codes without zeros of their own.
@@ -30,7 +30,7 @@ def unpack_nibbles(packed: Tensor, out_features: int) -> Tensor:
     """Undo `pack_nibbles`.
 
     Args:
-        packed: (..., ⌈out_features / 2⌉), uint8.
+        packed: Codes, (..., ⌈out_features / 2⌉), uint8.
         out_features: Columns to return.
 
     Returns:
@@ -47,11 +47,11 @@ def dequantized(
     group_size: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return the weight that the codes stand for, `(code - zero) · scale`.
+    """Return the weight that the codes encode, `(code - zero) · scale`.
 
     Args:
-        codes: Channel-major codes, one strip per input channel: int8 or float8_e4m3fn
-            (in_features, out_features), or packed int4 (in_features, ⌈out_features / 2⌉), uint8.
+        codes: Channel-major codes: int8 or float8_e4m3fn (in_features, out_features), or packed
+            int4 (in_features, ⌈out_features / 2⌉), uint8.
         scales: One per group of input channels and output, (groups, out_features).
         zeros: Code of zero, (groups, out_features), uint8; int4 only. `None` means 8.
         group_size: Input channels that share a scale; the last group may be shorter.
@@ -63,7 +63,7 @@ def dequantized(
     wide = torch.promote_types(dtype, torch.float32)
     in_features, out_features = len(codes), scales.shape[1]
     weight = torch.empty(in_features, out_features, dtype=dtype, device=codes.device)
-    # Whole groups at once, then what is left of the last.
+    # Whole groups at once, then the rest, which is shorter.
     whole = in_features // group_size
     for first, number, size in ((0, whole, group_size), (whole, 1, in_features % group_size)):
         if not number * size:
@@ -96,13 +96,13 @@ def quantized_gemv(
 
     Args:
         x: Activations, (..., in_features), any float dtype.
-        codes: As in `dequantized`.
-        scales: As in `dequantized`.
-        zeros: As in `dequantized`.
-        group_size: As in `dequantized`.
-        threshold: As in `keep_mask`. Below zero everything is kept: the dense product.
-        score_scale: Score weight per channel, as in `keep_mask`.
-        shift: Centre per channel, as in `keep_mask`; its part is folded into `bias`.
+        codes: Codes in the layout that `dequantized` describes, and so the next three.
+        scales: One per group of input channels and output, (groups, out_features).
+        zeros: Code of zero, (groups, out_features), uint8; int4 only. `None` means 8.
+        group_size: Input channels that share a scale.
+        threshold: Cut-off in score units; below zero everything is kept: the dense product.
+        score_scale: Score weight per channel, (in_features,).
+        shift: Centre per channel, (in_features,); `shift @ weight` belongs into `bias`.
         bias: Added to the product, (out_features,).
         accumulate: Dtype of all sums; float64 gives the product that kernels are measured
             against.

@@ -11,7 +11,7 @@ from teal.foundation.errors import UserError
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemv, "_ROTATION_BYTES", {"cpu": 1 << 16})
-    monkeypatch.setattr("teal.benchmark.roofline.read_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr("teal.benchmark.timing.read_bandwidth", lambda device: 1e10)
 
 
 def run(*arguments) -> None:
@@ -34,9 +34,10 @@ def test_a_table_names_the_product(capsys: pytest.CaptureFixture[str]) -> None:
     "arguments, message",
     [
         (["llama-9"], "Unknown model or size"),
-        (["64x48", "--sparsity", "half"], "is no list of fractions"),
+        (["64x48", "--sparsity", "half"], "is not a list of fractions"),
         (["64x48", "--sparsity", "1.5"], r"outside \[0, 1\)"),
         (["64x48", "--dtype", "int8"], "Unknown dtype"),
+        (["64x48", "--dtype", "auto"], "Give a --dtype"),
         (["64x48", "--tune", "tables"], "on a GPU"),
         (["64x48", "--baseline-teal", "nowhere"], "Give a checkout"),
         (["64x48", "--tables", "nowhere"], "'nowhere' holds no table"),
