@@ -5,7 +5,6 @@ This step passes sums on in fixed point, compacts the kept channels where they a
 each launch begin before its predecessor has ended.
 """
 
-import itertools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from teal.engine.kv_cache import KeyValueCache
 from teal.engine.layers import LayerCalls
 from teal.engine.projection import ProjectionCall
 from teal.engine.weights.matrix import Matrix
-from teal.kernels.operands import QuantParams
+from teal.kernels.operands import QuantParams, padded_thresholds
 
 try:
     from teal.kernels.cuda import attention as cuda_attention
@@ -218,12 +217,11 @@ def _projections(
     config: "tile_config.TileConfig | None",
 ) -> "decode_step.Projections":
     codes, quant = _codes_and_params(call.weight)
-    padded = list(itertools.islice(itertools.chain(call.thresholds, itertools.repeat(0.0)), 3))
     return decode_step.Projections(
         weight=codes,
         quant=quant,
         output_sizes=call.output_sizes,
-        thresholds=torch.tensor(padded, device=codes.device),
+        thresholds=torch.tensor(padded_thresholds(call.thresholds), device=codes.device),
         input=source,  # type: ignore[arg-type]
         is_dense=call.is_dense,
         bias=call.bias,
@@ -231,6 +229,7 @@ def _projections(
         eps=calls.eps,
         multiplier=1.0 if call.norm_weight is not None else calls.residual_multiplier,
         config=config,
+        tuning=call.tuning,
     )
 
 

@@ -1,6 +1,6 @@
 // Attention of one warp to a tile of the context, on tensor cores.
 //
-// The lanes of a warp stand in eight rows of four columns. In an operand of the tensor cores a row
+// The lanes of a warp form eight rows of four columns. In an operand of the tensor cores a row
 // is a query head, a position or a channel, and lane c of a row holds its entries 2 c, 2 c + 1, 2 c
 // + 8 and 2 c + 9. Which channels the entries stand for does not matter as long as queries and keys
 // agree: a lane loads eight consecutive channels, its entries of two operands.

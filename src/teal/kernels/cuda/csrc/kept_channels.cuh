@@ -12,14 +12,17 @@ constexpr int CHANNEL_WORDS = (Config::CHUNK + WARP - 1) / WARP;
 
 typedef Conditional<HAS_SEVERAL_ROWS, MultiRowChannels, SingleRowChannels>::Type ChannelStore;
 
-struct KeptCounts {
+// What KeptChannels consists of. Each layer adds what only some formats need, and is empty for the
+// others. Layers derive from each other, so that one pointer addresses all members.
+
+struct KeptCounts : ChannelStore {
   int warp_counts[WARPS];
   int size;
 };
 
 // Where the kept channels of each word begin. Only int4 needs it, to find those of a group.
 template <bool IS_THERE>
-struct WordStarts {
+struct WordStarts : KeptCounts {
   int starts[CHANNEL_WORDS + 1];
 
   __device__ __forceinline__ void set_start(int word, int start) { starts[word] = start; }
@@ -29,25 +32,16 @@ struct WordStarts {
 };
 
 template <>
-struct WordStarts<false> {
+struct WordStarts<false> : KeptCounts {
   __device__ __forceinline__ void set_start(int, int) {}
 };
 
 // A power of two that brings activations into the range of float16.
 template <bool IS_THERE>
-struct InputFactor {
-  u32 largest[WARPS];  // of each warp, the bits of a magnitude
+struct InputFactor : WordStarts<IS_INT4> {
+  u32 largest[WARPS];  // of each warp, the bits of the largest magnitude
 
-  // Record the largest magnitude of the warp's kept activations.
-  __device__ __forceinline__ void record(const bool (&keeps)[CHANNELS_PER_THREAD],
-                                         const float (&x)[CHANNELS_PER_THREAD]) {
-    u32 magnitude = 0;
-#pragma unroll
-    for (int i = 0; i < CHANNELS_PER_THREAD; i++)
-      if (keeps[i]) magnitude = max(magnitude, __float_as_uint(fabsf(x[i])));
-    magnitude = __reduce_max_sync(~0u, magnitude);
-    if (threadIdx.x % WARP == 0) largest[threadIdx.x / WARP] = magnitude;
-  }
+  __device__ __forceinline__ void set_largest(int warp, u32 magnitude) { largest[warp] = magnitude; }
 
   // Both for whole warps.
   __device__ __forceinline__ float factor() const {
@@ -68,16 +62,15 @@ struct InputFactor {
 };
 
 template <>
-struct InputFactor<false> {
-  __device__ __forceinline__ void record(const bool (&)[CHANNELS_PER_THREAD],
-                                         const float (&)[CHANNELS_PER_THREAD]) {}
+struct InputFactor<false> : WordStarts<IS_INT4> {
+  __device__ __forceinline__ void set_largest(int, u32) {}
   __device__ __forceinline__ float factor() const { return 1.0f; }
   __device__ __forceinline__ float inverse_factor() const { return 1.0f; }
 };
 
 // Sums of the kept activations of each word. Only codes with an offset need them.
 template <bool IS_THERE>
-struct InputSums {
+struct InputSums : InputFactor<HAS_INPUT_FACTOR> {
   float input_sums[CHANNEL_WORDS];
 
   __device__ __forceinline__ void set_input_sum(int word, float sum) { input_sums[word] = sum; }
@@ -93,17 +86,12 @@ struct InputSums {
 };
 
 template <>
-struct InputSums<false> {
+struct InputSums<false> : InputFactor<HAS_INPUT_FACTOR> {
   __device__ __forceinline__ void set_input_sum(int, float) {}
 };
 
-// The kept channels of a chunk. What only some formats need is a base, which takes no room where it
-// is empty.
-struct KeptChannels : ChannelStore,
-                      KeptCounts,
-                      WordStarts<IS_INT4>,
-                      InputFactor<HAS_INPUT_FACTOR>,
-                      InputSums<HAS_CODE_OFFSET> {
+// The kept channels of a chunk.
+struct KeptChannels : InputSums<HAS_CODE_OFFSET> {
   // Compact the channels of a chunk: a thread decides on those at channel_in_chunk.
   __device__ __forceinline__ void compact(
       const bool (&keeps)[CHANNELS_PER_THREAD],
@@ -117,7 +105,14 @@ struct KeptChannels : ChannelStore,
       number += __popc(kept[i]);
     }
     if (lane == 0) warp_counts[warp] = number;
-    record(keeps, x[0]);
+    if constexpr (HAS_INPUT_FACTOR) {
+      u32 magnitude = 0;
+#pragma unroll
+      for (int i = 0; i < CHANNELS_PER_THREAD; i++)
+        if (keeps[i]) magnitude = max(magnitude, __float_as_uint(fabsf(x[0][i])));
+      magnitude = __reduce_max_sync(~0u, magnitude);
+      if (lane == 0) set_largest(warp, magnitude);
+    }
     __syncthreads();
     float multiplier = factor();
     int place = (int)__reduce_add_sync(~0u, lane < warp ? warp_counts[lane] : 0);

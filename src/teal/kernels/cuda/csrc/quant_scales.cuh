@@ -78,18 +78,19 @@ struct LaneCopy {
   }
 };
 
+// Scales of a warp's segments, and zeros if codes are not symmetric.
 template <int SEGMENTS>
 struct SegmentScales {
   LaneCopy<Scale> scales[SEGMENTS];
 };
 
-template <int SEGMENTS, bool IS_THERE = Config::HAS_ZEROS>
-struct SegmentZeros {
+template <int SEGMENTS, bool HAS_ZEROS = Config::HAS_ZEROS>
+struct SegmentZeros : SegmentScales<SEGMENTS> {
   LaneCopy<u8> zeros[SEGMENTS];
 };
 
 template <int SEGMENTS>
-struct SegmentZeros<SEGMENTS, false> {};
+struct SegmentZeros<SEGMENTS, false> : SegmentScales<SEGMENTS> {};
 
 // How a chunk of int4 is divided into segments, the channels that a warp scales at once: its share
 // of the chunk, or a group if groups do not divide into shares evenly.
@@ -115,8 +116,7 @@ struct GroupScalesOf {
 };
 
 template <int GROUP_SIZE>
-struct GroupScalesOf<true, GROUP_SIZE> : SegmentScales<Segments<GROUP_SIZE>::PER_WARP>,
-                                         SegmentZeros<Segments<GROUP_SIZE>::PER_WARP> {
+struct GroupScalesOf<true, GROUP_SIZE> : SegmentZeros<Segments<GROUP_SIZE>::PER_WARP> {
   typedef Segments<GROUP_SIZE> Segment;
 
   // Prefetch those of the columns from `column` on, which depend on no input, into the L2 cache.

@@ -1,6 +1,6 @@
 // How a product is divided among blocks and warps: sizes that follow from Config.
 //
-// A block has BLOCK_N columns and takes Config::CHUNK channels at a time. Its warps stand in
+// A block has BLOCK_N columns and takes Config::CHUNK channels at a time. Its warps are arranged in
 // Config::WARPS_N columns and Config::WARPS_K shares of the channels.
 
 #pragma once
