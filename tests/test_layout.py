@@ -31,17 +31,7 @@ UNTESTED = {
 }
 # To be emptied as the suites of the kernels are rebuilt.
 KERNELS_WITHOUT_TESTS = {
-    "kernels/checks.py",
-    "kernels/cpu/dequantize.py",
-    "kernels/cpu/gemv_kernel.py",
-    "kernels/cpu/kept_channels.py",
-    "kernels/cpu/quantized_inner.py",
-    "kernels/cpu/quantized_kernel.py",
-    "kernels/cpu/unpack.py",
-    "kernels/dispatch.py",
-    "kernels/dispatch_quantized.py",
     "kernels/operands.py",
-    "kernels/registration.py",
     "kernels/triton/attention.py",
     "kernels/triton/gemv.py",
     "kernels/triton/tile_config.py",

@@ -9,7 +9,7 @@ from tests.kernels.cpu.cases import dtypes
 
 pytest.importorskip("numba")
 
-from teal.kernels.cpu.attention import CHUNK
+from teal.kernels.cpu.attention import CHUNK, NumbaAttention
 from teal.kernels.ops import attend
 
 INF, NAN = float("inf"), float("nan")
@@ -131,3 +131,10 @@ def test_a_position_outside_the_cache_is_refused_and_changes_nothing(
     with pytest.raises(UserError, match="inside a cache of 40 tokens"):
         attend(*tensors, **case.arguments(torch.float32))
     torch.testing.assert_close(tensors[1], before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_float64_is_refused_with_the_reason() -> None:
+    tensors = AttentionCase().tensors(torch.float32)
+    assert NumbaAttention().can_run(*tensors) is None
+    reason = NumbaAttention().can_run(tensors[0].double(), *tensors[1:])
+    assert reason == "qkv is not float32, bfloat16 or float16"

@@ -8,6 +8,7 @@ from tests.kernels.cpu.cases import DTYPES, pairwise
 
 pytest.importorskip("numba")
 
+from teal.kernels.cpu.lm_head import NumbaHead
 from teal.kernels.ops import lm_head_gemv
 
 
@@ -53,3 +54,13 @@ def test_a_transposed_or_empty_weight_gives_the_product_of_torch() -> None:
     assert torch.equal(lm_head_gemv(x, weight.t()), F.linear(x, weight.t()))
     assert torch.equal(lm_head_gemv(torch.ones(2, 0), torch.ones(5, 0)), torch.zeros(2, 5))
     assert lm_head_gemv(torch.ones(2, 4), torch.ones(0, 4)).shape == (2, 0)
+
+
+def test_products_that_the_kernel_cannot_compute_are_refused_with_the_reason() -> None:
+    x, weight = torch.ones(8, 4), torch.ones(3, 4)
+    numba = NumbaHead()
+    assert numba.can_run(x, weight) is None
+    assert numba.can_run(torch.ones(9, 4), weight) == "x has more than 8 rows: torch is faster"
+    assert numba.can_run(x.double(), weight.double()) == "x is not float32, bfloat16 or float16"
+    strided = numba.can_run(x, torch.ones(4, 3).t())
+    assert strided == "the entries of a weight row do not lie side by side"

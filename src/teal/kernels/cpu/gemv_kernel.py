@@ -58,7 +58,7 @@ def product(
             serves both.
         thresholds: Cut-off of each mask in score units, rounded to float32.
         form: `LINEAR` for parts side by side; `SILU` or `GELU` for gate and up.
-        eps: Epsilon of the norm.
+        eps: Added to the mean square in the norm.
         threads: How many of numba's threads share the work.
     """
     _, in_features, out_features = sizes

@@ -30,7 +30,7 @@ def compact_inputs(
         sizes: T, K, N.
         masks: Number of masks.
         thresholds: Cut-off of each mask in score units, rounded to float32.
-        eps: Epsilon of the norm.
+        eps: Added to the mean square in the norm.
     """
     rows, in_features, _ = sizes
     x = array(element, inputs[0], rows * in_features).reshape(rows, in_features)

@@ -19,7 +19,7 @@ Intrinsic = tuple[types.Type, Callable[..., ir.Value]]
 
 _ONE = np.float32(1)
 _LOG2_E = np.float32(1.44269504088896341)
-# ln(2) in two parts; the first has so few bits that its products with `power` are exact.
+# ln(2) in two parts; the first is so short that its products with `power` are exact.
 _LN_2_HIGH = np.float32(0.693359375)
 _LN_2_LOW = np.float32(-2.12194440e-4)
 _LARGEST, _SMALLEST = np.float32(88.0), np.float32(-87.0)

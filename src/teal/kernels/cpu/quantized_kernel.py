@@ -62,7 +62,7 @@ def product(
         parts: The number of masks, and the columns of each.
         thresholds: Cut-off of each mask.
         form: `LINEAR`, `SILU` or `GELU`.
-        eps: Epsilon of the norm.
+        eps: Added to the mean square in the norm.
         threads: How many of numba's threads share the work.
     """
     rows, _, out_features = sizes
