@@ -41,7 +41,9 @@ template <bool IS_THERE>
 struct InputFactor : WordStarts<IS_INT4> {
   u32 largest[WARPS];  // of each warp, the bits of the largest magnitude
 
-  __device__ __forceinline__ void set_largest(int warp, u32 magnitude) { largest[warp] = magnitude; }
+  __device__ __forceinline__ void set_largest(int warp, u32 magnitude) {
+    largest[warp] = magnitude;
+  }
 
   // Both for whole warps.
   __device__ __forceinline__ float factor() const {
