@@ -141,7 +141,7 @@ def save_quantized(
 
 
 class _SeenEnough(Exception):  # noqa: N818  (no error)
-    """Ends the run of a block once the activations of interest have been seen."""
+    """Stops the run of a block once the activations of interest have been seen."""
 
 
 def _require_dense(model: nn.Module) -> None:

@@ -48,14 +48,14 @@ def test_bad_input_is_one_sentence(arguments: list[str], message: str) -> None:
         run(*arguments)
 
 
-def test_products_of_few_bits_stand_beside_floats(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantized_products_are_shown_beside_floats(capsys: pytest.CaptureFixture[str]) -> None:
     run("64x48", "--sparsity", "0,0.5", "--quantize", "int4", "--group-size", "32")
     printed = capsys.readouterr().out
     assert "bfloat16 × int4" in printed
     assert "floats" in printed
 
 
-def test_cuts_of_few_bits_are_searched_on_a_gpu(tmp_path: Path) -> None:
+def test_tile_configurations_of_quantized_products_are_searched_on_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="on a GPU"):
         run("64x48", "--quantize", "int8", "--tune", str(tmp_path / "tables"))
     assert not (tmp_path / "tables").exists()

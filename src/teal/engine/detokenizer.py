@@ -57,7 +57,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Ends a text at the first stop string, however the text is split into pieces.
+    """Truncates a text at the first stop string, however the text is split into pieces.
 
     Args:
         stops: Strings that end the text; they are not part of it.

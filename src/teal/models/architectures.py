@@ -43,7 +43,7 @@ class Architecture:
         heads: Number of query heads.
         kv_heads: Number of key and value heads.
         head_dim: Channels per head.
-        eps: Epsilon of every RMSNorm.
+        eps: Added to the mean square in every RMSNorm.
         activation: Activation function of the gate, "silu" or "gelu_pytorch_tanh".
         attention_scale: Factor on the dot products of queries and keys.
         attention_softcap: Soft cap on attention scores; 0 for none.

@@ -16,7 +16,7 @@ def require_memory(needed: int, device: torch.device, what: str) -> None:
     Args:
         needed: Size in bytes.
         device: Device to check.
-        what: Subject of the message, such as "The weights".
+        what: What needs the memory, for the message, such as "The weights".
 
     Raises:
         UserError: Fewer bytes are free; the message gives both sizes.
