@@ -31,6 +31,7 @@ from teal.allocation import STRATEGIES
 from teal.cli.main import VERBS, app, main
 from teal.data import TokenWindows
 from teal.foundation.provenance import TextProvenance
+from teal.kernels.dispatch import BACKENDS
 from teal.methods import METHODS
 from teal.models.families import FAMILIES
 
@@ -90,6 +91,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     with contextlib.ExitStack() as stack:
         for registry in (FAMILIES, METHODS, STRATEGIES):
             stack.enter_context(mock.patch.dict(registry))
+        # Backends are put into the lists of a device in place.
+        backends = {device: list(known) for device, known in BACKENDS.items()}
+        stack.enter_context(mock.patch.dict(BACKENDS, backends))
         yield
 
 

@@ -18,7 +18,8 @@ WORDS = {
     "TileConfig, tile configuration": r"\bCuts?\b(?!-off)|\bcuts\b(?= (of|for) )|_cuts?\b|\bcuts?_",
     "weight row": r"(?<![\w.])_?[Ss]trips?\b|_strips\b",
     "QuantParams": r"\bGrids?\b(?! of)|quantization grid|\bgrid of (codes|a weight)",
-    "norm_weight": r"\bGains?\b|_gain\b|\bgain_|(?<!no )\bgain(?=[:=])|\bgain (vector|of (the|a) norm)",
+    "norm_weight": r"\bGains?\b|_gain\b|\bgain_|(?<!no )\bgain(?=[:=])"
+    r"|\bgain (vector|of (the|a) norm)",
     "eps": r"\b[Ee]psilon\b",
     "output_sizes": r"\bwidths\b",
     "sparse_linear, quantized_linear": r"(sparse|quantized|dense)_parts\b",
