@@ -1,6 +1,7 @@
 """The decode loop, and the memory and captured CUDA graphs that it runs on."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -15,6 +16,11 @@ from teal.engine.sequence import Token
 from teal.engine.weights.decoder_weights import DecoderWeights
 from teal.foundation.errors import UserError
 from teal.models.architectures import Architecture
+
+try:
+    from teal.kernels.cpu.free_cores import FreeCores
+except ImportError:
+    FreeCores = None  # type: ignore[assignment, misc]
 
 Advance = Callable[[], None]
 
@@ -49,6 +55,9 @@ class Runner:
         self._cache = KeyValueCache(
             architecture, batch_size, capacity, weights.dtype, weights.device
         )
+        self._cores = None
+        if weights.device.type == "cpu" and FreeCores is not None:
+            self._cores = FreeCores()
         self._samplers: dict[SamplingForm, Sampler] = {}
         self._steps: dict[tuple[Decoder, SamplingForm], Advance] = {}
 
@@ -69,11 +78,12 @@ class Runner:
         while len(self._steps) >= _STEPS:
             del self._steps[next(iter(self._steps))]
         # Not self: memory of this size should not wait for the garbage collector.
-        sampler, cache = self._sampler(request.form), self._cache
+        sampler, cache, cores = self._sampler(request.form), self._cache, self._cores
         step = stepper_of(request.decoder, cache)
 
         def advance() -> None:
-            sampler(step(sampler.tokens, cache))
+            with nullcontext() if cores is None else cores.step():
+                sampler(step(sampler.tokens, cache))
 
         if self._device.type == "cuda":
             cache.reset()

@@ -45,8 +45,16 @@ def eight_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(8)
     monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 6)
+    monkeypatch.setattr(threads, "allowed_cores", lambda: 16)
     yield
     torch.set_num_threads(before)
+
+
+def test_no_more_threads_are_used_than_cores_are_allowed(
+    eight_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "allowed_cores", lambda: 3)
+    assert threads.available_threads() == 3
 
 
 @pytest.mark.parametrize(

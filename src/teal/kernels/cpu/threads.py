@@ -1,9 +1,12 @@
 """Decides how many threads run a compiled CPU kernel, and calls it on them."""
 
 import logging
+import os
+import sys
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 from typing import TypeVar
 
@@ -20,6 +23,9 @@ WEIGHTS_PER_THREAD = 1 << 16
 COLUMNS_PER_THREAD = 128
 
 _WORKQUEUE_LOCK = threading.Lock()
+
+# More threads than this are not used; a caller sets it for as long as it takes.
+_limit: ContextVar[int] = ContextVar("limit", default=sys.maxsize)
 
 
 def thread_count(in_features: int, out_features: int) -> int:
@@ -39,9 +45,35 @@ def thread_count(in_features: int, out_features: int) -> int:
 
 
 def available_threads() -> int:
-    """Return torch's setting of threads, at most as many as numba was started with."""
-    available: int = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    """Return torch's setting of threads, no more than numba has, cores allow or `limited` says."""
+    available: int = min(
+        torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, allowed_cores(), _limit.get()
+    )
     return available
+
+
+@cache
+def allowed_cores() -> int:
+    """Return the cores that this process may run on, as it was when first asked."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        # Not every system has affinities.
+        return os.cpu_count() or 1
+
+
+@contextmanager
+def limited(threads: int) -> Iterator[None]:
+    """Let the products of this Python thread use at most some threads.
+
+    Args:
+        threads: Largest number of threads, at least 1.
+    """
+    token = _limit.set(threads)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
 
 
 def run_threaded(threads: int, function: Callable[..., Result], *arguments: object) -> Result:
