@@ -18,7 +18,7 @@ from teal.foundation.errors import UserError
 from teal.models.architectures import Architecture
 
 try:
-    from teal.kernels.cpu.free_cores import FreeCores
+    from teal.kernels.cpu.threads import FreeCores
 except ImportError:
     FreeCores = None  # type: ignore[assignment, misc]
 

@@ -36,7 +36,7 @@ except ImportError:
     CudaBackend = None  # type: ignore[assignment, misc]
 try:
     from teal.kernels.cpu.attention import NumbaAttention
-    from teal.kernels.cpu.backend import NumbaBackend
+    from teal.kernels.cpu.gemv import NumbaBackend
     from teal.kernels.cpu.lm_head import NumbaHead
 except ImportError:
     NumbaBackend = None  # type: ignore[assignment, misc]

@@ -14,7 +14,7 @@ from tests.kernels.cpu.cases import (
 
 pytest.importorskip("numba")
 
-from teal.kernels.cpu.quantized_gemv import dequantized
+from teal.kernels.cpu.gemv import dequantized
 
 
 @pairwise(dtype=DTYPES, scheme=list(SCHEMES), shape=[(129, 64), (700, 257)], threads=[1, 2])

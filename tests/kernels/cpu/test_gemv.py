@@ -21,7 +21,8 @@ from tests.kernels.cpu.cases import (
 
 pytest.importorskip("numba")
 
-from teal.kernels.cpu.gemv import ELEMENTS, compute
+from teal.kernels.cpu.gemv import compute
+from teal.kernels.cpu.numerics import ELEMENTS
 
 
 def _product(x: Tensor, weight: Tensor, threshold: float, **vectors: Tensor) -> Tensor:

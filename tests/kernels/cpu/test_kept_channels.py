@@ -11,8 +11,8 @@ from tests.kernels.cpu.cases import dtypes
 
 pytest.importorskip("numba")
 
-from teal.kernels.cpu.gemv import ELEMENTS
 from teal.kernels.cpu.kept_channels import compact, compact_inputs
+from teal.kernels.cpu.numerics import ELEMENTS
 
 
 def _bits(x: Tensor) -> np.ndarray:

@@ -4,7 +4,7 @@ import pytest
 pytest.importorskip("numba")
 
 from teal.kernels.cpu.quantized_inner import add_byte_rows, add_nibble_rows
-from teal.kernels.cpu.unpack import FP8_FACTOR, NIBBLE_BASE
+from teal.kernels.cpu.simd import FP8_FACTOR, NIBBLE_BASE
 
 CHANNELS, STRIDE, FIRST, WIDTH = 40, 30, 3, 21
 # Entries from `begin` to `end`: less than a group of eight, a group, and groups and a rest.

@@ -18,9 +18,9 @@ from tests.kernels.cpu.cases import (
 
 pytest.importorskip("numba")
 
-from teal.kernels.cpu.quantized_gemv import compute
+from teal.kernels.cpu.gemv import compute_quantized as compute
 from teal.kernels.cpu.quantized_kernel import TILE, read_zeros
-from teal.kernels.cpu.unpack import NIBBLE_BASE
+from teal.kernels.cpu.simd import NIBBLE_BASE
 
 
 @schemes

@@ -7,8 +7,7 @@ import torch
 pytest.importorskip("numba")
 
 from teal.kernels.cpu.compile_cache import compiled
-from teal.kernels.cpu.gemv import ELEMENTS
-from teal.kernels.cpu.numerics import Array
+from teal.kernels.cpu.numerics import ELEMENTS, Array
 from teal.kernels.cpu.simd import LINE_BYTES, add_line, prefetch_lines
 
 

@@ -9,8 +9,16 @@ from torch import Tensor
 
 from teal.foundation.errors import UserError
 from teal.kernels.cpu.compile_cache import compiled
-from teal.kernels.cpu.gemv import ELEMENTS
-from teal.kernels.cpu.numerics import Array, array, exponential, narrow, norm_into, prefetch, widen
+from teal.kernels.cpu.numerics import (
+    ELEMENTS,
+    Array,
+    array,
+    exponential,
+    narrow,
+    norm_into,
+    prefetch,
+    widen,
+)
 from teal.kernels.cpu.simd import LINE_BYTES
 from teal.kernels.cpu.threads import available_threads, run_threaded
 

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from teal.kernels.cpu.compile_cache import compiled
-from teal.kernels.cpu.gemv import ELEMENTS
-from teal.kernels.cpu.numerics import Array, array, narrow, widen
+from teal.kernels.cpu.numerics import ELEMENTS, Array, array, narrow, widen
 from teal.kernels.cpu.quantized_kernel import INT4_CODES, INT8_CODES, Weight, read_zeros
-from teal.kernels.cpu.threads import run_threaded, thread_count
-from teal.kernels.cpu.unpack import (
+from teal.kernels.cpu.simd import (
     FP8_FACTOR,
     HIGH_FACTOR,
     NIBBLE_BASE,
@@ -18,6 +16,7 @@ from teal.kernels.cpu.unpack import (
     high_nibble,
     low_nibble,
 )
+from teal.kernels.cpu.threads import run_threaded, thread_count
 
 _ONE = np.float32(1)
 _FP8_FACTOR, _HIGH_FACTOR = np.float32(FP8_FACTOR), np.float32(HIGH_FACTOR)

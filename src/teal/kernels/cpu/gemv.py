@@ -1,27 +1,74 @@
-"""Launches the CPU kernel of products with float weights, and shares the launch with others."""
+"""The numba backend of products: which it computes, and how the kernels are launched."""
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from teal.foundation.errors import UserError
+from teal.kernels.cpu import dequantize
 from teal.kernels.cpu.gemv_kernel import GELU, LINEAR, SILU, product
+from teal.kernels.cpu.numerics import ELEMENTS
+from teal.kernels.cpu.quantized_kernel import FP8_CODES, INT4_CODES, INT8_CODES, Weight
+from teal.kernels.cpu.quantized_kernel import product as quantized_product
 from teal.kernels.cpu.threads import run_threaded, thread_count
-from teal.kernels.operands import Operands, padded_thresholds
+from teal.kernels.operands import MAX_PARTS, Operands, QuantParams, padded_thresholds
 from teal.kernels.reference import matmul as reference
+from teal.kernels.reference.backend import multiply
+from teal.kernels.reference.quantized import FP8, INT4, INT8
 
-# numba has neither bfloat16 nor float16. The type of these zeros tells a kernel how to read bits.
-ELEMENTS = {
-    torch.bfloat16: np.uint16(0),
-    torch.float16: np.int16(0),
-    torch.float32: np.float32(0),
-}
 # With more rows, nearly every channel is kept by one of them, and torch's dense product is faster.
 MAX_ROWS = 8
 
 _FORMS = {None: LINEAR, "silu": SILU, "gelu_pytorch_tanh": GELU}
+_CODES = {FP8: FP8_CODES, INT4: INT4_CODES, INT8: INT8_CODES}
+
+
+class NumbaBackend:
+    """Products on the CPU by kernels that numba compiles."""
+
+    name = "numba"
+
+    def can_run(self, operands: Operands, quant: QuantParams | None) -> str | None:
+        """Return why a product cannot be computed, or `None` if it can.
+
+        Args:
+            operands: Checked operands on the CPU.
+            quant: What the codes stand for if the weight is quantized.
+
+        Returns:
+            The reason as a clause, such as "x has more than 8 rows: torch is faster".
+        """
+        dtype = operands.x.dtype
+        if dtype not in ELEMENTS:
+            return f"x is {str(dtype).removeprefix('torch.')}, not float32, bfloat16 or float16"
+        if quant is None:
+            return _limit(operands)
+        return quantized_obstacle(operands, quant)
+
+    def run(self, operands: Operands, quant: QuantParams | None) -> Tensor:
+        """Compute a product.
+
+        A quantized weight is dequantized for more rows or parts than the kernel takes, and the
+        reference multiplies.
+
+        Args:
+            operands: Operands for which `can_run` returns `None`.
+            quant: What the codes stand for if the weight is quantized.
+
+        Returns:
+            (..., out_features), or (..., out_features / 2) with an activation, in the dtype of `x`;
+            float32 accumulation.
+
+        Raises:
+            UserError: The columns of a float weight do not lie side by side.
+        """
+        if quant is None:
+            return compute(operands)
+        if _limit(operands) is None:
+            return compute_quantized(operands, quant)
+        weight = dequantized(operands, quant)
+        return multiply(operands._replace(weight=weight))
 
 
 def compute(operands: Operands) -> Tensor:
@@ -100,6 +147,72 @@ def launch(
         threads,
     )
     return result
+
+
+def quantized_obstacle(operands: Operands, quant: QuantParams) -> str | None:
+    """Return why the kernels cannot read a quantized weight, or `None` if they can."""
+    if quant.scales.dtype not in ELEMENTS:
+        dtype = str(quant.scales.dtype).removeprefix("torch.")
+        return f"scales are {dtype}, not float32, bfloat16 or float16"
+    tensors = {"codes": operands.weight, "scales": quant.scales, "zeros": quant.zeros}
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            return f"{name} are not contiguous"
+    return None
+
+
+def compute_quantized(operands: Operands, quant: QuantParams) -> Tensor:
+    """Multiply the kept activations with a quantized weight, accumulating in float32.
+
+    Codes are read exactly, the sum of a group is scaled once, and the result is rounded once, after
+    bias, activation and residual. It does not depend on the number of threads.
+
+    Args:
+        operands: Checked operands for which `NumbaBackend.can_run` returns `None`, with codes as
+            the weight and at most `MAX_ROWS` rows. NaN codes of fp8 count as ±480.
+        quant: What the codes stand for.
+
+    Returns:
+        (..., out_features), or (..., out_features / 2) with an activation, in the dtype of `x`.
+    """
+    shape = (len(operands.weight), quant.scales.shape[1])
+    return launch(quantized_product, operands, _quantized_weight(operands.weight, quant), shape)
+
+
+def dequantized(operands: Operands, quant: QuantParams) -> Tensor:
+    """Return the weight as floats, bit-equal to the reference.
+
+    Args:
+        operands: Operands with codes as the weight, such that `quantized_obstacle` returns `None`.
+        quant: What the codes stand for.
+
+    Returns:
+        (in_features, out_features), in the dtype of `x`.
+    """
+    shape = (len(operands.weight), quant.scales.shape[1])
+    weight = _quantized_weight(operands.weight, quant)
+    return dequantize.dequantized(weight, shape, operands.x.dtype)
+
+
+def _limit(operands: Operands) -> str | None:
+    """Return which limit of the kernels the sizes of a product exceed."""
+    if len(operands.output_sizes) > MAX_PARTS:
+        return f"there are more than {MAX_PARTS} parts"
+    if operands.rows > MAX_ROWS:
+        return f"x has more than {MAX_ROWS} rows: torch is faster"
+    return None
+
+
+def _quantized_weight(codes: Tensor, quant: QuantParams) -> Weight:
+    return (
+        codes.data_ptr(),
+        quant.scales.data_ptr(),
+        0 if quant.zeros is None else quant.zeros.data_ptr(),
+        codes.shape[1],
+        _CODES[codes.dtype],
+        quant.group_size,
+        ELEMENTS[quant.scales.dtype],
+    )
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

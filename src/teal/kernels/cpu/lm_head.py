@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from teal.kernels.cpu.compile_cache import compiled
-from teal.kernels.cpu.gemv import ELEMENTS, MAX_ROWS
-from teal.kernels.cpu.numerics import Array, array, narrow, widen
+from teal.kernels.cpu.gemv import MAX_ROWS
+from teal.kernels.cpu.numerics import ELEMENTS, Array, array, narrow, widen
 from teal.kernels.cpu.threads import run_threaded, thread_count
 
 # Rows of the weight read at once: more streams keep more of the memory busy.

@@ -5,6 +5,7 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -14,6 +15,14 @@ from numpy.typing import NDArray
 from teal.kernels.cpu.compile_cache import compiled
 
 Array = NDArray[Any]
+
+# numba has neither bfloat16 nor float16. The type of these zeros tells a kernel how to read bits.
+ELEMENTS = {
+    torch.bfloat16: np.uint16(0),
+    torch.float16: np.int16(0),
+    torch.float32: np.float32(0),
+}
+
 # What numba expects an intrinsic to return: its signature, and the function that emits its code.
 Intrinsic = tuple[types.Type, Callable[..., ir.Value]]
 

@@ -8,8 +8,7 @@ import numpy as np
 from teal.kernels.cpu.compile_cache import compiled
 from teal.kernels.cpu.gemv_kernel import GROUP
 from teal.kernels.cpu.numerics import Array, prefetch
-from teal.kernels.cpu.simd import LINE_BYTES
-from teal.kernels.cpu.unpack import code_value, high_nibble, low_nibble
+from teal.kernels.cpu.simd import LINE_BYTES, code_value, high_nibble, low_nibble
 
 # Lines prefetched of each of the next weight rows: rows of codes are too short for the hardware's
 # prefetcher.

@@ -14,8 +14,7 @@ from teal.kernels.cpu.gemv_kernel import GELU, LINEAR, border, gate, write
 from teal.kernels.cpu.kept_channels import KeptChannels, compact_inputs
 from teal.kernels.cpu.numerics import Array, array, widen
 from teal.kernels.cpu.quantized_inner import add_byte_rows, add_nibble_rows
-from teal.kernels.cpu.simd import LINE_BYTES
-from teal.kernels.cpu.unpack import FP8_FACTOR, HIGH_FACTOR, NIBBLE_BASE
+from teal.kernels.cpu.simd import FP8_FACTOR, HIGH_FACTOR, LINE_BYTES, NIBBLE_BASE
 
 # How codes are read.
 INT8_CODES, FP8_CODES, INT4_CODES = 0, 1, 2

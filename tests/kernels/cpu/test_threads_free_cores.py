@@ -4,8 +4,7 @@ import pytest
 
 pytest.importorskip("numba")
 
-from teal.kernels.cpu.free_cores import FreeCores
-from teal.kernels.cpu.threads import available_threads, limited
+from teal.kernels.cpu.threads import FreeCores, available_threads, limited
 
 STEPS = 2000
 Times = Callable[[int], float]

@@ -6,7 +6,7 @@ pytest.importorskip("numba")
 
 from teal.kernels.cpu.compile_cache import compiled
 from teal.kernels.cpu.numerics import Array
-from teal.kernels.cpu.unpack import (
+from teal.kernels.cpu.simd import (
     FP8_FACTOR,
     HIGH_FACTOR,
     NIBBLE_BASE,

@@ -17,7 +17,7 @@ from tests.kernels.cpu.cases import (
 
 pytest.importorskip("numba")
 
-from teal.kernels.cpu.backend import NumbaBackend
+from teal.kernels.cpu.gemv import NumbaBackend
 
 NUMBA = NumbaBackend()
 

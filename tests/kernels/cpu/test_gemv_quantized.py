@@ -25,7 +25,7 @@ from tests.kernels.cpu.cases import (
 
 pytest.importorskip("numba")
 
-from teal.kernels.cpu.quantized_gemv import compute
+from teal.kernels.cpu.gemv import compute_quantized as compute
 
 
 def _product(x: Tensor, weight: QuantizedWeight, threshold: float, **vectors: Any) -> Tensor:
