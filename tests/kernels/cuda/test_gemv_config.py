@@ -19,8 +19,9 @@ from teal.kernels.cuda.gemv_config import chunked, config_for, shared_bytes, til
 from teal.kernels.cuda.nvrtc import compiled
 from teal.kernels.cuda.tile_config import WARP, TileConfig
 from teal.kernels.operands import Operands, QuantParams
+from tests.kernels.cuda.products import assert_right, weight_of
 from tests.kernels.emulation import DEVICE, emulate
-from tests.kernels.products import SCHEMES, assert_right, by_torch, weight_of
+from tests.kernels.products import SCHEMES, by_torch
 
 # Channels and columns of the decoder layers of Llama-3-8B and 70B, and of a language-model head.
 LAYERS: list[tuple[int, Sequence[int], str | None]] = [
