@@ -13,8 +13,11 @@ def pairwise(**parameters: Sequence[Any]) -> list[dict[str, Any]]:
     """Choose rows so that every two values of different parameters meet in one at least.
 
     The choice is greedy and always the same: a row starts with a pair that is missing, and each
-    further parameter takes the value that covers the most missing pairs.
+    further parameter takes the value that covers the most missing pairs. A parameter that is alone
+    has a row per value.
     """
+    if len(parameters) == 1:
+        return [{name: value} for name, values in parameters.items() for value in values]
     places = [(name, range(len(values))) for name, values in parameters.items()]
     missing: dict[Pair, None] = {
         ((one, i), (other, j)): None

@@ -29,3 +29,7 @@ def test_rows_are_the_same_each_time_and_far_fewer_than_all_combinations(paramet
     assert all(list(row) == list(parameters) for row in rows)
     sizes = sorted(len(values) for values in parameters.values())
     assert len(rows) <= min(2 * sizes[-1] * sizes[-2], math.prod(sizes))
+
+
+def test_a_parameter_that_is_alone_has_a_row_per_value() -> None:
+    assert pairwise(a=[1, 2, 3]) == [{"a": 1}, {"a": 2}, {"a": 3}]

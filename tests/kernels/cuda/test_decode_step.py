@@ -1,5 +1,7 @@
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +45,7 @@ from tests.kernels.stepping import (
     projections_of,
     thresholds_at,
 )
+from tests.pairwise import by_pairs, pairwise
 
 # K and the output sizes of each input, as odd as weights of 16 bits allow.
 SHAPES: dict[InputName, tuple[int, list[int]]] = {
@@ -55,7 +58,7 @@ SHAPES: dict[InputName, tuple[int, list[int]]] = {
 ALIGNED: dict[InputName, tuple[int, list[int]]] = {
     "hidden": (584, [288, 32, 32]),
     "attention": (HEADS * HEAD_DIM, [608]),
-    "silu": (1048, [1056]),
+    "silu": (1048, [544]),
     "gelu_pytorch_tanh": (200, [288]),
 }
 
@@ -72,12 +75,32 @@ CONFIGS = [
     TileConfig(chunk=160, per_lane=4, warps_n=1, warps_k=8, unroll=8, blocks=1, cluster=8),
 ]
 
-inputs = pytest.mark.parametrize("kind", SHAPES)
 configs = pytest.mark.parametrize(
     "config", CONFIGS, ids=lambda config: f"{config.chunk} × {config.columns}"
 )
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+
+
+def _steps() -> Iterator[Any]:
+    """Return rows of parameters for an emulated GPU and for the one that is there."""
+    rows = pairwise(
+        scheme=list(SCHEMES),
+        config=[None, *CONFIGS],
+        kind=list(SHAPES),
+        sparsity=[0.5, None, 0.95, 1.0],
+        dtype=list(DTYPES),
+        bias=[False, True],
+        # A GPU has them or not.
+        clusters=[True, False],
+    )
+    for row in rows:
+        config = "" if row["config"] is None else row["config"].chunk
+        id = "-".join(str(config if name == "config" else row[name]) for name in row)
+        yield pytest.param("cpu", row, id=f"emulated-{id}")
+        yield pytest.param("cuda", row, id=f"cuda-{id}", marks=pytest.mark.gpu)
+
+
+steps = pytest.mark.parametrize(("device", "row"), list(_steps()))
 
 
 def wanted(kind: InputName, scheme: str = "floats", **changes: object) -> Wanted:
@@ -131,9 +154,7 @@ def _assert_right(
     assert not memory.overflow
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-@inputs
-@schemes
+@by_pairs(scheme=list(SCHEMES), kind=list(SHAPES), architecture=["sm_80", "sm_90", "sm_100"])
 def test_products_compile_to_wide_loads_without_spills(
     kind: InputName, scheme: str, architecture: str, tmp_path: Path
 ) -> None:
@@ -148,51 +169,42 @@ def test_products_compile_to_wide_loads_without_spills(
     assert_weight_rows_load_whole(cubin, config, projections.weight.dtype)
 
 
-@pytest.mark.parametrize("is_dense", [False, True], ids=["sparse", "dense"])
-@pytest.mark.parametrize("sizes", [(4096, 14336), (8192, 28672)], ids=["8B", "70B"])
-@pytest.mark.parametrize("scheme", ["floats", "int8", "fp8", "int4 in 128"])
+@by_pairs(
+    name=["qkv", "o", "gate and up", "down"],
+    scheme=["floats", "int8", "fp8", "int4 in 128"],
+    sizes=[(4096, 14336), (8192, 28672)],
+    is_dense=[False, True],
+)
 def test_models_compile_without_spills(
-    scheme: str, sizes: tuple[int, int], is_dense: bool, tmp_path: Path
+    name: str, scheme: str, sizes: tuple[int, int], is_dense: bool, tmp_path: Path
 ) -> None:
     hidden, intermediate = sizes
-    products = (
-        Wanted("hidden", hidden, [hidden, 1024, 1024], SCHEMES[scheme]),
-        Wanted("attention", hidden, [hidden], SCHEMES[scheme]),
-        Wanted("hidden", hidden, [intermediate] * 2, SCHEMES[scheme]),
-        Wanted("silu", intermediate, [hidden], SCHEMES[scheme]),
-    )
-    for product in products:
-        projections = replace(outlined(product), is_dense=is_dense)
-        config = config_for(projections, clusters=True)
-        memory = memory_of(torch.bfloat16, "meta")
-        cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(compiled(SOURCE, step_config(projections, config, memory), "sm_90"))
-        assert_no_spills(cubin)
+    products = {
+        "qkv": Wanted("hidden", hidden, [hidden, 1024, 1024], SCHEMES[scheme]),
+        "o": Wanted("attention", hidden, [hidden], SCHEMES[scheme]),
+        "gate and up": Wanted("hidden", hidden, [intermediate] * 2, SCHEMES[scheme]),
+        "down": Wanted("silu", intermediate, [hidden], SCHEMES[scheme]),
+    }
+    projections = replace(outlined(products[name]), is_dense=is_dense)
+    config = config_for(projections, clusters=True)
+    memory = memory_of(torch.bfloat16, "meta")
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled(SOURCE, step_config(projections, config, memory), "sm_90"))
+    assert_no_spills(cubin)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("sparsity", [None, 0.5, 0.9, 1.0], ids=str)
-@schemes
-@inputs
-@dtypes
+@steps
 def test_products_sum_over_the_kept_channels(
-    kind: InputName, dtype: torch.dtype, scheme: str, sparsity: float | None, bias: bool
+    device: str, row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    projections = projections_of(wanted(kind, scheme, dtype=dtype, bias=bias))
-    _assert_right(projections, sparsity, dtype)
-
-
-@pytest.mark.parametrize("clusters", [True, False], ids=["clusters", ""])
-@inputs
-@schemes
-def test_products_are_right_on_an_emulated_gpu(
-    kind: InputName, scheme: str, clusters: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    emulate(monkeypatch, clusters=clusters)
-    for sparsity in (0.5, 1.0):
-        projections = projections_of(wanted(kind, scheme), device="cpu")
-        _assert_right(replace(projections, is_dense=False), sparsity, device="cpu")
+    if device == "cpu":
+        emulate(monkeypatch, clusters=row["clusters"])
+    kind, scheme, dtype = row["kind"], row["scheme"], row["dtype"]
+    projections = projections_of(wanted(kind, scheme, dtype=dtype, bias=row["bias"]), device=device)
+    config = None if row["config"] is None else _for(scheme, row["config"])
+    is_dense = row["sparsity"] is None
+    projections = replace(projections, is_dense=is_dense, config=config)
+    _assert_right(projections, row["sparsity"], dtype, device)
 
 
 @configs
@@ -230,29 +242,6 @@ def test_chunks_are_whole_groups_or_parts_that_warps_share_evenly(chunk: int, wa
     is_part = 128 % fitted.chunk == 0 and fitted.chunk % (32 * warps) == 0
     assert is_part or fitted.chunk % 128 == 0
     assert fitted.blocks == (1 if fitted.chunk > 128 * warps else 2)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("sparsity", [None, 0.5, 0.95], ids=str)
-@configs
-@schemes
-@pytest.mark.parametrize("kind", ["hidden", "silu"])
-def test_products_are_right_with_every_tile_config(
-    kind: InputName, scheme: str, config: TileConfig, sparsity: float | None
-) -> None:
-    projections = replace(projections_of(wanted(kind, scheme)), config=_for(scheme, config))
-    _assert_right(projections, sparsity)
-
-
-@configs
-@schemes
-def test_every_tile_config_is_right_on_an_emulated_gpu(
-    scheme: str, config: TileConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    emulate(monkeypatch, clusters=True)
-    for kind, sparsity in (("hidden", None), ("silu", 0.95)):
-        projections = projections_of(wanted(kind, scheme), device="cpu")
-        _assert_right(replace(projections, config=_for(scheme, config)), sparsity, device="cpu")
 
 
 @pytest.mark.gpu

@@ -1,6 +1,5 @@
-"""Run on a GPU where there is one, else in Triton's interpreter, in a process of its own."""
+"""Run on a GPU where there is one, else in Triton's interpreter by ../test_products.py."""
 
-import math
 import os
 
 import pytest
@@ -9,9 +8,7 @@ from torch import Tensor
 
 from teal.kernels.reference import matmul as reference
 from tests.helpers import relative_error
-from tests.kernels.cases import (
-    draw,
-)
+from tests.kernels.cases import draw
 
 pytest.importorskip("triton")
 
@@ -21,11 +18,6 @@ from teal.kernels.triton.tile_config import TileConfig
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-# The interpreter cuts float32 to bfloat16 where the hardware rounds.
-DTYPES = [torch.float16, torch.float32] + ([] if INTERPRETED else [torch.bfloat16])
-INF, NAN = math.inf, math.nan
-
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 tiles = pytest.mark.parametrize(
     "config",
     [
