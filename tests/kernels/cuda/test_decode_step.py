@@ -38,6 +38,7 @@ from tests.kernels.stepping import (
     exact_product,
     fixed,
     hopper,
+    in_a_gap,
     magnitude,
     memory_of,
     normed,
@@ -101,6 +102,14 @@ def _steps() -> Iterator[Any]:
 
 
 steps = pytest.mark.parametrize(("device", "row"), list(_steps()))
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the device of the tensors, with a GPU emulated on the CPU."""
+    if request.param == "emulated":
+        emulate(monkeypatch, clusters=True)
+    return "cpu" if request.param == "emulated" else "cuda"
 
 
 def wanted(kind: InputName, scheme: str = "floats", **changes: object) -> Wanted:
@@ -244,34 +253,72 @@ def test_chunks_are_whole_groups_or_parts_that_warps_share_evenly(chunk: int, wa
     assert fitted.blocks == (1 if fitted.chunk > 128 * warps else 2)
 
 
-@pytest.mark.gpu
 @schemes
-def test_a_product_gives_the_same_bits_twice_and_clears_sums_for_later(scheme: str) -> None:
-    source, _ = _source("hidden", torch.bfloat16)
-    memory = memory_of(torch.bfloat16)
-    projections = projections_of(wanted("hidden", scheme), [0.3, 0.5, 0.7])
+def test_a_product_gives_the_same_bits_twice_and_clears_sums_for_later(
+    scheme: str, gpu: str
+) -> None:
+    source, _ = _source("hidden", torch.bfloat16, gpu)
+    memory = memory_of(torch.bfloat16, gpu)
+    projections = projections_of(wanted("hidden", scheme), [0.3, 0.5, 0.7], gpu)
     results = []
-    for _ in range(3):
-        sums = torch.zeros(sum(projections.output_sizes), dtype=torch.int64, device="cuda")
-        clear = torch.full((2097,), 7, device="cuda")
+    for _ in range(3 if gpu == "cuda" else 2):
+        sums = torch.zeros(sum(projections.output_sizes), dtype=torch.int64, device=gpu)
+        clear = torch.full((2097,), 7, device=gpu)
         project(projections, source, sums, clear, memory, dependent=hopper())
         assert not clear.any()
         results.append(sums)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    assert all(torch.equal(results[0], again) for again in results[1:])
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_activation_equal_to_the_threshold_is_dropped(dtype: torch.dtype, gpu: str) -> None:
+    # All of attention is in the first split, so nothing is rounded.
+    source, _ = _source("attention", torch.float32, "cpu")
+    x = source[0, :, 0, :HEAD_DIM].to(dtype).flatten().to(gpu)
+    source = torch.zeros_like(source, device=gpu)
+    source[0, :, 0, :HEAD_DIM] = x.view(HEADS, HEAD_DIM).float()
+    source[..., HEAD_DIM] = -1e30
+    source[:, :, 0, HEAD_DIM], source[:, :, 0, HEAD_DIM + 1] = 0.0, 1.0
+    projections = projections_of(wanted("attention", dtype=dtype), [0.5], gpu)
+    # A channel brings its activation to its own column.
+    projections.weight.zero_().fill_diagonal_(1.0)
+    memory = memory_of(dtype, gpu)
+    for threshold in [0.0, *x[::16].abs().tolist()]:
+        projections.thresholds.fill_(threshold)
+        sums = torch.zeros(sum(projections.output_sizes), dtype=torch.int64, device=gpu)
+        project(projections, source, sums, None, memory, dependent=hopper())
+        expected = fixed(torch.where(x.abs() <= threshold, 0, x) * MULTIPLIER)
+        assert torch.equal(sums[: len(x)], expected)
+
+
+def test_every_projection_has_its_own_threshold(gpu: str) -> None:
+    source, hidden = _source("hidden", torch.bfloat16, gpu)
+    for scheme in ("floats", "int4 in 32"):
+        projections = projections_of(wanted("hidden", scheme), device=gpu)
+        projections = replace(projections, is_dense=False)
+        x = normed(hidden, projections, torch.bfloat16)
+        quantiles = (float(x.float().abs().quantile(sparsity)) for sparsity in (0.2, 0.9, 0.6))
+        projections.thresholds.copy_(torch.tensor([in_a_gap(x, each) for each in quantiles]))
+        exact = exact_product(projections, x)
+        sums, memory = torch.zeros_like(exact).long(), memory_of(torch.bfloat16, gpu)
+        project(
+            replace(projections, is_dense=False), source, sums, None, memory, dependent=hopper()
+        )
+        error = (sums.double() * UNIT - exact * MULTIPLIER).abs().max()
+        assert error <= torch.finfo(torch.bfloat16).eps / 8 * magnitude(projections, x)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
-def test_sums_that_overflow_set_the_flag_and_make_the_output_nan(value: float) -> None:
-    memory = memory_of(torch.bfloat16)
-    source, _ = _source("attention", torch.bfloat16)
+def test_sums_that_overflow_set_the_flag_and_make_the_output_nan(value: float, gpu: str) -> None:
+    memory = memory_of(torch.bfloat16, gpu)
+    source, _ = _source("attention", torch.bfloat16, gpu)
     source[0, 1, 0, 5] = value
-    projections = projections_of(wanted("attention"), [0.2])
+    projections = projections_of(wanted("attention"), [0.2], gpu)
     project(projections, source, memory.hidden, None, memory, dependent=hopper())
     assert memory.overflow.item() == 1
-    position = torch.zeros(1, dtype=torch.int64, device="cuda")
-    final_norm(torch.ones(SIZES[0], device="cuda"), EPS, memory, position, dependent=hopper())
+    position = torch.zeros(1, dtype=torch.int64, device=gpu)
+    norm_weight = torch.ones(SIZES[0], device=gpu)
+    final_norm(norm_weight, EPS, memory, position, dependent=hopper())
     assert memory.normed.isnan().all()
 
 
