@@ -193,10 +193,6 @@ def backends_here() -> list[ProductBackend]:
     ]
 
 
-def marks_of(backend: ProductBackend) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.gpu] if backend.name in ("cuda", "triton") else []
-
-
 def over_backends(**parameters: Sequence[Any]) -> pytest.MarkDecorator:
     """Parametrize a test by `backend` and `row`: for each backend rows in which all pairs meet.
 
@@ -206,18 +202,25 @@ def over_backends(**parameters: Sequence[Any]) -> pytest.MarkDecorator:
     """
     cases = []
     for backend in backends_here():
-        own = backend.parameters()
-        values = {name: own[name] if given is ... else given for name, given in parameters.items()}
-        values["scheme"] = [name for name in values.get("scheme", ()) if name in backend.formats]
-        if not values["scheme"]:
-            del values["scheme"]
-        if not values.keys() >= parameters.keys():
-            # Nothing is quantized in a way that this backend knows.
-            continue
-        for row in pairwise(**values):
+        values = _values_for(backend, parameters)
+        # A backend that does not know any of the formats has no rows.
+        rows = pairwise(**values) if all(values.values()) else []
+        for row in rows:
             name = "-".join([backend.name, *map(str, row.values())])
-            cases.append(pytest.param(backend, row, id=name, marks=marks_of(backend)))
+            marks = [pytest.mark.gpu] if backend.name in ("cuda", "triton") else []
+            cases.append(pytest.param(backend, row, id=name, marks=marks))
     return pytest.mark.parametrize(("backend", "row"), cases)
+
+
+def _values_for(
+    backend: ProductBackend, parameters: Mapping[str, Sequence[Any]]
+) -> dict[str, Sequence[Any]]:
+    """Return the values of parameters that a backend takes."""
+    own = backend.parameters()
+    values = {name: own[name] if given is ... else given for name, given in parameters.items()}
+    if "scheme" in values:
+        values["scheme"] = [name for name in values["scheme"] if name in backend.formats]
+    return values
 
 
 def rounded_up(size: int, unit: int) -> int:

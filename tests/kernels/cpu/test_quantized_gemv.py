@@ -9,13 +9,13 @@ from tests.kernels.cpu.cases import (
     DTYPES,
     SCHEMES,
     exact_result,
-    pairwise,
     parts,
     quant_params,
     quantized,
     schemes,
     torch_result,
 )
+from tests.pairwise import by_pairs
 
 pytest.importorskip("numba")
 
@@ -29,7 +29,7 @@ def _assert_parts_precise(operands: Operands, weight: QuantizedWeight) -> None:
     assert_as_precise_as_torch(product, by_torch, expected)
 
 
-@pairwise(
+@by_pairs(
     dtype=DTYPES,
     scheme=list(SCHEMES),
     rows=[1, 3],
@@ -44,7 +44,7 @@ def test_parts_have_masks_of_their_own_and_take_norm_shift_bias_and_residual(
     _assert_parts_precise(operands, quantized(scheme, (300, columns), dtype))
 
 
-@pairwise(
+@by_pairs(
     dtype=DTYPES,
     scheme=list(SCHEMES),
     rows=[1, 3],
