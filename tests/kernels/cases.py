@@ -2,9 +2,6 @@
 
 import contextlib
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,20 +18,6 @@ from teal.kernels.reference import matmul as reference
 EDGES = (0.0, -0.0, 0.3, -0.3, 1.0, -1.0, 2.0**-24, 1e-40, -1e-40)
 THRESHOLDS = (-1.0, 0.0, 2.0**-24, 0.3, 0.1 + 0.2, 1.0, math.inf)
 VECTORS = ("plain", "score_scale", "shift", "score_scale and shift")
-
-
-def assert_right_in_the_interpreter(file: str) -> None:
-    """Run the GPU tests of a file in Triton's interpreter, which needs a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    run = subprocess.run(
-        [*command, file],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "passed" in run.stdout
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -27,6 +27,8 @@ SOURCES = Path(decode_step.__file__).parent / "csrc"
 HEADER = Path(__file__).parent / "emulated_cuda.h"
 MODULES: tuple[ModuleType, ...] = (cuda_attention, embed_argmax, cuda_gemv, decode_step)
 
+OPTIONS = ("-std=c++17", "-O1", "-fPIC", "-pthread", "-w")
+
 # Dynamic shared memory comes from the launch.
 DECLARED, GIVEN = (
     "extern __shared__ uint4 memory[];",
@@ -66,6 +68,11 @@ def _sources() -> tempfile.TemporaryDirectory[str]:
     for path in (*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")):
         (folder / path.name).write_text(path.read_text().replace(DECLARED, GIVEN))
     shutil.copy(HEADER, folder / "ptx.cuh")
+    # The host's headers take as long to compile as a kernel, so they are compiled once.
+    included = [line for line in HEADER.read_text().splitlines() if line.startswith("#include <")]
+    (folder / "host.h").write_text("\n".join(included) + "\n")
+    command = ["g++", *OPTIONS, "-x", "c++-header", "host.h", "-o", "host.h.gch"]
+    subprocess.run(command, check=True, cwd=folder)
     return temporary
 
 
@@ -77,8 +84,8 @@ def _function(source: str, name: str, config: KernelConfig, device: object) -> K
     (own / "config.cuh").write_text(header(config))
     entry, library = own / "entry.cpp", own / "entry.so"
     entry.write_text(f'#include "{source}"\n' + ENTRY % name)
-    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-w"]
-    command = ["g++", *options, f"-I{own}", f"-I{folder}", str(entry), "-o", str(library)]
+    included = ["-include", "host.h", f"-I{own}", f"-I{folder}"]
+    command = ["g++", *OPTIONS, "-shared", *included, str(entry), "-o", str(library)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     loaded = ctypes.CDLL(str(library))
     has_memory = "shared_bytes" in (folder / source).read_text()

@@ -1,4 +1,4 @@
-"""Weights of every format and their exact products, for the tests of the CUDA kernel."""
+"""Weights of every format and their exact products, for the tests of every backend."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,14 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teal.kernels.cuda.gemv import compute
-from teal.kernels.cuda.tile_config import TileConfig
 from teal.kernels.operands import Operands, QuantParams
 from teal.kernels.reference import matmul as reference
 from teal.quantization import QuantizedWeight, Scheme, round_to_nearest
-from tests.helpers import TOLERANCES, assert_as_precise_as_torch, relative_error
+from tests.helpers import TOLERANCES, relative_error
 from tests.kernels.cases import draw
-from tests.kernels.emulation import DEVICE
 
 SCHEMES = {
     "floats": None,
@@ -24,11 +21,12 @@ SCHEMES = {
     "int4 in 64 with zeros": Scheme(format="int4", group_size=64, symmetric=False),
     "int4 in 128": Scheme(format="int4", group_size=128),
 }
+QUANTIZED = tuple(name for name, scheme in SCHEMES.items() if scheme is not None)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight on the GPU and its exact values.
+    """A weight on a device and its exact values.
 
     Attributes:
         tensor: Floats or codes, (K, …).
@@ -44,14 +42,13 @@ class Weight:
         output_sizes = rest.pop("output_sizes", [self.exact.shape[1]])
         return Operands(x, self.tensor, thresholds, output_sizes, **rest)
 
-    def times(
-        self, x: Tensor, thresholds: Sequence[float], config: TileConfig | None = None, **rest: Any
-    ) -> Tensor:
-        return compute(self.operands(x, thresholds, **rest), self.quant, config)
-
 
 def weight_of(
-    scheme: str, in_features: int, columns: int, dtype: torch.dtype, device: str = DEVICE
+    scheme: str,
+    in_features: int,
+    columns: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
 ) -> Weight:
     floats = draw(in_features, columns, dtype=dtype, seed=1)
     wanted = SCHEMES[scheme]
@@ -84,13 +81,39 @@ def by_torch(weight: Weight, operands: Operands, dtype: torch.dtype) -> Tensor:
     return (product if activation is None else reference.gate_and_up(product, activation)).to(dtype)
 
 
-def assert_right(weight: Weight, operands: Operands, config: TileConfig | None = None) -> None:
-    result = compute(operands, weight.quant, config)
+def assert_right(weight: Weight, operands: Operands, result: Tensor) -> None:
+    """Require that a result errs about as little as torch's product that is rounded once."""
     expected = by_torch(weight, operands, torch.float64)
     rounded = by_torch(weight, operands, result.dtype)
-    if operands.activation is None:
-        assert_as_precise_as_torch(result, rounded, expected)
-        return
+    eps = torch.finfo(result.dtype).eps
     # The exponential of an activation is good to one eps.
-    allowed = TOLERANCES["product_factor"] * relative_error(rounded, expected)
-    assert relative_error(result, expected) <= allowed + torch.finfo(result.dtype).eps
+    added = TOLERANCES["product_eps"] if operands.activation is None else 1.0
+    allowed = TOLERANCES["product_factor"] * relative_error(rounded, expected) + added * eps
+    if operands.norm_weight is not None:
+        # About one normed activation in a hundred is rounded differently, by one bit.
+        allowed = max(allowed, 1.5 * eps)
+    assert (result.shape, result.dtype) == (rounded.shape, operands.x.dtype)
+    assert relative_error(result, expected) <= allowed
+
+
+def away_from_thresholds(operands: Operands) -> Operands:
+    """Zero the activations whose scores are so near a threshold that rounding may move them across.
+
+    Only a norm in front of the mask rounds differently from backend to backend.
+    """
+    o = operands
+    if o.norm_weight is None:
+        return o
+    x, shift = o.x, o.shift
+    # What is zeroed changes the norm, and with it the scores, a little.
+    for _ in range(3):
+        normed = reference.rms_norm(x, o.norm_weight, o.eps).float()
+        near = torch.zeros_like(x, dtype=torch.bool)
+        for part, threshold in enumerate(o.thresholds):
+            score = (normed if shift is None else normed - shift).abs()
+            score = score if o.score_scale is None else score * o.score_scale[part]
+            near |= (score - threshold).abs() < 0.05 * threshold
+        x = x.masked_fill(near, 0)
+        if shift is not None:
+            shift = shift.masked_fill(near.view(-1, near.shape[-1]).any(dim=0), 0)
+    return o._replace(x=x, shift=shift)

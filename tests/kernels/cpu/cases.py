@@ -1,6 +1,5 @@
-"""Operands for the tests of CPU kernels, what they shall give, and pairwise parameters."""
+"""Operands for the tests of CPU kernels, and what these have to give."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,25 +24,6 @@ SCHEMES = {
     "int4 with zeros": Scheme(format="int4", group_size=64, symmetric=False),
 }
 schemes = pytest.mark.parametrize("scheme", SCHEMES)
-
-
-def pairwise(**parameters: Sequence[object]) -> pytest.MarkDecorator:
-    """Parametrize a test so that every two values of different parameters meet at least once."""
-    candidates = list(itertools.product(*(range(len(values)) for values in parameters.values())))
-
-    def pairs(row: Sequence[int]) -> set[tuple[tuple[int, int], ...]]:
-        return set(itertools.combinations(enumerate(row), 2))
-
-    missing = set().union(*map(pairs, candidates))
-    rows = []
-    while missing:
-        best = max(candidates, key=lambda row: len(pairs(row) & missing))
-        missing -= pairs(best)
-        rows.append(best)
-    cases = [
-        [values[i] for values, i in zip(parameters.values(), row, strict=True)] for row in rows
-    ]
-    return pytest.mark.parametrize(list(parameters), cases, ids=str)
 
 
 def quantized(scheme: str, shape: tuple[int, int], dtype: torch.dtype) -> QuantizedWeight:

@@ -3,7 +3,8 @@ import torch
 from torch import Tensor
 
 from teal.foundation.errors import UserError
-from tests.helpers import assert_as_precise_as_torch, relative_error
+from tests.helpers import relative_error
+from tests.kernels.attention_cases import assert_attends
 from tests.kernels.cases import ATTENTION_CASES, AttentionCase, attended
 from tests.kernels.cpu.cases import dtypes
 
@@ -19,33 +20,12 @@ def _at(*positions: int, **changes: object) -> AttentionCase:
     return AttentionCase(positions=positions, capacity=max(positions) + 5, **changes)
 
 
-def _check(case: AttentionCase, dtype: torch.dtype) -> None:
-    tensors, options = case.tensors(dtype), case.arguments(dtype)
-    exact, keys, values = attended(*tensors, **options)
-    by_torch, _, _ = attended(*tensors, **options, dtype=dtype)
-    before = [cache.clone() for cache in tensors[1:3]]
-    assert_as_precise_as_torch(attend(*tensors, **options), by_torch, exact)
-    for cache, old, new in zip(tensors[1:3], before, (keys, values), strict=True):
-        for row, position in enumerate(case.positions):
-            assert relative_error(cache[row, :, position], new[row]) <= torch.finfo(dtype).eps
-            old[row, :, position] = cache[row, :, position]
-        torch.testing.assert_close(cache, old, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("case", ATTENTION_CASES.values(), ids=ATTENTION_CASES)
-@dtypes
-def test_attention_is_as_precise_as_torch_and_appends(
-    case: AttentionCase, dtype: torch.dtype
-) -> None:
-    _check(case, dtype)
-
-
 @pytest.mark.parametrize("length", [CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 3 * CHUNK + 2])
 @dtypes
 def test_lengths_around_multiples_of_a_chunk_are_as_precise_as_torch(
     length: int, dtype: torch.dtype, two_threads: None
 ) -> None:
-    _check(_at(length - 1, 3, heads=8, head_dim=64, rotary_dim=64), dtype)
+    assert_attends(attend, _at(length - 1, 3, heads=8, head_dim=64, rotary_dim=64), dtype)
 
 
 @pytest.mark.parametrize("window", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
@@ -54,7 +34,9 @@ def test_windows_around_multiples_of_a_chunk_are_as_precise_as_torch(
 ) -> None:
     position = 3 * CHUNK
     options = {"window": window}
-    _check(_at(position, window - 1, window, window + 1, options=options), torch.float32)
+    assert_attends(
+        attend, _at(position, window - 1, window, window + 1, options=options), torch.float32
+    )
 
 
 def test_a_prompt_decoded_token_by_token_is_causal_attention() -> None:
@@ -96,21 +78,6 @@ def test_a_sequence_has_the_bits_that_it_has_alone() -> None:
     ]
     together = attend(*tensors, **options)
     assert torch.equal(together, torch.cat([attend(*row, **options) for row in rows]))
-
-
-@pytest.mark.parametrize("visible", [NAN, INF, -INF])
-@pytest.mark.parametrize("entry", [0, 70])
-def test_nan_and_inf_in_one_sequence_stay_visible_there_and_only_there(
-    visible: float, entry: int
-) -> None:
-    case = AttentionCase(positions=(5, 6))
-    tensors = case.tensors(torch.float32)
-    tensors[0][1, entry] = visible
-    exact, _, _ = attended(*tensors, **case.arguments(torch.float32))
-    result = attend(*tensors, **case.arguments(torch.float32))
-    assert result[0].isfinite().all()
-    assert not result[1].isfinite().all()
-    assert torch.equal(result.isnan(), exact.isnan())
 
 
 def test_scores_of_any_size_do_not_overflow() -> None:

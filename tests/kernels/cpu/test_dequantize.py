@@ -7,17 +7,17 @@ from tests.kernels.cpu.cases import (
     SCHEMES,
     dtypes,
     operands_of,
-    pairwise,
     quant_params,
     quantized,
 )
+from tests.pairwise import by_pairs
 
 pytest.importorskip("numba")
 
 from teal.kernels.cpu.gemv import dequantized
 
 
-@pairwise(dtype=DTYPES, scheme=list(SCHEMES), shape=[(129, 64), (700, 257)], threads=[1, 2])
+@by_pairs(dtype=DTYPES, scheme=list(SCHEMES), shape=[(129, 64), (700, 257)], threads=[1, 2])
 def test_floats_have_the_bits_of_the_reference(
     dtype: torch.dtype, scheme: str, shape: tuple[int, int], threads: int, two_threads: None
 ) -> None:

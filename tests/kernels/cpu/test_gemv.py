@@ -1,4 +1,3 @@
-import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,14 +7,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from teal.foundation.errors import UserError
-from tests.helpers import assert_as_precise_as_torch
 from tests.kernels.cases import draw, exact
 from tests.kernels.cpu.cases import (
     DTYPES,
     assert_precise,
     dtypes,
     operands_of,
-    pairwise,
     parts,
 )
 
@@ -27,60 +24,6 @@ from teal.kernels.cpu.numerics import ELEMENTS
 
 def _product(x: Tensor, weight: Tensor, threshold: float, **vectors: Tensor) -> Tensor:
     return compute(operands_of(x, weight, threshold, **vectors))
-
-
-@pairwise(
-    dtype=DTYPES,
-    rows=[(), (1,), (2, 1), (8,)],
-    size=[(63, 129), (129, 63), (700, 257), (4097, 9)],
-    given=["nothing", "vectors", "vectors and bias"],
-)
-def test_product_is_as_precise_as_torch(
-    dtype: torch.dtype, rows: tuple[int, ...], size: tuple[int, int], given: str
-) -> None:
-    vectors = {}
-    if "vectors" in given:
-        vectors["score_scale"] = draw(size[0], seed=3).abs()
-        vectors["shift"] = 0.1 * draw(size[0], seed=4)
-    if "bias" in given:
-        vectors["bias"] = draw(size[1], dtype=dtype, seed=2)
-    x, weight = draw(*rows, size[0], dtype=dtype), draw(*size, dtype=dtype, seed=1)
-    operands = operands_of(x, weight, 0.4, **vectors)
-    product = compute(operands)
-    assert product.shape == (*rows, size[1])
-    assert_precise(product, operands)
-
-
-@dtypes
-def test_negative_threshold_is_dense(dtype: torch.dtype) -> None:
-    x, weight = draw(130, dtype=dtype), draw(130, 70, dtype=dtype, seed=1)
-    expected = x.double() @ weight.double()
-    assert_as_precise_as_torch(_product(x, weight, -1.0), x @ weight, expected)
-
-
-@dtypes
-def test_zero_input_gives_the_bias(dtype: torch.dtype) -> None:
-    bias = draw(70, dtype=dtype)
-    product = _product(torch.zeros(2, 130, dtype=dtype), draw(130, 70, dtype=dtype), 0.0, bias=bias)
-    assert torch.equal(product, bias.expand(2, 70))
-
-
-@dtypes
-def test_everything_dropped_gives_zero(dtype: torch.dtype) -> None:
-    product = _product(draw(130, dtype=dtype), draw(130, 70, dtype=dtype), 1e9)
-    assert torch.equal(product, torch.zeros(70, dtype=dtype))
-
-
-@dtypes
-@pytest.mark.parametrize("visible", [math.nan, math.inf])
-def test_nan_and_inf_in_one_row_stay_visible_there_and_only_there(
-    dtype: torch.dtype, visible: float
-) -> None:
-    x = draw(3, 130, dtype=dtype)
-    x[1, 77] = visible
-    product = _product(x, draw(130, 70, dtype=dtype, seed=1), 0.5)
-    assert not product[1].isfinite().any()
-    assert product[[0, 2]].isfinite().all()
 
 
 def test_a_norm_weight_of_another_dtype_normalizes_as_the_reference_does() -> None:

@@ -13,10 +13,10 @@ from tests.kernels.cpu.cases import (
     dtypes,
     exact_result,
     operands_of,
-    pairwise,
     parts,
     torch_result,
 )
+from tests.pairwise import by_pairs
 
 pytest.importorskip("numba")
 
@@ -69,7 +69,7 @@ def test_residual_is_added_before_rounding() -> None:
     assert_precise(compute(operands), operands)
 
 
-@pairwise(
+@by_pairs(
     dtype=DTYPES,
     rows=[1, 2, 3, 8],
     output_sizes=[(129,), (64, 33), (300, 20, 21), (1, 128, 1)],
@@ -87,7 +87,7 @@ def test_parts_have_masks_of_their_own_and_are_as_precise_as_torch(
     assert_precise(compute(operands), operands)
 
 
-@pairwise(
+@by_pairs(
     dtype=DTYPES,
     rows=[1, 2, 8],
     activation=["silu", "gelu_pytorch_tanh"],

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 
 from tests.helpers import assert_as_precise_as_torch
 from tests.kernels.cases import draw
-from tests.kernels.cpu.cases import DTYPES, pairwise
+from tests.kernels.cpu.cases import DTYPES
+from tests.pairwise import by_pairs
 
 pytest.importorskip("numba")
 
@@ -12,7 +13,7 @@ from teal.kernels.cpu.lm_head import NumbaHead
 from teal.kernels.ops import lm_head_gemv
 
 
-@pairwise(
+@by_pairs(
     dtype=DTYPES,
     rows=[(), (1,), (2, 1), (8,), (9,)],
     size=[(63, 129), (129, 9), (700, 257), (5, 1031)],

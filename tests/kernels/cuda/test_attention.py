@@ -27,6 +27,7 @@ from teal.kernels.reference.attention import placed
 from tests.kernels.compiling import assert_no_spills, dumped
 from tests.kernels.emulation import DEVICE, emulate
 from tests.kernels.stepping import fixed, hopper
+from tests.pairwise import by_pairs
 
 NAN = float("nan")
 SPLITS = 8
@@ -145,12 +146,12 @@ def test_attention_equals_that_in_float64_and_appends_to_the_cache(
     _assert_right(case, dtype)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("number", range(len(CASES)), ids=CASES)
 def test_attention_is_right_on_an_emulated_gpu(
-    case: AttentionCase, monkeypatch: pytest.MonkeyPatch
+    number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulate(monkeypatch, clusters=True)
-    _assert_right(case)
+    _assert_right(list(CASES.values())[number], DTYPES[number % len(DTYPES)])
 
 
 def test_lengths_around_tile_borders_are_right_on_an_emulated_gpu(
@@ -236,16 +237,18 @@ def test_a_captured_launch_appends_tokens_as_an_eager_one_does() -> None:
     assert not torch.equal(results[0], results[1])
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize(("queries", "head_dim"), SHAPES)
+@by_pairs(
+    architecture=["sm_80", "sm_90", "sm_100"], shape=SHAPES, dtype=list(DTYPES), softcap=[2.0, 0.0]
+)
 def test_heads_of_models_compile_without_spills(
-    queries: int, head_dim: int, architecture: str, tmp_path: Path
+    architecture: str, shape: tuple[int, int], dtype: torch.dtype, softcap: float, tmp_path: Path
 ) -> None:
+    queries, head_dim = shape
     norm_weight = torch.ones(head_dim)
     attention = Attention(
-        scale=1.0, softcap=2.0, q_norm_weight=norm_weight, k_norm_weight=norm_weight
+        scale=1.0, softcap=softcap, q_norm_weight=norm_weight, k_norm_weight=norm_weight
     )
-    assert_no_spills(_cubin(tmp_path, queries, head_dim, architecture, attention=attention))
+    assert_no_spills(_cubin(tmp_path, queries, head_dim, architecture, dtype, attention))
 
 
 @dtypes

@@ -1,5 +1,7 @@
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +38,7 @@ from tests.kernels.stepping import (
     exact_product,
     fixed,
     hopper,
+    in_a_gap,
     magnitude,
     memory_of,
     normed,
@@ -43,6 +46,7 @@ from tests.kernels.stepping import (
     projections_of,
     thresholds_at,
 )
+from tests.pairwise import by_pairs, pairwise
 
 # K and the output sizes of each input, as odd as weights of 16 bits allow.
 SHAPES: dict[InputName, tuple[int, list[int]]] = {
@@ -55,7 +59,7 @@ SHAPES: dict[InputName, tuple[int, list[int]]] = {
 ALIGNED: dict[InputName, tuple[int, list[int]]] = {
     "hidden": (584, [288, 32, 32]),
     "attention": (HEADS * HEAD_DIM, [608]),
-    "silu": (1048, [1056]),
+    "silu": (1048, [544]),
     "gelu_pytorch_tanh": (200, [288]),
 }
 
@@ -72,12 +76,40 @@ CONFIGS = [
     TileConfig(chunk=160, per_lane=4, warps_n=1, warps_k=8, unroll=8, blocks=1, cluster=8),
 ]
 
-inputs = pytest.mark.parametrize("kind", SHAPES)
 configs = pytest.mark.parametrize(
     "config", CONFIGS, ids=lambda config: f"{config.chunk} × {config.columns}"
 )
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+
+
+def _steps() -> Iterator[Any]:
+    """Return rows of parameters for an emulated GPU and for the one that is there."""
+    rows = pairwise(
+        scheme=list(SCHEMES),
+        config=[None, *CONFIGS],
+        kind=list(SHAPES),
+        sparsity=[0.5, None, 0.95, 1.0],
+        dtype=list(DTYPES),
+        bias=[False, True],
+        # A GPU has them or not.
+        clusters=[True, False],
+    )
+    for row in rows:
+        config = "" if row["config"] is None else row["config"].chunk
+        id = "-".join(str(config if name == "config" else row[name]) for name in row)
+        yield pytest.param("cpu", row, id=f"emulated-{id}")
+        yield pytest.param("cuda", row, id=f"cuda-{id}", marks=pytest.mark.gpu)
+
+
+steps = pytest.mark.parametrize(("device", "row"), list(_steps()))
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the device of the tensors, with a GPU emulated on the CPU."""
+    if request.param == "emulated":
+        emulate(monkeypatch, clusters=True)
+    return "cpu" if request.param == "emulated" else "cuda"
 
 
 def wanted(kind: InputName, scheme: str = "floats", **changes: object) -> Wanted:
@@ -131,9 +163,7 @@ def _assert_right(
     assert not memory.overflow
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-@inputs
-@schemes
+@by_pairs(scheme=list(SCHEMES), kind=list(SHAPES), architecture=["sm_80", "sm_90", "sm_100"])
 def test_products_compile_to_wide_loads_without_spills(
     kind: InputName, scheme: str, architecture: str, tmp_path: Path
 ) -> None:
@@ -148,51 +178,42 @@ def test_products_compile_to_wide_loads_without_spills(
     assert_weight_rows_load_whole(cubin, config, projections.weight.dtype)
 
 
-@pytest.mark.parametrize("is_dense", [False, True], ids=["sparse", "dense"])
-@pytest.mark.parametrize("sizes", [(4096, 14336), (8192, 28672)], ids=["8B", "70B"])
-@pytest.mark.parametrize("scheme", ["floats", "int8", "fp8", "int4 in 128"])
+@by_pairs(
+    name=["qkv", "o", "gate and up", "down"],
+    scheme=["floats", "int8", "fp8", "int4 in 128"],
+    sizes=[(4096, 14336), (8192, 28672)],
+    is_dense=[False, True],
+)
 def test_models_compile_without_spills(
-    scheme: str, sizes: tuple[int, int], is_dense: bool, tmp_path: Path
+    name: str, scheme: str, sizes: tuple[int, int], is_dense: bool, tmp_path: Path
 ) -> None:
     hidden, intermediate = sizes
-    products = (
-        Wanted("hidden", hidden, [hidden, 1024, 1024], SCHEMES[scheme]),
-        Wanted("attention", hidden, [hidden], SCHEMES[scheme]),
-        Wanted("hidden", hidden, [intermediate] * 2, SCHEMES[scheme]),
-        Wanted("silu", intermediate, [hidden], SCHEMES[scheme]),
-    )
-    for product in products:
-        projections = replace(outlined(product), is_dense=is_dense)
-        config = config_for(projections, clusters=True)
-        memory = memory_of(torch.bfloat16, "meta")
-        cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(compiled(SOURCE, step_config(projections, config, memory), "sm_90"))
-        assert_no_spills(cubin)
+    products = {
+        "qkv": Wanted("hidden", hidden, [hidden, 1024, 1024], SCHEMES[scheme]),
+        "o": Wanted("attention", hidden, [hidden], SCHEMES[scheme]),
+        "gate and up": Wanted("hidden", hidden, [intermediate] * 2, SCHEMES[scheme]),
+        "down": Wanted("silu", intermediate, [hidden], SCHEMES[scheme]),
+    }
+    projections = replace(outlined(products[name]), is_dense=is_dense)
+    config = config_for(projections, clusters=True)
+    memory = memory_of(torch.bfloat16, "meta")
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled(SOURCE, step_config(projections, config, memory), "sm_90"))
+    assert_no_spills(cubin)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("sparsity", [None, 0.5, 0.9, 1.0], ids=str)
-@schemes
-@inputs
-@dtypes
+@steps
 def test_products_sum_over_the_kept_channels(
-    kind: InputName, dtype: torch.dtype, scheme: str, sparsity: float | None, bias: bool
+    device: str, row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    projections = projections_of(wanted(kind, scheme, dtype=dtype, bias=bias))
-    _assert_right(projections, sparsity, dtype)
-
-
-@pytest.mark.parametrize("clusters", [True, False], ids=["clusters", ""])
-@inputs
-@schemes
-def test_products_are_right_on_an_emulated_gpu(
-    kind: InputName, scheme: str, clusters: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    emulate(monkeypatch, clusters=clusters)
-    for sparsity in (0.5, 1.0):
-        projections = projections_of(wanted(kind, scheme), device="cpu")
-        _assert_right(replace(projections, is_dense=False), sparsity, device="cpu")
+    if device == "cpu":
+        emulate(monkeypatch, clusters=row["clusters"])
+    kind, scheme, dtype = row["kind"], row["scheme"], row["dtype"]
+    projections = projections_of(wanted(kind, scheme, dtype=dtype, bias=row["bias"]), device=device)
+    config = None if row["config"] is None else _for(scheme, row["config"])
+    is_dense = row["sparsity"] is None
+    projections = replace(projections, is_dense=is_dense, config=config)
+    _assert_right(projections, row["sparsity"], dtype, device)
 
 
 @configs
@@ -232,57 +253,72 @@ def test_chunks_are_whole_groups_or_parts_that_warps_share_evenly(chunk: int, wa
     assert fitted.blocks == (1 if fitted.chunk > 128 * warps else 2)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("sparsity", [None, 0.5, 0.95], ids=str)
-@configs
 @schemes
-@pytest.mark.parametrize("kind", ["hidden", "silu"])
-def test_products_are_right_with_every_tile_config(
-    kind: InputName, scheme: str, config: TileConfig, sparsity: float | None
+def test_a_product_gives_the_same_bits_twice_and_clears_sums_for_later(
+    scheme: str, gpu: str
 ) -> None:
-    projections = replace(projections_of(wanted(kind, scheme)), config=_for(scheme, config))
-    _assert_right(projections, sparsity)
-
-
-@configs
-@schemes
-def test_every_tile_config_is_right_on_an_emulated_gpu(
-    scheme: str, config: TileConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    emulate(monkeypatch, clusters=True)
-    for kind, sparsity in (("hidden", None), ("silu", 0.95)):
-        projections = projections_of(wanted(kind, scheme), device="cpu")
-        _assert_right(replace(projections, config=_for(scheme, config)), sparsity, device="cpu")
-
-
-@pytest.mark.gpu
-@schemes
-def test_a_product_gives_the_same_bits_twice_and_clears_sums_for_later(scheme: str) -> None:
-    source, _ = _source("hidden", torch.bfloat16)
-    memory = memory_of(torch.bfloat16)
-    projections = projections_of(wanted("hidden", scheme), [0.3, 0.5, 0.7])
+    source, _ = _source("hidden", torch.bfloat16, gpu)
+    memory = memory_of(torch.bfloat16, gpu)
+    projections = projections_of(wanted("hidden", scheme), [0.3, 0.5, 0.7], gpu)
     results = []
-    for _ in range(3):
-        sums = torch.zeros(sum(projections.output_sizes), dtype=torch.int64, device="cuda")
-        clear = torch.full((2097,), 7, device="cuda")
+    for _ in range(3 if gpu == "cuda" else 2):
+        sums = torch.zeros(sum(projections.output_sizes), dtype=torch.int64, device=gpu)
+        clear = torch.full((2097,), 7, device=gpu)
         project(projections, source, sums, clear, memory, dependent=hopper())
         assert not clear.any()
         results.append(sums)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    assert all(torch.equal(results[0], again) for again in results[1:])
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_activation_equal_to_the_threshold_is_dropped(dtype: torch.dtype, gpu: str) -> None:
+    # All of attention is in the first split, so nothing is rounded.
+    source, _ = _source("attention", torch.float32, "cpu")
+    x = source[0, :, 0, :HEAD_DIM].to(dtype).flatten().to(gpu)
+    source = torch.zeros_like(source, device=gpu)
+    source[0, :, 0, :HEAD_DIM] = x.view(HEADS, HEAD_DIM).float()
+    source[..., HEAD_DIM] = -1e30
+    source[:, :, 0, HEAD_DIM], source[:, :, 0, HEAD_DIM + 1] = 0.0, 1.0
+    projections = projections_of(wanted("attention", dtype=dtype), [0.5], gpu)
+    # A channel brings its activation to its own column.
+    projections.weight.zero_().fill_diagonal_(1.0)
+    memory = memory_of(dtype, gpu)
+    for threshold in [0.0, *x[::16].abs().tolist()]:
+        projections.thresholds.fill_(threshold)
+        sums = torch.zeros(sum(projections.output_sizes), dtype=torch.int64, device=gpu)
+        project(projections, source, sums, None, memory, dependent=hopper())
+        expected = fixed(torch.where(x.abs() <= threshold, 0, x) * MULTIPLIER)
+        assert torch.equal(sums[: len(x)], expected)
+
+
+def test_every_projection_has_its_own_threshold(gpu: str) -> None:
+    source, hidden = _source("hidden", torch.bfloat16, gpu)
+    for scheme in ("floats", "int4 in 32"):
+        projections = projections_of(wanted("hidden", scheme), device=gpu)
+        projections = replace(projections, is_dense=False)
+        x = normed(hidden, projections, torch.bfloat16)
+        quantiles = (float(x.float().abs().quantile(sparsity)) for sparsity in (0.2, 0.9, 0.6))
+        projections.thresholds.copy_(torch.tensor([in_a_gap(x, each) for each in quantiles]))
+        exact = exact_product(projections, x)
+        sums, memory = torch.zeros_like(exact).long(), memory_of(torch.bfloat16, gpu)
+        project(
+            replace(projections, is_dense=False), source, sums, None, memory, dependent=hopper()
+        )
+        error = (sums.double() * UNIT - exact * MULTIPLIER).abs().max()
+        assert error <= torch.finfo(torch.bfloat16).eps / 8 * magnitude(projections, x)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
-def test_sums_that_overflow_set_the_flag_and_make_the_output_nan(value: float) -> None:
-    memory = memory_of(torch.bfloat16)
-    source, _ = _source("attention", torch.bfloat16)
+def test_sums_that_overflow_set_the_flag_and_make_the_output_nan(value: float, gpu: str) -> None:
+    memory = memory_of(torch.bfloat16, gpu)
+    source, _ = _source("attention", torch.bfloat16, gpu)
     source[0, 1, 0, 5] = value
-    projections = projections_of(wanted("attention"), [0.2])
+    projections = projections_of(wanted("attention"), [0.2], gpu)
     project(projections, source, memory.hidden, None, memory, dependent=hopper())
     assert memory.overflow.item() == 1
-    position = torch.zeros(1, dtype=torch.int64, device="cuda")
-    final_norm(torch.ones(SIZES[0], device="cuda"), EPS, memory, position, dependent=hopper())
+    position = torch.zeros(1, dtype=torch.int64, device=gpu)
+    norm_weight = torch.ones(SIZES[0], device=gpu)
+    final_norm(norm_weight, EPS, memory, position, dependent=hopper())
     assert memory.normed.isnan().all()
 
 

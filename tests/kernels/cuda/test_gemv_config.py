@@ -19,8 +19,10 @@ from teal.kernels.cuda.gemv_config import chunked, config_for, shared_bytes, til
 from teal.kernels.cuda.nvrtc import compiled
 from teal.kernels.cuda.tile_config import WARP, TileConfig
 from teal.kernels.operands import Operands, QuantParams
+from tests.kernels.cuda.products import assert_right, weight_of
 from tests.kernels.emulation import DEVICE, emulate
-from tests.kernels.products import SCHEMES, assert_right, by_torch, weight_of
+from tests.kernels.products import SCHEMES, by_torch
+from tests.pairwise import by_pairs, pairwise
 
 # Channels and columns of the decoder layers of Llama-3-8B and 70B, and of a language-model head.
 LAYERS: list[tuple[int, Sequence[int], str | None]] = [
@@ -34,6 +36,25 @@ LAYERS: list[tuple[int, Sequence[int], str | None]] = [
 ]
 
 schemes = pytest.mark.parametrize("scheme", SCHEMES)
+
+
+def over_tile_configs(**parameters: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrize a test by rows in which all pairs meet: on an emulated GPU, or a real one."""
+    marks = [pytest.mark.gpu] if torch.cuda.is_available() else []
+    cases = [
+        pytest.param(row, id="-".join(map(str, row.values())), marks=marks)
+        for row in pairwise(**parameters)
+    ]
+    return pytest.mark.parametrize("row", cases)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulate a GPU with clusters of blocks where there is none."""
+    if not torch.cuda.is_available():
+        emulate(monkeypatch, clusters=True)
+    elif torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs clusters of blocks")
 
 
 def _shape_only(
@@ -60,14 +81,12 @@ def _shape_only(
     return operands, QuantParams(scales, zeros, group)
 
 
-@pytest.mark.parametrize(
-    "architecture, dtype",
-    [("sm_90", torch.bfloat16), ("sm_90", torch.float16)]
-    + [(other, torch.bfloat16) for other in ("sm_80", "sm_100")],
-    ids=str,
+@by_pairs(
+    scheme=list(SCHEMES),
+    layer=LAYERS[:3],
+    architecture=["sm_90", "sm_80", "sm_100"],
+    dtype=[torch.bfloat16, torch.float16],
 )
-@pytest.mark.parametrize("layer", LAYERS[:3], ids=lambda layer: f"{layer[0]} {layer[1]}")
-@schemes
 def test_products_compile_to_wide_loads_without_spills(
     scheme: str,
     layer: tuple[int, Sequence[int], str | None],
@@ -119,8 +138,7 @@ def test_groups_never_need_more_threads_than_a_block_has(scheme: str, warps_n: i
         assert chunked(product, config).threads <= 1024
 
 
-@pytest.mark.parametrize("rows", range(2, 9))
-@pytest.mark.parametrize("layer", LAYERS[:4], ids=lambda layer: f"{layer[0]} {layer[1]}")
+@by_pairs(rows=range(2, 9), layer=LAYERS[:4])
 def test_products_of_several_rows_compile_without_spills(
     layer: tuple[int, Sequence[int], str | None], rows: int, tmp_path: Path
 ) -> None:
@@ -144,100 +162,73 @@ def test_a_tile_config_that_does_not_suit_the_product_does_not_compile() -> None
         compiled(SOURCE, gemv_config_of(operands, quant, chunked(product, config)), "sm_90")
 
 
-@pytest.mark.gpu
-@schemes
-@pytest.mark.parametrize(("depth", "early"), [(1, 5), (2, 0)])
-@pytest.mark.parametrize("warps_n", [2, 4])
-@pytest.mark.parametrize("cluster", [1, 2, 4, 6, 8])
-def test_product_is_right_with_every_tile_config(
-    scheme: str, cluster: int, warps_n: int, depth: int, early: int
-) -> None:
-    if cluster > 1 and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs clusters of blocks")
-    weight, x = (
-        weight_of(scheme, 1200, 320, torch.bfloat16),
-        draw(1, 1200, dtype=torch.bfloat16).to(DEVICE),
+@over_tile_configs(
+    scheme=list(SCHEMES),
+    cluster=[1, 2, 4, 6, 8],
+    warps_n=[2, 4],
+    depth_and_early=[(1, 5), (2, 0)],
+    activation=[None, "silu"],
+)
+def test_product_is_right_with_every_tile_config(row: dict[str, Any], gpu: None) -> None:
+    weight, x = weight_of(row["scheme"], 1200, 320, torch.bfloat16), draw(1, 1200)
+    depth, early = row["depth_and_early"]
+    operands = weight.operands(
+        0.2 * x.to(DEVICE, torch.bfloat16),
+        [0.08, 0.16],
+        output_sizes=[192, 128] if row["activation"] is None else [160, 160],
+        activation=row["activation"],
     )
-    for output_sizes, activation in (([192, 128], None), ([160, 160], "silu")):
-        operands = weight.operands(
-            0.2 * x, [0.08, 0.16], output_sizes=output_sizes, activation=activation
-        )
-        product = product_of(operands, weight.quant)
-        usual = config_for(product, clusters=False)
-        config = replace(usual, chunk=32, warps_n=warps_n, warps_k=8, unroll=2, cluster=cluster)
-        config = replace(config, depth=depth, early=early)
-        assert_right(weight, operands, chunked(product, config))
+    product = product_of(operands, weight.quant)
+    usual = config_for(product, clusters=False)
+    config = replace(usual, chunk=32, warps_n=row["warps_n"], warps_k=8, unroll=2)
+    config = replace(config, cluster=row["cluster"], depth=depth, early=early)
+    assert_right(weight, operands, chunked(product, config))
 
 
-@pytest.mark.gpu
-def test_threads_of_floats_may_have_half_as_many_columns() -> None:
+@over_tile_configs(output_sizes=[[192, 128], [160, 160]])
+def test_threads_of_floats_may_have_half_as_many_columns(row: dict[str, Any], gpu: None) -> None:
     weight, x = weight_of("floats", 1200, 320, torch.bfloat16), draw(1, 1200, dtype=torch.bfloat16)
     config = TileConfig(chunk=32, per_lane=4, warps_n=2, warps_k=4, unroll=8, blocks=1, cluster=8)
-    operands = weight.operands(x.to(DEVICE), [0.4, 0.8], output_sizes=[192, 128])
+    operands = weight.operands(x.to(DEVICE), [0.4, 0.8], **row)
     assert_right(weight, operands, chunked(product_of(operands, None), config))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", [2, 3, 8])
-@pytest.mark.parametrize(("depth", "early"), [(1, 0), (2, 32)])
-@pytest.mark.parametrize(("per_lane", "unroll"), [(2, 16), (2, 32), (4, 16), (8, 16)])
-@pytest.mark.parametrize("cluster", [1, 6, 8])
-def test_several_rows_are_right_with_every_tile_config(
-    cluster: int, per_lane: int, unroll: int, depth: int, early: int, rows: int
-) -> None:
-    if cluster > 1 and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs clusters of blocks")
-    x = 0.2 * draw(rows, 1200, seed=1).to(DEVICE, torch.bfloat16)
+@over_tile_configs(
+    cluster=[1, 6, 8],
+    columns_and_unroll=[(2, 16), (2, 32), (4, 16), (8, 16)],
+    depth_and_early=[(1, 0), (2, 32)],
+    rows=[2, 3, 8],
+    activation=[None, "silu"],
+)
+def test_several_rows_are_right_with_every_tile_config(row: dict[str, Any], gpu: None) -> None:
+    x = 0.2 * draw(row["rows"], 600, seed=1).to(DEVICE, torch.bfloat16)
+    (per_lane, unroll), (depth, early) = row["columns_and_unroll"], row["depth_and_early"]
     config = TileConfig(chunk=32, per_lane=per_lane, warps_n=2, warps_k=4, unroll=unroll, blocks=1)
-    config = replace(config, cluster=cluster, depth=depth, early=early)
-    for output_sizes, activation in (([200, 160], None), ([184, 184], "silu")):
-        weight = weight_of("floats", 1200, sum(output_sizes), torch.bfloat16)
-        operands = weight.operands(
-            x, [0.08, 0.16], output_sizes=output_sizes, activation=activation
-        )
-        assert_right(weight, operands, chunked(product_of(operands, None), config))
-
-
-@schemes
-def test_tile_configs_are_right_on_an_emulated_gpu(
-    scheme: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    emulate(monkeypatch, clusters=True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    for cluster, warps_n, depth, early in ((1, 2, 1, 5), (4, 4, 2, 0), (6, 2, 1, 5)):
-        test_product_is_right_with_every_tile_config(scheme, cluster, warps_n, depth, early)
-    if scheme == "floats":
-        test_threads_of_floats_may_have_half_as_many_columns()
-        for cluster, per_lane, unroll, depth, early, rows in (
-            (1, 2, 32, 1, 0, 2),
-            (6, 4, 16, 2, 32, 3),
-            (8, 8, 16, 1, 0, 8),
-        ):
-            test_several_rows_are_right_with_every_tile_config(
-                cluster, per_lane, unroll, depth, early, rows
-            )
-    test_a_block_may_have_several_chunks(scheme, [0.4])
-    test_a_block_may_have_several_chunks(scheme, [0.08, 0.16])
-
-
-@pytest.mark.gpu
-@schemes
-@pytest.mark.parametrize("thresholds", [[0.4], [0.08, 0.16]], ids=["plain", "gated"])
-def test_a_block_may_have_several_chunks(scheme: str, thresholds: list[float]) -> None:
-    weight, x = (
-        weight_of(scheme, 1192, 320, torch.bfloat16),
-        draw(1, 1192, dtype=torch.bfloat16).to(DEVICE),
+    config = replace(config, cluster=row["cluster"], depth=depth, early=early)
+    output_sizes = [200, 160] if row["activation"] is None else [184, 184]
+    weight = weight_of("floats", 600, sum(output_sizes), torch.bfloat16)
+    operands = weight.operands(
+        x, [0.08, 0.16], output_sizes=output_sizes, activation=row["activation"]
     )
+    assert_right(weight, operands, chunked(product_of(operands, None), config))
+
+
+@over_tile_configs(scheme=list(SCHEMES), form=["dense behind a norm", "sparse", "gated"])
+def test_a_block_may_have_several_chunks(row: dict[str, Any], gpu: None) -> None:
+    weight, x = weight_of(row["scheme"], 1192, 320, torch.bfloat16), draw(1, 1192)
+    x = x.to(DEVICE, torch.bfloat16)
     config = TileConfig(chunk=256, warps_n=2, warps_k=8, unroll=2, blocks=1)
-    if len(thresholds) == 1:
-        norm_weight = torch.ones(1192, device=DEVICE)
-        dense = weight.operands(x, [-1.0], norm_weight=norm_weight, eps=1e-5)
-        result = compute(dense, weight.quant, config)
-        expected = by_torch(weight, dense, torch.float64)
+    norm_weight = torch.ones(1192, device=DEVICE)
+    operands = {
+        "dense behind a norm": weight.operands(x, [-1.0], norm_weight=norm_weight, eps=1e-5),
+        "sparse": weight.operands(x, [0.4]),
+        "gated": weight.operands(
+            0.2 * x, [0.08, 0.16], output_sizes=[160, 160], activation="gelu_pytorch_tanh"
+        ),
+    }[row["form"]]
+    if row["form"] == "dense behind a norm":
+        result = compute(operands, weight.quant, config)
+        expected = by_torch(weight, operands, torch.float64)
         assert relative_error(result, expected) < torch.finfo(torch.bfloat16).eps
-        assert_right(weight, weight.operands(x, thresholds), config)
     else:
-        operands = weight.operands(
-            0.2 * x, thresholds, output_sizes=[160, 160], activation="gelu_pytorch_tanh"
-        )
         assert_right(weight, operands, config)

@@ -1,4 +1,3 @@
-import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -15,6 +14,7 @@ from triton.compiler import ASTSource
 from teal.kernels.triton.gemv import groups
 from teal.kernels.triton.gemv_kernel import sparse_gemv_kernel
 from teal.kernels.triton.tile_config import read_table
+from tests.pairwise import by_pairs
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -66,8 +66,7 @@ def _resources(cubin: bytes, folder: Path) -> dict[str, int]:
     return {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
-@pytest.mark.parametrize("arch, dtype", list(itertools.product((80, 90, 100), ELEMENT_SIZES)))
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.form} {row.in_features}")
+@by_pairs(row=ROWS, arch=[80, 90, 100], dtype=list(ELEMENT_SIZES))
 def test_tiles_of_the_table_compile_to_wide_loads_without_spills(
     row: Any, arch: int, dtype: str, tmp_path: Path
 ) -> None:
