@@ -14,7 +14,7 @@ from tests.kernels.products import SCHEMES
 from tests.pairwise import pairwise
 
 try:
-    from teal.kernels.cpu.backend import NumbaBackend
+    from teal.kernels.cpu.gemv import NumbaBackend
 except ImportError:
     NumbaBackend = None  # type: ignore[assignment, misc]
 try:
