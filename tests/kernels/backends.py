@@ -123,11 +123,9 @@ def _on_emulated_cuda(operands: Operands, quant: QuantParams | None, setting: st
 _CUDA: Mapping[str, Any] = {
     "dtypes": (torch.bfloat16, torch.float16),
     "formats": tuple(SCHEMES),
-    "rows": [(1,), (), (2,), (3, 1), (8,)],
     "unit": 32,
     "norm_unit": 8,
 }
-_ODD_SIZES = [(63, 129), (300, 64), (513, 33)]
 
 BACKENDS: Mapping[str, ProductBackend] = {
     backend.name: backend
@@ -138,13 +136,15 @@ BACKENDS: Mapping[str, ProductBackend] = {
             dtypes=FLOATS,
             formats=tuple(SCHEMES),
             rows=[(1,), (), (2, 1), (8,)],
-            sizes=[*_ODD_SIZES, (700, 257), (4097, 9)],
+            sizes=[(63, 129), (300, 64), (1025, 33), (700, 257), (4097, 9)],
             settings=("one thread", "two threads"),
             run=_on_numba,
         ),
         ProductBackend(
             name="emulated",
             device="cpu",
+            # More rows: cuda/test_gemv_config.py.
+            rows=[(1,), (), (2,), (3, 1)],
             sizes=[(63, 32), (299, 160), (520, 96)],
             settings=_CLUSTERS,
             run=_on_emulated_cuda,
@@ -153,6 +153,7 @@ BACKENDS: Mapping[str, ProductBackend] = {
         ProductBackend(
             name="cuda",
             device="cuda",
+            rows=[(1,), (), (2,), (5, 1), (8,)],
             sizes=[(63, 32), (299, 288), (1048, 544), (4100, 1056)],
             settings=("tuned",),
             run=_on_cuda,
@@ -165,7 +166,7 @@ BACKENDS: Mapping[str, ProductBackend] = {
             dtypes=FLOATS[:2] if INTERPRETED else FLOATS,
             formats=("floats",),
             rows=[(1,), (2,), (), (2, 1)],
-            sizes=_ODD_SIZES,
+            sizes=[(63, 129), (300, 64), (257, 33)],
             settings=tuple(_TILES),
             run=_on_triton,
         ),

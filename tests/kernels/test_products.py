@@ -143,7 +143,13 @@ def test_kept_channels_equal_those_of_the_reference(
     settings = itertools.cycle(backend.settings)
     for threshold, setting in zip(THRESHOLDS, settings, strict=False):
         x = torch.cat([torch.tensor(EDGES), draw(55)]).to(device, dtype)
-        x[20] = threshold
+        x[20:22] = threshold
+        # Scores beside a threshold that only float32 tells apart from it.
+        if score_scale is not None:
+            score_scale[20], score_scale[21] = 1 + 2.0**-20, 1 - 2.0**-20
+        if shift is not None:
+            beside = 0.0 if score_scale is not None or threshold == INF else 2.0**-20 * threshold
+            shift[20], shift[21] = -beside, beside
         keep = reference.keep_mask(x, threshold, score_scale, shift)
         centred = x if shift is None else (x.float() - shift).to(dtype)
         scales = None if score_scale is None else score_scale[None]

@@ -164,7 +164,7 @@ def test_a_tile_config_that_does_not_suit_the_product_does_not_compile() -> None
 
 @over_tile_configs(
     scheme=list(SCHEMES),
-    cluster=[1, 2, 4, 6, 8],
+    cluster=[1, 2, 4, 6, 8] if torch.cuda.is_available() else [1, 4, 6],
     warps_n=[2, 4],
     depth_and_early=[(1, 5), (2, 0)],
     activation=[None, "silu"],
@@ -215,10 +215,10 @@ def test_several_rows_are_right_with_every_tile_config(row: dict[str, Any], gpu:
 
 @over_tile_configs(scheme=list(SCHEMES), form=["dense behind a norm", "sparse", "gated"])
 def test_a_block_may_have_several_chunks(row: dict[str, Any], gpu: None) -> None:
-    weight, x = weight_of(row["scheme"], 1192, 320, torch.bfloat16), draw(1, 1192)
+    weight, x = weight_of(row["scheme"], 600, 320, torch.bfloat16), draw(1, 600)
     x = x.to(DEVICE, torch.bfloat16)
     config = TileConfig(chunk=256, warps_n=2, warps_k=8, unroll=2, blocks=1)
-    norm_weight = torch.ones(1192, device=DEVICE)
+    norm_weight = torch.ones(600, device=DEVICE)
     operands = {
         "dense behind a norm": weight.operands(x, [-1.0], norm_weight=norm_weight, eps=1e-5),
         "sparse": weight.operands(x, [0.4]),
