@@ -41,7 +41,7 @@ def test_source_that_looks_like_a_hub_name_is_accepted() -> None:
 
 
 def test_name_that_the_hub_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(source: str) -> None:
+    def offline(source: str, **options: object) -> None:
         raise OSError(f"{source} is not there.\nMany more lines.")
 
     monkeypatch.setattr("teal.checkpoints.location.AutoConfig.from_pretrained", offline)
