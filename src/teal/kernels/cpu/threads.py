@@ -159,7 +159,8 @@ class FreeCores:
             self._interval = _SHORTEST
         else:
             self.threads = self._chosen
-            self._interval = min(2 * self._interval, _LONGEST)
+            # Each step of a hopeless trial costs as much as many others.
+            self._interval = min((4 if is_hopeless else 2) * self._interval, _LONGEST)
             self._tries_fewer = not self._tries_fewer
         self._left = self._interval
 
