@@ -1,4 +1,4 @@
-"""CPU kernel that dequantizes a weight, for products of more rows than `quantized_gemv` takes."""
+"""CPU kernel that dequantizes a weight, for more rows than the quantized kernel takes."""
 
 import numba
 import numpy as np
