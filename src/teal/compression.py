@@ -136,7 +136,8 @@ def save_quantized(
         saved.save_pretrained(temporary, state_dict=_state(model, weights, scheme))
         _share(temporary)
         content = read_json(temporary / "config.json") | {"quantization_config": config}
-        _write_json(temporary / "config.json", content)
+        config_text = json.dumps(content, indent=2) + "\n"
+        (temporary / "config.json").write_text(config_text, encoding="utf-8")
         write_record(temporary, QUANTIZATION, record)
 
 
@@ -211,7 +212,3 @@ def _share(folder: Path) -> None:
     mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
